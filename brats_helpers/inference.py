@@ -1,0 +1,129 @@
+"""From scans to a label map: checkpoints, whole volumes, files."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from brats_helpers.cache import Packed, pack
+from brats_helpers.cases import CLASSES, Case, DataError, find_cases, read_nifti, write_mask
+from brats_helpers.dataset import Slices, make_loader
+from brats_helpers.log import done
+from brats_helpers.machine import choose_device, choose_precision
+from brats_helpers.model import build_model
+
+BATCH_SIZE = 16
+"""Slices predicted at once; it changes the speed, never the result."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network as its checkpoint describes it.
+
+    Attributes:
+        model: in `eval()`, on its device.
+        settings: the settings of its training, see `train.Settings`.
+        seen: IDs of the patients that it was trained on or chosen by.
+        epoch: the epoch that it is of.
+    """
+
+    model: nn.Module
+    settings: dict
+    seen: frozenset[str]
+    epoch: int
+
+    @property
+    def modalities(self) -> list[str]:
+        """What it needs of a patient, in the order of its channels."""
+        return self.settings["modalities"].split(",")
+
+
+def load_network(checkpoint: Path, *, device: torch.device) -> Network:
+    """Rebuild a network from its checkpoint alone.
+
+    Raises:
+        DataError: there is no such file, or it is no checkpoint of this suite.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings = saved["settings"]
+        model = build_model(encoder=settings["encoder"], weights="none", in_channels=saved["in_channels"])
+        model.load_state_dict(saved["model"])
+    except FileNotFoundError as error:
+        raise DataError(f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt.") from error
+    except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{checkpoint} is no checkpoint of this suite ({type(error).__name__}: {error}).") from error
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    return Network(model, settings, frozenset(saved["train_cases"] + saved["val_cases"]), saved.get("epoch", 0))
+
+
+@torch.inference_mode()
+def predict(network: Network, case: Packed, *, flips: bool) -> np.ndarray:
+    """Probabilities of the four classes over the box of a prepared case.
+
+    Args:
+        network: see `load_network`; runs on its own device, in the precision the device gains from.
+        case: prepared from the network's modalities.
+        flips: average with the predictions of the slices mirrored left and right.
+
+    Returns:
+        float32 (slices, 4, height, width); background 1 where a slice holds no brain.
+    """
+    device = next(network.model.parameters()).device
+    precision = choose_precision(device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    slices = Slices([case], context_slices=network.settings["context_slices"])
+    depth, _, height, width = case.images.shape
+    y, x = (slices.size[0] - height) // 2, (slices.size[1] - width) // 2
+    probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
+    probabilities[:, 0] = 1
+    for batch in make_loader(slices, batch_size=BATCH_SIZE, workers=0):
+        images = batch.images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+            soft = network.model(images).float().softmax(dim=1)
+            if flips:
+                mirrored = network.model(images.flip(-1)).float().softmax(dim=1).flip(-1)
+                soft = (soft + mirrored) / 2
+        probabilities[batch.index[:, 1].numpy()] = soft[:, :, y : y + height, x : x + width].cpu().numpy()
+    return probabilities
+
+
+def predict_case(network: Network, case: Case | Packed, *, flips: bool) -> np.ndarray:
+    """Class indices of a patient's whole volume, uint8 (X, Y, Z)."""
+    packed = pack(case) if isinstance(case, Case) else case
+    return packed.to_volume(predict(network, packed, flips=flips).argmax(axis=1).astype(np.uint8))
+
+
+def write_prediction(folder: Path, case: Case, classes: np.ndarray) -> Path:
+    """Write `<case>_seg.nii.gz` in the geometry of the patient's own first modality."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case.id}_seg.nii.gz"
+    write_mask(path, classes, read_nifti(next(iter(case.images.values()))))
+    return path
+
+
+def predict_folders(
+    checkpoint: Path, folders: Iterable[Path], out: Path, *, device: str, flips: bool
+) -> list[Path]:
+    """Predict every patient below `folders` with one checkpoint, for the verb `predict`.
+
+    Args:
+        checkpoint: `best.pt` of a run.
+        folders: patients' folders, or folders of patients; only the network's modalities are read.
+        out: where `<case>_seg.nii.gz` go; made where it does not exist.
+        device: `auto`, `cpu` or `cuda`.
+        flips: see `predict`.
+
+    Returns:
+        The files written.
+    """
+    network = load_network(checkpoint, device=choose_device(device))
+    cases: Sequence[Case] = [case for folder in folders for case in find_cases(folder, network.modalities)]
+    written = []
+    for case in cases:
+        written.append(write_prediction(out, case, predict_case(network, case, flips=flips)))
+        done(f"{case.id}: {written[-1]}")
+    return written

