@@ -12,6 +12,7 @@ whole, so that a kill or a second run never leaves half a case behind:
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -142,6 +143,7 @@ def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Pac
     Returns:
         The cases in the order given, their arrays memory-mapped.
     """
+    _sweep(Path(cache_dir))
     todo = [case for case in cases if _stamp(case) != _read_stamp(_place(case, cache_dir))]
     work = partial(_store, cache_dir=cache_dir)
     if workers > 1 and len(todo) > 1:
@@ -185,12 +187,24 @@ def _read_stamp(folder: Path) -> list | None:
         return None
 
 
+def _sweep(cache_dir: Path) -> None:
+    """Remove what processes of this machine that are no more have left half done."""
+    for part in cache_dir.glob(f".part-{platform.node()}-*"):
+        process = int(part.name.removeprefix(f".part-{platform.node()}-").partition("-")[0])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            shutil.rmtree(part, ignore_errors=True)
+        except PermissionError:
+            pass  # somebody else's, and alive
+
+
 def _store(case: Case, cache_dir: Path) -> None:
     place = _place(case, cache_dir)
     place.parent.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(case)
     packed = pack(case)
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=place.parent))
+    part = Path(tempfile.mkdtemp(prefix=f".part-{platform.node()}-{os.getpid()}-", dir=place.parent))
     try:
         np.save(part / "images.npy", packed.images)
         if packed.labels is not None:

@@ -96,7 +96,6 @@ class BalancedSampler(Sampler):
         self.n = n or len(slices)
         self.seed = seed
         self.epoch = 0
-        self.start = 0
         tumour = np.flatnonzero(slices.has_tumour)
         rest = np.flatnonzero(~slices.has_tumour)
         share = foreground if foreground >= 0 else len(tumour) / max(len(slices), 1)
@@ -104,14 +103,13 @@ class BalancedSampler(Sampler):
         self.pools = [(tumour, n_tumour), (rest, self.n - n_tumour)]
 
     def __len__(self) -> int:
-        return self.n - self.start
+        return self.n
 
     def __iter__(self) -> Iterator[int]:
-        """Yield positions of slices, from the `start`-th of the epoch on."""
         random = np.random.default_rng([self.seed, self.epoch])
         picked = [_draw(pool, n, random) for pool, n in self.pools]
         order = random.permutation(np.concatenate(picked))
-        return iter(order[self.start :].tolist())
+        return iter(order.tolist())
 
 
 def _draw(pool: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
@@ -128,7 +126,6 @@ def make_loader(slices: Slices, *, batch_size: int, workers: int, sampler: Sampl
         sampler=sampler,
         drop_last=sampler is not None,
         num_workers=workers,
-        persistent_workers=False,
         collate_fn=_whole,
         pin_memory=torch.cuda.is_available(),
     )

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from brats_helpers.cases import Case, DataError
-from brats_helpers.runs import write_json
+from brats_helpers.cases import Case, DataError, find_cases
+from brats_helpers.runs import Run, write_json
 
 PARTS = ("train", "val", "test")
 
@@ -95,3 +95,21 @@ def check_disjoint(parts: dict[str, list[str]]) -> None:
             if case_id in home:
                 raise DataError(f"{case_id} is in {home[case_id]} and in {name}: a network would be scored on what it saw.")
             home[case_id] = name
+
+
+def load_parts(run: Run) -> dict[str, list[Case]]:
+    """The run's patients as 00_setup split them: lists of cases under `train`, `val`, `test` and `unlabelled`.
+
+    Raises:
+        RunError: 00_setup has not run.
+        DataError: the patients are no longer those that were split.
+    """
+    content = json.loads(run.need(run.splits, "00_setup").read_text())
+    parts = read_splits(run.splits) | {"unlabelled": content["unlabelled"]}
+    manifest = run.manifest
+    found = {case.id: case for case in find_cases(manifest["data"], manifest["modalities"], skip_incomplete=True)}
+    missing = [case_id for ids in parts.values() for case_id in ids if case_id not in found]
+    if missing or fingerprint(list(found.values())) != content["fingerprint"]:
+        changed = f"{missing[0]} is gone" if missing else "files came, went or changed size"
+        raise DataError(f"{manifest['data']} changed since {run.splits} was written: {changed}. Run 00_setup again.")
+    return {name: [found[case_id] for case_id in ids] for name, ids in parts.items()}

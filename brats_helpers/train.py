@@ -49,6 +49,7 @@ class Settings:
         slices_per_epoch: slices an epoch; 0 takes every slice with brain once.
         foreground: share of slices with tumour; negative keeps the data's own share.
         augment: `none`, `basic` or `strong`.
+        class_weights: comma-separated, of background, NCR, ED and ET in the cross-entropy.
         lr: highest learning rate of AdamW.
         encoder_lr: the encoder's learning rate as a share of `lr`.
         weight_decay: of AdamW.
@@ -68,6 +69,7 @@ class Settings:
     slices_per_epoch: int
     foreground: float
     augment: str
+    class_weights: str
     lr: float
     encoder_lr: float
     weight_decay: float
@@ -119,7 +121,8 @@ def fit(
         encoder=settings.encoder, weights=settings.encoder_weights, in_channels=train_slices.channels
     ).to(accelerator.device, memory_format=torch.channels_last)
     averaged = AveragedModel(network, multi_avg_fn=_average(settings.ema), use_buffers=True)
-    criterion = CrossEntropyDice().to(accelerator.device)
+    weights = [float(weight) for weight in settings.class_weights.split(",")]
+    criterion = CrossEntropyDice(class_weights=weights).to(accelerator.device)
     groups = [
         {"params": network.encoder.parameters(), "share": settings.encoder_lr},
         {"params": [p for name, p in network.named_parameters() if not name.startswith("encoder.")], "share": 1.0},

@@ -1,0 +1,52 @@
+"""What every test may use."""
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brats_helpers.cases import MODALITIES
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def real_patients() -> Path:
+    """The folder of real patients beside the checkout; a test that needs it is skipped where it is not."""
+    folder = Path(__file__).parents[2] / "shared" / "real"
+    if not folder.is_dir():
+        pytest.skip(f"no real patients at {folder}")
+    return folder
+
+
+def write_tiny_case(folder: Path, case_id: str, *, seed: int, modalities=MODALITIES, labelled=True) -> Path:
+    """Write one tiny patient, 48 x 56 x 20 voxels: an ellipsoid brain, an egg of a tumour, each tissue its own grey."""
+    random = np.random.default_rng(seed)
+    shape = (48, 56, 20)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    brain = (x / 0.7) ** 2 + (y / 0.8) ** 2 + (z / 0.8) ** 2 < 1
+    cx, cy = random.uniform(-0.25, 0.25, 2)
+    distance = ((x - cx) ** 2 + (y - cy) ** 2 + (z / 1.5) ** 2) ** 0.5
+    labels = np.select([~brain, distance < 0.12, distance < 0.22, distance < 0.35], [0, 1, 4, 2], 0).astype(np.uint8)
+    greys = {"flair": (300, 500, 800, 700), "t1": (400, 250, 300, 350), "t1ce": (400, 250, 900, 380), "t2": (300, 900, 600, 700)}
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = 55
+    place = folder / case_id
+    place.mkdir(parents=True)
+    for name in modalities:
+        grey = np.array(greys[name])[np.where(labels == 4, 3, labels)] + random.normal(0, 20, shape)
+        nib.save(nib.Nifti1Image((grey * brain).astype(np.int16), affine), place / f"{case_id}_{name}.nii.gz")
+    if labelled:
+        nib.save(nib.Nifti1Image(labels, affine), place / f"{case_id}_seg.nii.gz")
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_patients(tmp_path_factory) -> Path:
+    """A folder of four tiny labelled patients, `Tiny_0` to `Tiny_3`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for k in range(4):
+        write_tiny_case(folder, f"Tiny_{k}", seed=k)
+    return folder
