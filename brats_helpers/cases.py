@@ -12,6 +12,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from brats_helpers.log import warn
 
@@ -48,7 +50,7 @@ class Case:
     @property
     def folder(self) -> Path:
         """Where the patient's files lie."""
-        return next(iter(self.images.values())).parent
+        return next(iter(self.images.values()), self.seg).parent
 
 
 def find_cases(
@@ -73,48 +75,19 @@ def find_cases(
             the segmentation cannot be told from other files.
     """
     check_modalities(modalities)
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder. Give the folder that holds the patients' folders.")
-
-    found: dict[tuple[Path, str], dict[str, Path]] = {}
-    strangers: dict[Path, list[Path]] = {}
-    for path in sorted(root.rglob("*")):
-        if not path.name.lower().endswith((".nii", ".nii.gz")) or path.name.startswith(".") or not path.is_file():
-            continue
-        case_id, kind = _recognise(path)
-        if kind is None:
-            strangers.setdefault(path.parent, []).append(path)
-            continue
-        files = found.setdefault((path.parent, case_id), {})
-        if kind in files:
-            raise DataError(
-                f"{case_id}: two files for {kind}, {files[kind].name} and {path.name} in {path.parent}. Keep one of them."
-            )
-        files[kind] = path
-
-    cases: dict[str, Case] = {}
+    cases: list[Case] = []
     incomplete: list[str] = []
-    for (folder, case_id), files in found.items():
-        seg = files.pop("seg", None)
-        if not files:
+    for case in _scan(root):
+        if not case.images:
             continue  # a segmentation alone, such as a folder of predictions
-        others = strangers.get(folder, [])
-        if seg is None and others and sum(place == folder for place, _ in found) == 1:
-            if len(others) > 1:
-                names = ", ".join(path.name for path in others)
-                raise DataError(f"{case_id}: which of {names} in {folder} is the segmentation? Keep one of them there.")
-            seg = others[0]
-        missing = [name for name in modalities if name not in files]
+        missing = [name for name in modalities if name not in case.images]
         if missing:
             incomplete.append(
-                f"{case_id}: no {case_id}_{missing[0]}.nii or .nii.gz in {folder}"
-                f" (missing: {', '.join(missing)}; found: {', '.join(files)})"
+                f"{case.id}: no {case.id}_{missing[0]}.nii or .nii.gz in {case.folder}"
+                f" (missing: {', '.join(missing)}; found: {', '.join(case.images)})"
             )
-            continue
-        if case_id in cases:
-            raise DataError(f"{case_id} lies in two folders, {cases[case_id].folder} and {folder}. Keep one of them.")
-        cases[case_id] = Case(case_id, {name: files[name] for name in modalities}, seg)
+        else:
+            cases.append(Case(case.id, {name: case.images[name] for name in modalities}, case.seg))
 
     if incomplete and not skip_incomplete:
         raise DataError(
@@ -128,7 +101,74 @@ def find_cases(
             f"No patient with {', '.join(modalities)} below {root}. Expected files such as"
             " BraTS20_Training_001/BraTS20_Training_001_t1.nii or BraTS-GLI-00001-000/BraTS-GLI-00001-000-t1n.nii.gz."
         )
-    return [cases[case_id] for case_id in sorted(cases)]
+    return _sorted_once(cases)
+
+
+def find_segs(root: Path | str) -> dict[str, Path | None]:
+    """Find every patient's segmentation below `root`, whatever modalities lie beside it.
+
+    Label maps alone will do, flat or in folders, called `<case>_seg` or just `<case>`.
+
+    Returns:
+        Case ID to file, sorted by ID; None for a patient with images only.
+
+    Raises:
+        DataError: as `find_cases`, but for modalities.
+    """
+    segs = {case.id: case.seg for case in _sorted_once(_scan(root))}
+    if not segs:
+        raise DataError(f"No segmentation below {root}. Expected files such as BraTS20_Training_001_seg.nii.gz.")
+    return segs
+
+
+def _sorted_once(cases: Iterable[Case]) -> list[Case]:
+    """Sort by ID; raise `DataError` where two patients share one."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        if case.id in found:
+            raise DataError(
+                f"{case.id} lies in two folders, {found[case.id].folder} and {case.folder}. Keep one of them."
+            )
+        found[case.id] = case
+    return [found[case_id] for case_id in sorted(found)]
+
+
+def _scan(root: Path | str) -> list[Case]:
+    """Group the NIfTI files below `root` by patient; a label map without images is a case as well."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder. Give the folder that holds the patients' folders.")
+    found: dict[Path, dict[str, dict[str, Path]]] = {}
+    strangers: dict[Path, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if not path.name.lower().endswith((".nii", ".nii.gz")) or path.name.startswith(".") or not path.is_file():
+            continue
+        case_id, kind = _recognise(path)
+        if kind is None:
+            strangers.setdefault(path.parent, []).append(path)
+            continue
+        files = found.setdefault(path.parent, {}).setdefault(case_id, {})
+        if kind in files:
+            raise DataError(
+                f"{case_id}: two files for {kind}, {files[kind].name} and {path.name} in {path.parent}."
+                " Keep one of them."
+            )
+        files[kind] = path
+
+    cases: list[Case] = []
+    for folder, patients in found.items():
+        others = strangers.pop(folder, [])
+        for case_id, files in patients.items():
+            seg = files.pop("seg", None)
+            if seg is None and others and len(patients) == 1:
+                if len(others) > 1:
+                    names = ", ".join(path.name for path in others)
+                    raise DataError(
+                        f"{case_id}: which of {names} in {folder} is the segmentation? Keep one of them there."
+                    )
+                seg = others[0]
+            cases.append(Case(case_id, files, seg))
+    return cases + [Case(_stem(path), {}, path) for paths in strangers.values() for path in paths]
 
 
 def check_modalities(modalities: Iterable[str]) -> None:
@@ -136,16 +176,23 @@ def check_modalities(modalities: Iterable[str]) -> None:
     names = list(modalities)
     unknown = [name for name in names if name not in MODALITIES]
     if unknown or not names or len(set(names)) < len(names):
-        raise DataError(f"modalities {', '.join(names) or 'none'}: expected one or more of {', '.join(MODALITIES)}, each once.")
+        raise DataError(
+            f"modalities {', '.join(names) or 'none'}: expected one or more of {', '.join(MODALITIES)}, each once."
+        )
 
 
 def _recognise(path: Path) -> tuple[str, str | None]:
     """Split `BraTS20_Training_001_t1ce.nii` into its case ID and what it holds (None: unknown)."""
-    stem = path.name.lower().removesuffix(".gz").removesuffix(".nii")
+    stem = _stem(path)
     for cut in range(len(stem) - 1, -1, -1):
         if stem[cut] in "_-":
-            return path.name[:cut], _SUFFIXES.get(stem[cut + 1 :])
-    return path.parent.name, _SUFFIXES.get(stem)  # `t1.nii` in the patient's folder
+            return stem[:cut], _SUFFIXES.get(stem[cut + 1 :].lower())
+    return path.parent.name, _SUFFIXES.get(stem.lower())  # `t1.nii` in the patient's folder
+
+
+def _stem(path: Path) -> str:
+    """The file's name without `.nii` or `.nii.gz`, in whatever case they are written."""
+    return path.name[: len(path.name.lower().removesuffix(".gz").removesuffix(".nii"))]
 
 
 def read_nifti(path: Path) -> nib.Nifti1Image:
@@ -159,12 +206,14 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
         image = nib.Nifti1Image.from_bytes(raw)
-    except (OSError, EOFError, zlib.error, nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, HeaderDataError, ImageFileError) as error:
         raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
     header = image.header
     needed = int(header["vox_offset"]) + int(np.prod(image.shape)) * header.get_data_dtype().itemsize
     if len(raw) < needed:
-        raise DataError(f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again.")
+        raise DataError(
+            f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again."
+        )
     return image
 
 
@@ -178,9 +227,14 @@ def read_image(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
 
 def read_mask(path: Path) -> np.ndarray:
     """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z). See `labels_to_classes`."""
-    labels, _ = read_image(path)
+    return read_seg(path)[0]
+
+
+def read_seg(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Read a segmentation as `read_mask` does, and the NIfTI image around it."""
+    labels, image = read_image(path)
     try:
-        return labels_to_classes(labels)
+        return labels_to_classes(labels), image
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -202,7 +256,9 @@ def labels_to_classes(labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.rint(labels)):
         raise ValueError("fractional or non-finite labels; expected 0, 1, 2, 4. Was the mask resampled or rescaled?")
     if labels.size and (labels.min() < 0 or labels.max() > 4):
-        raise ValueError(f"labels from {labels.min():g} to {labels.max():g}; expected 0, 1, 2, 4 (or 3 for 4, from BraTS 2023 on).")
+        raise ValueError(
+            f"labels from {labels.min():g} to {labels.max():g}; expected 0, 1, 2, 4 (or 3 for 4, from BraTS 2023 on)."
+        )
     classes = labels.astype(np.uint8)
     enhancing = classes == 4
     if enhancing.any():

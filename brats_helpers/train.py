@@ -27,7 +27,7 @@ from brats_helpers.dataset import BalancedSampler, Batch, Slices, make_loader
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_precision
-from brats_helpers.metrics import dice_scores
+from brats_helpers.metrics import STRUCTURES, dice_scores
 from brats_helpers.model import build_model, freeze_encoder, train_mode
 
 WARM_UP = 0.05
@@ -239,8 +239,7 @@ def validate(
     tables = accelerator.reduce(tables, reduction="sum").reshape(n_cases, n, n).cpu().numpy()
     loss_sum = accelerator.reduce(loss_sum, reduction="sum")
     dice = [dice_scores(table) for table in tables]
-    names = [*REGIONS, *(name for name in CLASSES[1:] if name not in REGIONS)]
-    means = {f"dice_{name}": sum(case[name] for case in dice) / n_cases for name in names}
+    means = {f"dice_{name}": sum(case[name] for case in dice) / n_cases for name in STRUCTURES}
     return {"val_loss": (loss_sum[0] / loss_sum[1]).item(), **means}
 
 
@@ -321,7 +320,7 @@ def _write_history(path: Path, history: list[dict]) -> None:
 
 def _line(row: dict, settings: Settings, improved: bool) -> str:
     """The epoch in one line."""
-    scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in (*REGIONS, "NCR", "ED"))
+    scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in STRUCTURES)
     left = row["seconds"] / row["epoch"] * (settings.epochs - row["epoch"])
     if settings.minutes:
         left = min(left, 60 * settings.minutes - row["seconds"])
