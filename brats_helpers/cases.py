@@ -12,8 +12,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from brats_helpers.log import warn
 
@@ -206,10 +206,9 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
         image = nib.Nifti1Image.from_bytes(raw)
-    except (OSError, EOFError, zlib.error, HeaderDataError, ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError) as error:
         raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
-    header = image.header
-    needed = int(header["vox_offset"]) + int(np.prod(image.shape)) * header.get_data_dtype().itemsize
+    needed = image.dataobj.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
     if len(raw) < needed:
         raise DataError(
             f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again."
@@ -220,8 +219,8 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
 def read_image(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Read one modality: the voxels as stored (usually int16), shape (X, Y, Z), and the NIfTI image around them."""
     image = read_nifti(path)
-    if image.ndim != 3:
-        raise DataError(f"{path} has shape {image.shape}, expected three axes.")
+    if image.ndim != 3 or min(image.shape) < 1:
+        raise DataError(f"{path} has shape {image.shape}, expected three axes of voxels.")
     return np.asanyarray(image.dataobj), image
 
 
@@ -276,7 +275,6 @@ def classes_to_labels(classes: np.ndarray, numbering: str = "2020") -> np.ndarra
 def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, numbering: str = "2020") -> None:
     """Write class indices, shape (X, Y, Z), as label numbers in the geometry, header and dtype of `like`."""
     header = like.header.copy()
-    header.set_slope_inter(1, 0)
     dtype = header.get_data_dtype() if header.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
     header.set_data_dtype(dtype)
     labels = classes_to_labels(classes, numbering).astype(dtype)

@@ -13,6 +13,7 @@ from brats_helpers.cases import CLASSES, Case, DataError, find_cases, read_nifti
 from brats_helpers.dataset import Slices, make_loader
 from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
+from brats_helpers.metrics import collect, score_files
 from brats_helpers.model import build_model
 
 BATCH_SIZE = 16
@@ -103,6 +104,37 @@ def write_prediction(folder: Path, case: Case, classes: np.ndarray) -> Path:
     path = folder / f"{case.id}_seg.nii.gz"
     write_mask(path, classes, read_nifti(next(iter(case.images.values()))))
     return path
+
+
+def evaluate(
+    network: Network, cases: Sequence[Case], folder: Path, *, flips: bool, convention: str, simulated: bool
+) -> dict[str, object]:
+    """Predict patients, write the files, and score them as written: what anybody would get from them.
+
+    Args:
+        network: see `load_network`.
+        cases: patients, labelled or not, that the network has not seen.
+        folder: where `<case>_seg.nii.gz` go.
+        flips: see `predict`.
+        convention: see `metrics.CONVENTIONS`.
+        simulated: whether these are simulated patients.
+
+    Returns:
+        See `metrics.collect`; unlabelled patients are predicted and named under `not_scored`.
+
+    Raises:
+        DataError: the network was trained on one of the patients or chosen by it.
+    """
+    if seen := [case.id for case in cases if case.id in network.seen]:
+        raise DataError(f"the network has seen {', '.join(seen)}: its scores there would mean nothing.")
+    scores = {}
+    for case in cases:
+        path = write_prediction(folder, case, predict_case(network, case, flips=flips))
+        if case.seg:
+            scores[case.id] = score_files(path, case.seg, convention=convention)
+        done(f"{case.id}: {path}{'' if case.seg else ' (unlabelled, so not scored)'}")
+    not_scored = {case.id: "unlabelled" for case in cases if not case.seg}
+    return collect(scores, convention=convention, simulated=simulated, not_scored=not_scored)
 
 
 def predict_folders(

@@ -443,13 +443,18 @@ def score_folders(
             reasons[case] = f"missing: no prediction in {pred_dir}"
         else:
             try:
-                cases[case] = _score_files(preds[case], truths[case], convention)
+                cases[case] = score_files(preds[case], truths[case], convention=convention)
             except DataError as error:
                 reasons[case] = str(error)
     return collect(cases, convention=convention, simulated=simulated, not_scored=reasons)
 
 
-def _score_files(pred_path: Path, truth_path: Path, convention: str) -> dict[str, dict[str, float]]:
+def score_files(pred_path: Path, truth_path: Path, *, convention: str) -> dict[str, dict[str, float]]:
+    """Score one label map on disk against another, see `score_case`.
+
+    Raises:
+        DataError: a file cannot be read, or their shapes or affines differ; nothing is resampled.
+    """
     (pred, pred_image), (truth, truth_image) = read_seg(pred_path), read_seg(truth_path)
     if pred.shape != truth.shape:
         raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}")

@@ -32,6 +32,17 @@ def choose_encoder(encoder: str, weights: str) -> str:
     return PACKAGED_ENCODER
 
 
+def choose_weights(encoder: str, weights: str) -> str:
+    """Settle `auto`: `imagenet` where the encoder's can be had now, else `none`, with a warning."""
+    if weights != "auto":
+        return weights
+    problem = None if encoder == PACKAGED_ENCODER else _why_unreachable(encoder)
+    if problem is None:
+        return "imagenet"
+    warn(f"no ImageNet weights for {encoder} ({problem}): it starts from random weights")
+    return "none"
+
+
 def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
     """A U-Net with four output channels, the class indices of `cases.CLASSES`.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -47,6 +48,12 @@ class Run:
         if not path.exists():
             raise RunError(f"{path} is not there. Run {made_by} first, with run_dir={self.folder}.")
         return path
+
+    def emptied(self, folder: Path) -> Path:
+        """Return one of the run's folders without what an earlier run of a notebook left in it."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from brats_helpers.cache import Packed, prepare
 from brats_helpers.cases import Case, DataError, find_cases
 from brats_helpers.runs import Run, write_json
 
@@ -113,3 +114,8 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
         changed = f"{missing[0]} is gone" if missing else "files came, went or changed size"
         raise DataError(f"{manifest['data']} changed since {run.splits} was written: {changed}. Run 00_setup again.")
     return {name: [found[case_id] for case_id in ids] for name, ids in parts.items()}
+
+
+def load_prepared(run: Run, part: str) -> list[Packed]:
+    """The prepared scans of one part of the run's patients; what 00_setup prepared is opened, not made again."""
+    return prepare(load_parts(run)[part], cache_dir=Path(run.manifest["cache_dir"]), workers=1)

@@ -93,3 +93,17 @@ def test_a_patient_without_the_networks_modalities_is_refused(checkpoint, tmp_pa
     write_tiny_case(tmp_path, "Two", seed=1, modalities=("flair", "t1ce"))
     with pytest.raises(DataError, match="Two: no Two_t1.nii.*missing: t1, t2"):
         inference.predict_folders(checkpoint, [tmp_path / "Two"], tmp_path / "out", device="cpu", flips=False)
+
+
+def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patients, tmp_path):
+    network = inference.load_network(checkpoint, device=CPU)
+    rules = {"flips": False, "convention": "brats2020", "simulated": True}
+    with pytest.raises(DataError, match="has seen Tiny_0, Tiny_1"):
+        inference.evaluate(network, find_cases(tiny_patients), tmp_path, **rules)
+    unseen = [find_cases(write_tiny_case(tmp_path, f"New_{k}", seed=9 + k, labelled=k == 0))[0] for k in range(2)]
+    metrics = inference.evaluate(network, unseen, tmp_path / "out", **rules)
+    assert list(metrics["cases"]) == ["New_0"] and metrics["not_scored"] == {"New_1": "unlabelled"}
+    truth, pred = read_mask(unseen[0].seg) > 0, read_mask(tmp_path / "out" / "New_0_seg.nii.gz") > 0
+    expected = 2 * (truth & pred).sum() / (truth.sum() + pred.sum())
+    assert metrics["cases"]["New_0"]["WT"]["dice"] == pytest.approx(expected)
+    assert (tmp_path / "out" / "New_1_seg.nii.gz").exists()

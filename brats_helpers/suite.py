@@ -1,0 +1,470 @@
+"""The headless run: profiles and parameters, the notebooks in order, picking up, the manifest.
+
+Everything before the first notebook needs the standard library alone, so that a wrong argument stops the run before
+anything is installed or written.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import io
+import json
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tokenize
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from brats_helpers.environment import ROOT, installed, name_of, required
+from brats_helpers.log import done, duration, fail, timing, warn
+from brats_helpers.runs import Run
+
+NEEDS = {
+    "00_setup": (),
+    "01_explore": ("00_setup",),
+    "02_train": ("00_setup",),
+    "03_evaluate": ("02_train",),
+    "04_advanced": ("00_setup",),
+}
+"""The notebooks in their order, each with those whose files it reads."""
+
+EXIT_CODES = {
+    0: "it is finished",
+    1: "a notebook or the report failed",
+    2: "wrong arguments; nothing ran",
+    130: "stopped",
+}
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done as asked; the message says what is wrong and what comes nearest."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's parameters cell: `epochs: int = 20  # passes over the training slices`."""
+
+    name: str
+    type: str
+    default: object
+    meaning: str
+
+    def read(self, text: str):
+        """The value that `text` stands for, in the declared type, or raise `UsageError`."""
+        try:
+            if self.type == "bool":
+                return _BOOLEANS[text.lower()]
+            return {"int": int, "float": float, "str": str}[self.type](text)
+        except (ValueError, KeyError):
+            kind = {"int": "an int", "float": "a float", "bool": "true or false"}[self.type]
+            raise UsageError(f"{self.name} takes {kind} ({self.meaning}), got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook as it is stored: its parameters by name, and the source of its other code cells."""
+
+    parameters: dict[str, Parameter]
+    code: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run."""
+
+    root: Path
+    folder: Path
+    profile: str
+    command: str
+    stages: list[str]
+    values: dict[str, dict]
+    given: dict[str, dict]
+    keys: dict[str, str]
+    prepare_only: bool
+
+
+# --- what there is: notebooks, parameters, profiles ---------------------------------------------------------------
+
+
+def read_notebooks(root: Path) -> dict[str, Notebook]:
+    """Every notebook of the suite below `root`, by stage."""
+    return {stage: _read_notebook(root / "notebooks" / f"{stage}.ipynb") for stage in NEEDS}
+
+
+def _read_notebook(path: Path) -> Notebook:
+    if not path.exists():
+        raise UsageError(f"{path} is not there; run from a complete checkout of the suite")
+    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    if len(tagged) != 1:
+        raise UsageError(f"{path} has {len(tagged)} cells tagged `parameters`, and needs one")
+    code = ["".join(cell["source"]) for cell in cells if cell is not tagged[0]]
+    return Notebook(_declared("".join(tagged[0]["source"]), path), code)
+
+
+def _declared(source: str, path: Path) -> dict[str, Parameter]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    parameters = {}
+    for node in ast.parse(source).body:
+        match node:
+            case ast.AnnAssign(
+                target=ast.Name(id=name),
+                annotation=ast.Name(id="int" | "float" | "str" | "bool" as kind),
+                value=ast.expr(),
+            ):
+                default = ast.literal_eval(node.value)
+                parameters[name] = Parameter(name, kind, default, comments.get(node.end_lineno, ""))
+            case _:
+                raise UsageError(f"{path}, parameters cell, line {node.lineno}: not of the form `name: type = literal`")
+    return parameters
+
+
+def profiles(root: Path) -> list[str]:
+    """The names of the profiles below `root`."""
+    return sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+
+
+def read_profile(path: Path) -> dict[str, str]:
+    """A profile's values as text: a flat YAML file, `key: value  # comment`."""
+    values = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        line = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if not line:
+            continue
+        pair = re.fullmatch(r"""(\w+):\s+(["']?)(.*)\2""", line)
+        if pair is None:
+            raise UsageError(f"{path}, line {number}: not of the form `key: value`")
+        values[pair[1]] = pair[3]
+    return values
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------
+
+
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def _arguments() -> _Arguments:
+    parser = _Arguments(
+        prog="./run_all.sh",
+        description="Run the notebooks in order, into runs/NAME/. The same command again picks up where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", metavar="NAME", help="a set of parameters, see below; default: demo")
+    parser.add_argument(
+        "--data", metavar="PATH|phantom|kaggle", help="a folder of patients, simulated ones, or Kaggle's"
+    )
+    parser.add_argument("--run", metavar="NAME", help="folder runs/NAME; default: the profile's name")
+    parser.add_argument("--only", metavar="02,03", help="these notebooks alone, on what the run has so far")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        metavar=("KEY", "VALUE"),
+        action="append",
+        default=[],
+        dest="pairs",
+        help="a parameter, for every notebook that declares it; lists are comma-separated; repeatable",
+    )
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="write the notebooks with their parameters, run none"
+    )
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+
+
+def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
+    """Check the arguments `argv` of `run` against the notebooks and profiles below `root`; write nothing.
+
+    Raises:
+        UsageError: an option, profile, notebook, parameter or value that does not exist, or a notebook whose
+            predecessor has not finished in that run.
+    """
+    parser = _arguments()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings if name != "--check"]
+        raise UsageError(f"unknown argument {unknown[0]}; {_nearest(unknown[0], known)}")
+
+    profile = options.profile or "demo"
+    if profile not in profiles(root):
+        raise UsageError(f"unknown profile {profile}; {_nearest(profile, profiles(root))}")
+    name = options.run or profile
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(f"--run {name!r}: the name of a folder in runs/, of letters, digits, '.', '_' and '-'")
+    folder = root / "runs" / name
+    manifest = Run(folder).manifest if folder.exists() else {}
+    before = manifest.get("profile", profile)
+    if options.profile is None and before != profile:
+        raise UsageError(f"run {name} has the profile {before}: go on with --profile {before}, or take another --run")
+
+    notebooks = read_notebooks(root)
+    stages = _picked(options.only) if options.only else list(NEEDS)
+    values, given = _values(options, root / "profiles" / f"{profile}.yaml", folder, notebooks)
+    made = manifest.get("stages", {})
+    if options.prepare_only:
+        for stage in stages:
+            if stage in made:
+                raise UsageError(f"{stage} has run in {name}, and its notebook would be lost; take another --run")
+    else:
+        for stage in stages:
+            for need in NEEDS[stage]:
+                if need not in stages and made.get(need, {}).get("status") != "finished":
+                    raise UsageError(f"{stage} needs {need}, which has not finished in run {name}: add it to --only")
+
+    keys = {}
+    for stage, needs in NEEDS.items():
+        parameters = {key: value for key, value in values[stage].items() if key != "run_dir"}
+        content = json.dumps([parameters, notebooks[stage].code, [keys[need] for need in needs]], sort_keys=True)
+        asked = stage in stages or stage not in made
+        keys[stage] = hashlib.sha256(content.encode()).hexdigest()[:16] if asked else made[stage]["key"]
+    command = shlex.join([parser.prog, *(word for word in argv if word != "--check")])
+    return Plan(root, folder, profile, command, stages, values, given, keys, options.prepare_only)
+
+
+def _picked(only: str) -> list[str]:
+    names = {name: stage for stage in NEEDS for name in (stage[:2], stage)}
+    for word in only.split(","):
+        if word not in names:
+            raise UsageError(f"--only: unknown notebook {word!r}; {_nearest(word, names)}")
+    picked = {names[word] for word in only.split(",")}
+    return [stage for stage in NEEDS if stage in picked]
+
+
+def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
+    """Each notebook's parameters as resolved, and those of them that are not its own defaults."""
+    asked = read_profile(profile)
+    declared = {name for notebook in notebooks.values() for name in notebook.parameters}
+    for key in asked:
+        if key not in declared:
+            raise UsageError(f"{profile}: no notebook has a parameter {key}; {_nearest(key, sorted(declared))}")
+    for key, text in options.pairs + ([["data", options.data]] if options.data else []):
+        if key not in declared:
+            raise UsageError(f"-p {key}: no notebook has that parameter; {_nearest(key, sorted(declared))}")
+        if key == "run_dir":
+            raise UsageError("-p run_dir: say --run NAME")
+        # Notebooks run from another folder than the caller's, and nbval runs them from yet another.
+        asked[key] = _data(text) if key == "data" else str(Path(text).resolve()) if key.endswith("_dir") else text
+    given = {}
+    for stage, notebook in notebooks.items():
+        own = notebook.parameters
+        folders = {name: str(folder.parents[1] / p.default) for name, p in own.items() if name.endswith("_dir")}
+        read = {key: own[key].read(text) for key, text in asked.items() if key in own}
+        given[stage] = folders | read | {"run_dir": str(folder)}
+    values = {
+        stage: {name: parameter.default for name, parameter in notebook.parameters.items()} | given[stage]
+        for stage, notebook in notebooks.items()
+    }
+    return values, given
+
+
+def _data(text: str) -> str:
+    if text in ("phantom", "kaggle"):
+        return text
+    if not Path(text).is_dir():
+        raise UsageError(f"--data {text}: no such folder; {_nearest(text, ('PATH of a folder', 'phantom', 'kaggle'))}")
+    return str(Path(text).resolve())
+
+
+def help_text(root: Path = ROOT) -> str:
+    """`--help`: options, exit codes, profiles, and the parameters of every notebook as its cell declares them."""
+    lines = [_arguments().format_help(), "exit codes:"]
+    lines += [f"  {code:<5} {meaning}" for code, meaning in EXIT_CODES.items()]
+    lines += ["", "profiles (profiles/NAME.yaml):"]
+    for name in profiles(root):
+        first = (root / "profiles" / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
+        lines.append(f"  {name:<12} {first.lstrip('# ')}")
+    lines += ["", "parameters (-p KEY VALUE), with the notebooks' defaults:"]
+    for stage, notebook in read_notebooks(root).items():
+        lines.append(f"  {stage}")
+        for p in notebook.parameters.values():
+            lines.append(f"    {p.name:<18} {p.type:<6} {str(p.default) or '(empty)':<26} {p.meaning}")
+    return "\n".join(lines)
+
+
+# --- running it ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str], root: Path = ROOT) -> int:
+    """The verb `run`: what `run_all.sh` does once everything is installed. Returns the exit code."""
+    try:
+        if {"-h", "--help"} & set(argv):
+            print(help_text(root))
+            return 0
+        plan = make_plan(argv, root)
+    except UsageError as error:
+        fail(f"{error}\n   ./run_all.sh --help lists options, profiles and parameters; nothing ran.")
+        return 2
+    if "--check" in argv:
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _prepare(plan) if plan.prepare_only else _run(plan)
+    except KeyboardInterrupt:
+        warn(f"stopped; this picks up: {plan.command}")
+        return 130
+
+
+def _prepare(plan: Plan) -> int:
+    run = Run(plan.folder)
+    for stage in plan.stages:
+        _papermill(plan, stage, run.notebooks, prepare_only=True)
+    done(f"{len(plan.stages)} notebooks with their parameters, none of them run: {run.notebooks}")
+    return 0
+
+
+def _run(plan: Plan) -> int:
+    start = time.monotonic()
+    run = Run(plan.folder)
+    run.record(
+        profile=plan.profile,
+        command=plan.command,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=_versions(plan.root),
+        revision=_revision(plan.root),
+    )
+    print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
+    for need in sorted(_before(plan.stages) - set(plan.stages)):
+        _warn_of_change(run, need, plan.values[need])
+    for stage in plan.stages:
+        if not _run_stage(plan, run, stage):
+            return 1
+
+    from brats_helpers.report import build_report
+
+    try:
+        report = build_report(run)
+    except Exception as error:
+        fail(f"the report failed: {_reason(error)}")
+        return 1
+    done(f"report    {report}")
+    done(f"figures   {run.figures}")
+    done(f"notebooks {run.notebooks}")
+    timing(f"run {run.name}", time.monotonic() - start)
+    return 0
+
+
+def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
+    """Run one notebook unless it is finished; whether it is finished now."""
+    made = run.manifest.get("stages", {})
+    key = plan.keys[stage]
+    if made.get(stage, {}).get("status") == "finished" and made[stage]["key"] == key:
+        done(f"{stage}: finished before, in {duration(made[stage]['seconds'])}")
+        return True
+    # Whatever was made from this notebook's last files is out of date from here on.
+    made = {other: entry for other, entry in made.items() if stage not in _before([other])}
+    entry = {"parameters": plan.values[stage], "key": key, "status": "running"}
+    run.record(stages=made | {stage: entry})
+    print(f"{stage}: started {datetime.now():%H:%M}", flush=True)
+    start = time.monotonic()
+    status = "stopped"
+    try:
+        _papermill(plan, stage, run.notebooks)
+        status = "finished"
+    except Exception as error:
+        status = "failed"
+        fail(_what_failed(stage, run.notebooks / f"{stage}.ipynb", error))
+    finally:
+        seconds = time.monotonic() - start
+        run.record(stages=made | {stage: entry | {"status": status, "seconds": round(seconds, 1)}})
+    if status == "finished":
+        timing(stage, seconds)
+    return status == "finished"
+
+
+def _papermill(plan: Plan, stage: str, into: Path, prepare_only: bool = False) -> None:
+    import papermill
+    from jupyter_client import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        """The kernel of the Python that runs the suite, whatever kernel is registered as python3."""
+
+        shutdown_wait_time = 2.0  # s, before a busy kernel is killed
+
+        def format_kernel_cmd(self, extra_arguments=None):
+            launch = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", self.connection_file]
+            return launch + (extra_arguments or [])
+
+    into.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        plan.root / "notebooks" / f"{stage}.ipynb",
+        into / f"{stage}.ipynb",
+        parameters=plan.given[stage],
+        prepare_only=prepare_only,
+        kernel_name="python3",
+        language="python",
+        cwd=plan.root,
+        progress_bar=False,
+        stdout_file=sys.stdout,
+        kernel_manager_class=ThisPython,
+    )
+
+
+def _what_failed(stage: str, path: Path, error: Exception) -> str:
+    """One paragraph: notebook, cell, the error's message, and where the notebook written so far lies."""
+    # nbclient tells of an error in a cell, of a kernel that died, of a kernel that never came up, in different ways;
+    # the notebook written so far knows the cell in all of them.
+    heading, number, at = "", 0, "before its first cell"
+    for entry in json.loads(path.read_text("utf-8"))["cells"] if path.exists() else ():
+        source = "".join(entry["source"])
+        if entry["cell_type"] == "markdown":
+            heading = (re.findall(r"^#+ *(.+)", source, re.MULTILINE) or [heading])[-1]
+            continue
+        number += 1
+        if entry["metadata"].get("papermill", {}).get("start_time"):
+            at = f"in code cell {number}, under {heading!r}: {source.strip().partition(chr(10))[0]}"
+    return f"{stage} failed {at}\n   {_reason(error)}\n   The notebook as far as it came: {path}"
+
+
+def _reason(error: Exception) -> str:
+    name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+    return textwrap.shorten(re.sub(r"\x1b\[[\d;]*m", "", f"{name}: {message}"), 500)
+
+
+def _before(stages: Iterable[str]) -> set[str]:
+    """Every stage that one of `stages` builds on."""
+    needs = {need for stage in stages for need in NEEDS[stage]}
+    return needs | _before(needs) if needs else needs
+
+
+def _warn_of_change(run: Run, stage: str, values: dict) -> None:
+    recorded = run.manifest["stages"][stage]["parameters"]
+    for name in values:
+        if recorded.get(name) != values[name] and name != "run_dir":
+            warn(f"{stage} ran with {name}={recorded.get(name)}, not {values[name]}; --only leaves it as it is")
+
+
+def _versions(root: Path) -> dict[str, str | None]:
+    names = [name_of(line) for line in required(root)]
+    return {"python": platform.python_version()} | {name: installed(name) for name in names}
+
+
+def _revision(root: Path) -> str | None:
+    """The commit, with `-dirty` where files differ from it; None outside a repository."""
+    git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    try:
+        answer = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+# The Python of the suite. Sourced by run_all.sh and run_tests.sh.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+active=${VIRTUAL_ENV:-}${CONDA_PREFIX:-}${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-}
+
+# Sets $python: that of the active environment, of .venv, or one that can make .venv.
+find_python() {
+  local candidates=("$root/.venv/bin/python" python3 python3.13 python3.12 python3.11) modules="sys, venv, ensurepip"
+  if [[ -n $active ]]; then candidates=(python python3) modules=sys; fi
+  for python in "${candidates[@]}"; do
+    "$python" -c "import $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && return
+  done
+  echo "❌ needs Python 3.11 or newer, with its modules venv and ensurepip; looked at: ${candidates[*]}" >&2
+  exit 1
+}
+
+# Installs what is missing, with what the extra $1 needs unless that is empty. A torch that is there stays.
+install_missing() {
+  local missing torch editable=(-e)
+  if [[ -z $active && $python != "$root/.venv/bin/python" ]]; then
+    "$python" -m venv --clear "$root/.venv"
+    python=$root/.venv/bin/python
+  fi
+  missing=$("$python" -P "$root/brats_helpers/environment.py" "$1")
+  [[ -z $missing ]] && return
+  echo "installing (torch alone takes minutes and gigabytes): ${missing//$'\n'/, }"
+  torch=$("$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null) || true
+  # A kernel that is already running, as on Colab and Kaggle, cannot import an editable install.
+  [[ -n ${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-} ]] && editable=()
+  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+  "$python" -m pip install --quiet --no-input ${torch:+"$torch"} ${editable[@]+"${editable[@]}"} "$root${1:+[$1]}"
+}

@@ -1,0 +1,129 @@
+"""Kaggle on loopback, as far as its own clients need it: they go to port 7777 when KAGGLE_API_ENVIRONMENT is TEST."""
+
+import contextlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+PORT = 7777
+ETAG = '"version-1"'
+
+
+@dataclass
+class FakeKaggle:
+    """What the server does; change it between requests.
+
+    Attributes:
+        archive: the zip it serves.
+        status: answer to a request for the data set: 200, or an error.
+        cuts: for each of the next GET requests, after how many bytes the connection breaks.
+        stall_after: after how many bytes of the archive the server falls silent.
+        silent: accept connections and never answer.
+        token_status: answer to the question whether a token is good.
+        requests: (method, path, Range header, Authorization header), as they came.
+    """
+
+    archive: bytes = b""
+    status: int = 200
+    cuts: list[int] = field(default_factory=list)
+    stall_after: int | None = None
+    silent: bool = False
+    token_status: int = 200
+    requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+
+    def paths(self) -> list[str]:
+        return [path for _, path, _, _ in self.requests]
+
+    def ranges(self) -> list[str | None]:
+        """The Range headers of the requests for the archive."""
+        return [span for method, path, span, _ in self.requests if method == "GET" and path.startswith("/archive")]
+
+
+def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
+    """Start serving in a thread; raise `OSError` if the port is taken. `shutdown()` and `server_close()` end it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 30
+
+        def log_message(self, *_):
+            pass
+
+        def _note(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fake.requests.append(
+                (self.command, self.path, self.headers.get("Range"), self.headers.get("Authorization"))
+            )
+            if fake.silent:
+                released.wait(30)
+                self.close_connection = True
+            return fake.silent
+
+        def _json(self, content, status=200):
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self):
+            if not self._note():
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def do_POST(self):
+            if self._note():
+                return
+            call = self.path.rsplit("/", 1)[-1]
+            if call == "IntrospectToken" and fake.token_status == 200:
+                self._json({"active": True, "username": "tester"})
+            elif call == "IntrospectToken":
+                self._json({"code": fake.token_status, "message": "no"}, fake.token_status)
+            elif fake.status != 200:
+                self._json({"code": fake.status, "message": "no"}, fake.status)
+            elif call == "GetDataset":
+                self._json({"id": 1, "currentVersionNumber": 3})
+            elif call == "DownloadDataset":
+                self.send_response(302)
+                self.send_header("Location", f"http://localhost:{PORT}/archive.zip?signature=signed")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            else:
+                self._json({"code": 404, "message": f"no {call}"}, 404)
+
+        def do_GET(self):
+            if self._note():
+                return
+            span = self.headers.get("Range")
+            start = int(span.removeprefix("bytes=").removesuffix("-")) if span else 0
+            body = fake.archive[start:]
+            self.send_response(206 if span else 200)
+            if span:
+                self.send_header("Content-Range", f"bytes {start}-{len(fake.archive) - 1}/{len(fake.archive)}")
+            self.send_header("Content-Type", "application/zip")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", ETAG)
+            self.end_headers()
+            cut = fake.cuts.pop(0) if fake.cuts else fake.stall_after
+            with contextlib.suppress(ConnectionError):  # a client that resumes lets go of the whole that it asked first
+                self.wfile.write(body[:cut])
+                if fake.stall_after is not None:
+                    released.wait(30)
+            self.close_connection = cut is not None
+
+    released = threading.Event()
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def server_close(self):
+            released.set()
+            super().server_close()
+
+    server = Server(("127.0.0.1", PORT), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server

@@ -1,0 +1,418 @@
+"""Reading patients as people have them; every trap here has caught somebody."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brats_helpers import cases
+from brats_helpers.cases import DataError, find_cases, find_segs, read_image, read_mask
+
+AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
+ALL = ("flair", "t1", "t1ce", "t2")
+
+
+def touch(root, *names):
+    """Empty files: finding reads names only."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def patient(root, folder, case, *, kinds=(*ALL, "seg"), ending=".nii.gz", dash="_"):
+    touch(root, *(f"{folder}/{case}{dash}{kind}{ending}" for kind in kinds))
+
+
+def save(path, data, dtype=np.int16, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(data, dtype), affine), path)
+    return path
+
+
+def grid(values=(0, 1, 2, 4)):
+    """2 x 3 x 4 voxels that take `values` in turn."""
+    return np.resize(values, (2, 3, 4))
+
+
+# ---- Finding
+
+
+def test_every_modality_is_its_own_file(tmp_path):
+    # `*t1*` takes t1 and t1ce; a `t1` in the folder's or the case's name must not matter either.
+    patient(tmp_path, "t1_study/case_t1_001", "case_t1_001")
+    (case,) = find_cases(tmp_path)
+    assert case.id == "case_t1_001"
+    assert {name: path.name for name, path in case.images.items()} == {
+        "flair": "case_t1_001_flair.nii.gz",
+        "t1": "case_t1_001_t1.nii.gz",
+        "t1ce": "case_t1_001_t1ce.nii.gz",
+        "t2": "case_t1_001_t2.nii.gz",
+    }
+    assert case.seg.name == "case_t1_001_seg.nii.gz"
+    assert case.folder == tmp_path / "t1_study/case_t1_001"
+
+
+def test_modalities_come_in_the_order_asked_for(tmp_path):
+    patient(tmp_path, "A", "A")
+    (case,) = find_cases(tmp_path, ("t2", "flair"))
+    assert list(case.images) == ["t2", "flair"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "case", "naming"),
+    [
+        ("MICCAI_BraTS_2018_Data_Training/HGG/Brats18_2013_10_1", "Brats18_2013_10_1", "_{}.nii.gz"),
+        ("MICCAI_BraTS_2019_Data_Training/LGG/BraTS19_TCIA09_141_1", "BraTS19_TCIA09_141_1", "_{}.nii.gz"),
+        (
+            "BraTS2020_TrainingData/MICCAI_BraTS2020_TrainingData/BraTS20_Training_001",
+            "BraTS20_Training_001",
+            "_{}.nii",
+        ),
+        ("BraTS2021_00000", "BraTS2021_00000", "_{}.nii.gz"),
+        ("PAT_7", "PAT_7", "_{}.NII.GZ"),
+    ],
+)
+def test_releases_up_to_2021(tmp_path, folder, case, naming):
+    touch(tmp_path, *(f"{folder}/{case}{naming.format(kind)}" for kind in (*ALL, "seg")))
+    (found,) = find_cases(tmp_path)
+    assert found.id == case
+    assert [path.name for path in found.images.values()] == [case + naming.format(kind) for kind in ALL]
+    assert found.seg.name == case + naming.format("seg")
+
+
+def test_release_2023(tmp_path):
+    name = "BraTS-GLI-00000-000"
+    patient(tmp_path, f"x/{name}", name, kinds=("t1n", "t1c", "t2w", "t2f", "seg"), dash="-")
+    (case,) = find_cases(tmp_path)
+    assert case.id == name
+    assert {name: path.name.split("-")[-1] for name, path in case.images.items()} == {
+        "flair": "t2f.nii.gz",
+        "t1": "t1n.nii.gz",
+        "t1ce": "t1c.nii.gz",
+        "t2": "t2w.nii.gz",
+    }
+    assert case.seg.name.endswith("-seg.nii.gz")
+
+
+def test_files_named_by_modality_alone(tmp_path):
+    touch(tmp_path, *(f"Smith/{kind}.nii.gz" for kind in (*ALL, "seg")))
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.seg.name) == ("Smith", "seg.nii.gz")
+
+
+def test_both_grades_sorted_by_id(tmp_path):
+    patient(tmp_path, "HGG/c", "c")
+    patient(tmp_path, "LGG/a", "a")
+    patient(tmp_path, "LGG/deep/er/b", "b", kinds=ALL)
+    assert [case.id for case in find_cases(tmp_path)] == ["a", "b", "c"]
+    assert [case.seg is None for case in find_cases(tmp_path)] == [False, True, False]
+
+
+def test_one_patients_own_folder(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B")
+    assert [case.id for case in find_cases(tmp_path / "B")] == ["B"]
+
+
+def test_flat_folder_of_patients(tmp_path):
+    patient(tmp_path, ".", "A")
+    patient(tmp_path, ".", "B")
+    assert [(case.id, case.seg.name) for case in find_cases(tmp_path)] == [("A", "A_seg.nii.gz"), ("B", "B_seg.nii.gz")]
+
+
+def test_355_has_a_segmentation_of_another_name(tmp_path):
+    patient(tmp_path, "BraTS20_Training_355", "BraTS20_Training_355", kinds=ALL, ending=".nii")
+    touch(tmp_path, "BraTS20_Training_355/W39_1998.09.19_Segm.nii")
+    (case,) = find_cases(tmp_path)
+    assert case.id == "BraTS20_Training_355"
+    assert case.seg.name == "W39_1998.09.19_Segm.nii"
+    assert find_segs(tmp_path) == {case.id: case.seg}
+
+
+def test_a_stranger_among_several_patients_is_nobodys_segmentation(tmp_path):
+    patient(tmp_path, ".", "A", kinds=ALL)
+    patient(tmp_path, ".", "B", kinds=ALL)
+    touch(tmp_path, "template.nii")
+    assert [case.seg for case in find_cases(tmp_path)] == [None, None]
+
+
+def test_capital_letters(tmp_path):
+    touch(tmp_path, *(f"A/A_{kind.upper()}.NII" for kind in (*ALL, "seg")))
+    (case,) = find_cases(tmp_path)
+    assert (case.images["t1ce"].name, case.seg.name) == ("A_T1CE.NII", "A_SEG.NII")
+
+
+def test_a_stranger_is_no_segmentation_where_there_is_one(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "A/brain_mask.nii.gz")
+    assert find_cases(tmp_path)[0].seg.name == "A_seg.nii.gz"
+
+
+def test_two_candidates_for_the_segmentation(tmp_path):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, "A/one.nii", "A/two.nii")
+    with pytest.raises(DataError, match=r"A: which of one\.nii, two\.nii in .*Keep one"):
+        find_cases(tmp_path)
+
+
+def test_two_files_for_one_modality(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "A/A_t1ce.nii")
+    with pytest.raises(DataError, match=r"A: two files for t1ce, A_t1ce\.nii and A_t1ce\.nii\.gz"):
+        find_cases(tmp_path)
+
+
+def test_the_same_patient_twice(tmp_path):
+    patient(tmp_path, "copy1/A", "A")
+    patient(tmp_path, "copy2/A", "A")
+    with pytest.raises(DataError, match="A lies in two folders, .*copy1.*copy2"):
+        find_cases(tmp_path)
+    with pytest.raises(DataError, match="A lies in two folders, .*copy1.*copy2"):
+        find_segs(tmp_path)
+
+
+def test_files_that_are_no_scans(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "name_mapping.csv", "A/._A_flair.nii.gz", "A/.A_t1.nii", "A/A_t1.nii.gz.part")
+    touch(tmp_path, "__MACOSX/A/._A_seg.nii")  # what a Mac puts into a zip
+    (tmp_path / "A/A_t2.nii").mkdir()
+    assert [case.id for case in find_cases(tmp_path)] == ["A"]
+    assert list(find_segs(tmp_path)) == ["A"]
+
+
+def test_a_missing_modality_names_patient_and_file(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "t1ce", "seg"))
+    patient(tmp_path, "C", "C", kinds=("flair",))
+    with pytest.raises(DataError) as error:
+        find_cases(tmp_path)
+    message = str(error.value)
+    assert f"B: no B_t1.nii or .nii.gz in {tmp_path / 'B'} (missing: t1, t2; found: flair, t1ce)" in message
+    assert "C: no C_t1.nii" in message and "A: no" not in message
+    assert "-p modalities flair,t1ce" in message and "-p skip_incomplete true" in message
+
+
+def test_incomplete_patients_are_left_out_aloud(tmp_path, capsys):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "seg"))
+    assert [case.id for case in find_cases(tmp_path, skip_incomplete=True)] == ["A"]
+    assert "left out: B: no B_t1.nii" in capsys.readouterr().out
+    assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["A", "B"]
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_found(tmp_path):
+    with pytest.raises(DataError, match="No patient with flair, t1, t1ce, t2 below .*BraTS20_Training_001_t1.nii"):
+        find_cases(tmp_path)
+    patient(tmp_path, "A", "A", kinds=("flair",))
+    with pytest.raises(DataError, match="No patient with"):
+        find_cases(tmp_path, skip_incomplete=True)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        find_cases(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("modalities", [(), ("flair", "pet"), ("flair", "flair"), "flair"])
+def test_unknown_modalities(tmp_path, modalities):
+    with pytest.raises(DataError, match="expected one or more of flair, t1, t1ce, t2, each once"):
+        find_cases(tmp_path, modalities)
+
+
+def test_label_maps_alone(tmp_path):
+    touch(tmp_path, "B_seg.nii.gz", "A-seg.nii", "nested/C/C_seg.nii.gz", "bare/BraTS-GLI-00001-000.nii.gz")
+    patient(tmp_path, "D", "D", kinds=("flair",))
+    assert find_segs(tmp_path) == {
+        "A": tmp_path / "A-seg.nii",
+        "B": tmp_path / "B_seg.nii.gz",
+        "BraTS-GLI-00001-000": tmp_path / "bare/BraTS-GLI-00001-000.nii.gz",
+        "C": tmp_path / "nested/C/C_seg.nii.gz",
+        "D": None,
+    }
+    assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["D"]
+
+
+# ---- Reading
+
+
+@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
+def test_read_image(tmp_path, name):
+    voxels, image = read_image(save(tmp_path / name, np.arange(24).reshape(2, 3, 4)))
+    np.testing.assert_array_equal(voxels, np.arange(24).reshape(2, 3, 4))
+    assert voxels.dtype == np.int16
+    np.testing.assert_array_equal(image.affine, AFFINE)
+    assert cases.spacing_mm(image) == (1, 1, 1)
+
+
+def test_the_first_bytes_decide_not_the_name(tmp_path):
+    plain = save(tmp_path / "a.nii", grid())
+    packed = tmp_path / "b.nii"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    unpacked = tmp_path / "c.nii.gz"
+    unpacked.write_bytes(plain.read_bytes())
+    for path in (packed, unpacked):
+        np.testing.assert_array_equal(read_image(path)[0], grid())
+
+
+@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
+@pytest.mark.parametrize("kept", [0, 2, 200, 0.9])
+def test_truncated_files(tmp_path, name, kept):
+    noise = np.random.default_rng(0).integers(0, 30000, (9, 9, 9))
+    path = save(tmp_path / name, noise)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(kept * len(raw)) if kept < 1 else kept])
+    with pytest.raises(DataError, match=rf"{name} (cannot be read as NIfTI|is truncated).*again"):
+        read_image(path)
+
+
+def test_a_plain_file_cut_in_its_voxels_says_how_much_is_missing(tmp_path):
+    path = save(tmp_path / "a.nii", grid())  # 352 bytes of header, 24 voxels of 2 bytes
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="390 bytes, its header promises 400"):
+        read_image(path)
+
+
+def test_a_damaged_packed_file(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 30000, (9, 9, 9)))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="cannot be read as NIfTI"):
+        read_image(path)
+
+
+def test_what_is_no_nifti(tmp_path):
+    (tmp_path / "a.nii").write_text("<html>Sign in to download</html>" * 100)
+    with pytest.raises(DataError, match="a.nii cannot be read as NIfTI"):
+        read_image(tmp_path / "a.nii")
+    with pytest.raises(DataError, match="b.nii cannot be read as NIfTI"):
+        read_image(tmp_path / "b.nii")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (2, 3), (2, 0, 4)])
+def test_other_than_three_axes(tmp_path, shape):
+    with pytest.raises(DataError, match=r"has shape \(2, .*expected three axes"):
+        read_image(save(tmp_path / "a.nii", np.zeros(shape)))
+
+
+# ---- Labels
+
+
+def test_class_and_label_names_fit():
+    assert cases.CLASSES == ("background", "NCR", "ED", "ET")
+    assert cases.REGIONS == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+    assert cases.LABELS == {"2020": (0, 1, 2, 4), "2023": (0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [([0, 1, 2, 4], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2]), ([0], [0]), ([4], [3])],
+)
+def test_labels_to_classes(labels, classes, dtype):
+    found = cases.labels_to_classes(np.array(labels, dtype))
+    assert found.dtype == np.uint8
+    assert found.tolist() == classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1.5], "fractional"),
+        ([0, np.nan], "fractional or non-finite"),
+        ([0, np.inf], "labels from 0 to inf"),
+        ([0, 5], "labels from 0 to 5"),
+        ([0, -1], "labels from -1 to 0"),
+        ([0, 259], "labels from 0 to 259"),  # 3 in eight bits
+        ([0, 3, 4], "labels 3 and 4 in one mask"),
+    ],
+)
+def test_labels_that_mean_nothing(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message):
+        cases.labels_to_classes(np.array(labels, np.float64))
+    path = save(tmp_path / "a_seg.nii.gz", grid(labels), np.float64)
+    with pytest.raises(DataError, match=rf"a_seg\.nii\.gz: .*{message}"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(("numbering", "labels"), [("2020", [0, 1, 2, 4]), ("2023", [0, 1, 2, 3])])
+def test_classes_to_labels_and_back(numbering, labels):
+    classes = np.array([[0, 1], [2, 3]], np.uint8)
+    found = cases.classes_to_labels(classes, numbering)
+    assert found.dtype == np.uint8
+    assert found.ravel().tolist() == labels
+    np.testing.assert_array_equal(cases.labels_to_classes(found), classes)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+@pytest.mark.parametrize(("numbering", "stored"), [("2020", (0, 1, 2, 4)), ("2023", (0, 1, 2, 3))])
+def test_round_trip(tmp_path, dtype, numbering, stored):
+    affine = np.array([[-0.9, 0.1, 0, 3], [0.1, -1.1, 0, 239], [0, 0, 2.5, -7], [0, 0, 0, 1]])
+    like = nib.Nifti1Image(np.zeros((2, 3, 4), dtype), affine)
+    like.header["descrip"] = b"as it came"
+    like.header.set_xyzt_units("mm", "sec")
+    like.header.set_slope_inter(2, 5)
+    like.set_sform(affine, code=4)
+    like.set_qform(np.diag([-0.9, -1.1, 2.5, 1]), code=1)
+    classes = np.resize(np.arange(4, dtype=np.uint8), (2, 3, 4))
+    path = tmp_path / "a_seg.nii.gz"
+    cases.write_mask(path, classes, like, numbering=numbering)
+
+    np.testing.assert_array_equal(read_mask(path), classes)
+    again, image = cases.read_seg(path)
+    np.testing.assert_array_equal(again, classes)
+    raw = nib.load(path)
+    np.testing.assert_array_equal(np.asanyarray(raw.dataobj), np.array(stored)[classes])
+    np.testing.assert_array_equal(image.affine, like.affine)
+    np.testing.assert_allclose(raw.header.get_qform(), like.header.get_qform())
+    assert (raw.header["sform_code"], raw.header["qform_code"]) == (4, 1)
+    assert raw.header.get_xyzt_units() == ("mm", "sec")
+    assert raw.header["descrip"].item() == b"as it came"
+    assert raw.get_data_dtype() == (np.uint8 if dtype == np.float32 else dtype)  # no float label map
+    assert (raw.dataobj.slope, raw.dataobj.inter) == (1, 0)
+    assert cases.spacing_mm(image) == pytest.approx(cases.spacing_mm(like))
+
+
+def test_a_second_reader_sees_the_same(tmp_path):
+    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: no second reader")
+    classes = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    like = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), AFFINE)
+    cases.write_mask(tmp_path / "a.nii.gz", classes, like)
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image).T, cases.classes_to_labels(classes))
+    assert image.GetOrigin() == (0, -239, 0)  # SimpleITK's axes: x and y the other way round
+    assert image.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+
+
+# ---- Real patients
+
+
+@pytest.mark.parametrize(
+    ("case", "voxels"),
+    [
+        ("brats_2013_pat0001_1", (27_189, 53_050, 31_485)),
+        ("brats_2013_pat0002_1", (1_106, 53_736, 8_219)),
+        ("brats_2013_pat0003_1", (4_414, 148_264, 21_250)),
+    ],
+)
+def test_voxels_of_real_patients(real_patients, case, voxels):
+    classes, image = cases.read_seg(find_segs(real_patients)[case])
+    assert classes.shape == (240, 240, 155)
+    assert cases.spacing_mm(image) == (1, 1, 1)
+    assert tuple(np.bincount(classes.ravel(), minlength=4)[1:]) == voxels
+
+
+def test_real_patients_are_found(real_patients):
+    found = find_cases(real_patients, ("flair", "t1ce"))
+    assert {case.id: case.seg is not None for case in found} == {
+        "BraTS-GLI-00001-000": False,
+        "brats_2013_pat0001_1": True,
+        "brats_2013_pat0002_1": True,
+        "brats_2013_pat0003_1": True,
+    }
+    with pytest.raises(DataError, match="brats_2013_pat0001_1: no brats_2013_pat0001_1_t1.nii"):
+        find_cases(real_patients)
+    assert [path.name for path in found[0].images.values()] == [
+        "BraTS-GLI-00001-000-t2f.nii.gz",
+        "BraTS-GLI-00001-000-t1c.nii.gz",
+    ]

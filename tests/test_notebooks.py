@@ -1,0 +1,160 @@
+"""The notebooks: clean as stored, whole as run, their compared outputs really compared."""
+
+import ast
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brats_helpers.suite import NEEDS, profiles, read_notebooks, read_profile
+
+ROOT = Path(__file__).parents[1]
+STAGES = list(NEEDS)
+
+
+def _cells(stage, kind="code"):
+    notebook = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text("utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def _source(cell):
+    return "".join(cell["source"])
+
+
+# --- as stored
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_notebook_reads_as_prose_with_small_cells(stage):
+    code = [_source(cell) for cell in _cells(stage)]
+    tree = [node for source in code for node in ast.walk(ast.parse(source))]
+    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in tree)
+    assert not re.search(r"sys\.path|^%|^!|import \*", "\n".join(code), re.MULTILINE)
+    assert max(len(source.splitlines()) for source in code) <= 25
+    imports = [k for k, source in enumerate(code) if re.search(r"^(import|from) ", source, re.MULTILINE)]
+    assert imports == [1]  # one cell, right after the parameters
+    assert _source(_cells(stage, "markdown")[0]).startswith(f"# {stage[:2]} · ")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs_are_stored_where_a_test_compares_them_and_nowhere_else(stage):
+    for cell in _cells(stage):
+        assert bool(cell["outputs"]) == ("NBVAL_CHECK_OUTPUT" in _source(cell)), _source(cell)
+        assert cell["execution_count"] is None
+
+
+def test_every_parameter_has_a_type_and_a_meaning():
+    for stage, notebook in read_notebooks(ROOT).items():
+        assert "run_dir" in notebook.parameters
+        for parameter in notebook.parameters.values():
+            assert len(parameter.meaning) > 10, f"{stage}: {parameter.name}"
+
+
+def test_every_parameter_is_used_and_every_profile_sets_declared_ones():
+    notebooks = read_notebooks(ROOT)
+    for notebook in notebooks.values():
+        names = {node.id for source in notebook.code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        assert set(notebook.parameters) <= names
+    declared = {name for notebook in notebooks.values() for name in notebook.parameters}
+    for name in profiles(ROOT):
+        assert set(read_profile(ROOT / "profiles" / f"{name}.yaml")) <= declared
+
+
+def test_papermill_shows_each_parameter_with_type_and_meaning():
+    for stage, notebook in read_notebooks(ROOT).items():
+        command = [sys.executable, "-m", "papermill", "--help-notebook", str(ROOT / "notebooks" / f"{stage}.ipynb")]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "300"})
+        text = " ".join(shown.stdout.split())
+        for parameter in notebook.parameters.values():
+            assert f"{parameter.name}: {parameter.type} (default" in text
+            assert " ".join(parameter.meaning.split()[:3]) in text
+
+
+# --- as run
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    """The folder of a smoke run through the script, as anybody would start it."""
+    shutil.rmtree(ROOT / "runs" / "test-smoke", ignore_errors=True)
+    command = [ROOT / "run_all.sh", "--profile", "smoke", "--run", "test-smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT / "runs" / "test-smoke"
+
+
+def test_a_run_leaves_every_file_that_is_promised(smoke):
+    for stage in STAGES:
+        assert (smoke / "notebooks" / f"{stage}.ipynb").is_file()
+    promised = ["splits.json", "checkpoints/best.pt", "checkpoints/last.pt", "history.csv", "metrics.json", "cases.csv"]
+    assert not [name for name in promised if not (smoke / name).is_file()]
+    assert (smoke / "report" / "index.html").is_file() and len(list((smoke / "figures").glob("*.png"))) >= 10
+
+
+def test_the_manifest_tells_what_was_done_with_what(smoke):
+    manifest = json.loads((smoke / "manifest.json").read_text())
+    assert manifest["simulated"] is True and manifest["profile"] == "smoke"
+    assert manifest["device"]["device"] and manifest["versions"]["torch"] and len(manifest["fingerprint"]) == 16
+    for stage in STAGES:
+        assert manifest["stages"][stage]["status"] == "finished" and manifest["stages"][stage]["seconds"] > 0
+    assert manifest["stages"]["02_train"]["parameters"]["batch_size"] == 4
+
+
+def test_splits_metrics_and_predictions_are_of_the_same_patients(smoke):
+    splits = json.loads((smoke / "splits.json").read_text())
+    metrics = json.loads((smoke / "metrics.json").read_text())
+    assert [len(splits[part]) for part in ("train", "val", "test")] == [1, 1, 1]
+    assert len({*splits["train"], *splits["val"], *splits["test"]}) == 3
+    assert list(metrics["cases"]) == splits["test"] and metrics["simulated"] is True
+    assert "373.13" in metrics["convention"]
+    for region in ("WT", "TC", "ET"):
+        assert {"dice", "hd95_mm"} <= set(metrics["cases"][splits["test"][0]][region])
+        assert {"mean", "median", "std", "n"} <= set(metrics["summary"][region]["dice"])
+    rows = list(csv.DictReader(open(smoke / "cases.csv")))
+    assert [row["case"] for row in rows] == splits["test"]
+    written = nib.load(smoke / "predictions" / f"{splits['test'][0]}_seg.nii.gz")
+    assert written.shape == (240, 240, 155) and set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
+
+
+def test_the_score_verb_gives_the_figures_of_the_notebook(smoke, tmp_path):
+    data = json.loads((smoke / "manifest.json").read_text())["data"]
+    command = [sys.executable, "-m", "brats_helpers", "score", smoke / "predictions", data, "--json", tmp_path / "s.json"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    again, metrics = (json.loads(path.read_text()) for path in (tmp_path / "s.json", smoke / "metrics.json"))
+    assert again["cases"] == metrics["cases"] and again["summary"] == metrics["summary"]
+    assert again["convention"] == metrics["convention"] and again["simulated"] is True
+
+
+def test_a_second_run_repeats_nothing(smoke):
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "notebooks").iterdir()}
+    command = [ROOT / "run_all.sh", "--profile", "smoke", "--run", "test-smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("finished before") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_nbval_compares_the_stored_outputs(smoke, tmp_path):
+    """The notebooks as nbval runs them, then with one stored output changed, which must fail."""
+    folder = ROOT / "runs" / "test-nbval"
+    shutil.rmtree(folder, ignore_errors=True)
+    prepare = [ROOT / "run_all.sh", "--profile", "smoke", "--run", "test-nbval", "--prepare-only"]
+    paths = ["-p", "data_dir", ROOT / "data", "-p", "cache_dir", ROOT / "cache"]
+    subprocess.run([*prepare, *paths], check=True, capture_output=True, cwd=ROOT)
+    nbval = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*nbval, folder / "notebooks"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+    setup = folder / "notebooks" / "00_setup.ipynb"
+    spoilt = setup.read_text("utf-8").replace("label 4 is class 3, ET", "label 4 is class 2, ET")
+    assert spoilt != setup.read_text("utf-8")
+    setup.write_text(spoilt, "utf-8")
+    done = subprocess.run([*nbval, setup], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "label 4 is class 2, ET" in done.stdout

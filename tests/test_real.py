@@ -1,0 +1,50 @@
+"""Real patients, two modalities: a short training, the unlabelled one predicted in its own geometry."""
+
+import dataclasses
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from brats_helpers import inference
+from brats_helpers.cache import prepare
+from brats_helpers.cases import DataError, find_cases
+from brats_helpers.model import PACKAGED_ENCODER
+from brats_helpers.train import fit
+
+from .test_train import SETTINGS
+
+
+def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_patients, tmp_path):
+    cases = find_cases(real_patients, ["flair", "t1ce"])
+    packed = {case.id: case for case in prepare(cases, cache_dir=tmp_path / "cache", workers=1)}
+    settings = dataclasses.replace(
+        SETTINGS,
+        modalities="flair,t1ce",
+        encoder=PACKAGED_ENCODER,
+        encoder_weights="imagenet",
+        epochs=2,
+        batch_size=8,
+        slices_per_epoch=64,
+    )
+    train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
+    val = [packed["brats_2013_pat0003_1"]]
+    history = fit(settings, train, val, tmp_path, device=torch.device("cpu"), workers=0)
+    assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
+
+    checkpoint = tmp_path / "checkpoints" / "best.pt"
+    patient = real_patients / "BraTS-GLI-00001-000"
+    inference.predict_folders(checkpoint, [patient], tmp_path / "out", device="cpu", flips=False)
+    written = nib.load(tmp_path / "out" / "BraTS-GLI-00001-000_seg.nii.gz")
+    scan = nib.load(patient / "BraTS-GLI-00001-000-t2f.nii.gz")
+    assert written.shape == scan.shape and np.array_equal(written.affine, scan.affine)
+    assert written.header.get_zooms() == scan.header.get_zooms()
+    assert set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
+
+
+def test_four_modalities_are_asked_for_where_two_are(real_patients):
+    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: no brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
+        find_cases(real_patients)
+    found = find_cases(real_patients, skip_incomplete=True)
+    assert [case.id for case in found] == ["BraTS-GLI-00001-000"]
