@@ -40,7 +40,7 @@ _BRIGHTNESS = {
     "fluid": {"flair": (0.08, 0.45), "t1": (0.20, 0.42), "t1ce": (0.20, 0.42), "t2": (2.4, 4.0)},
     "vessel": {"flair": (0.3, 1.0), "t1": (0.4, 1.2), "t1ce": (1.5, 3.0), "t2": (0.4, 1.2)},
     "dura": {"flair": (0.6, 2.2), "t1": (0.6, 1.6), "t1ce": (1.2, 3.0), "t2": (0.5, 2.0)},
-    "oedema": {"flair": (1.35, 2.05), "t1": (0.62, 0.85), "t1ce": (0.62, 0.88), "t2": (1.9, 3.0)},
+    "oedema": {"flair": (1.45, 2.3), "t1": (0.55, 0.82), "t1ce": (0.58, 0.85), "t2": (1.9, 3.0)},
     "solid": {"flair": (1.25, 2.0), "t1": (0.62, 0.85), "t1ce": (0.62, 0.95), "t2": (1.6, 2.6)},
     "necrosis": {"flair": (0.8, 2.0), "t1": (0.45, 0.80), "t1ce": (0.50, 0.90), "t2": (2.2, 3.8)},
     "enhancing": {"flair": (1.2, 2.0), "t1": (0.65, 0.95), "t1ce": (1.15, 2.1), "t2": (1.4, 2.5)},
@@ -280,12 +280,12 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
     rough = _noise(rng, shape, 2.6).ravel()[where] * rng.uniform(0.05, 0.15)
     folds = _noise(rng, shape, 5).ravel()[where] * rng.uniform(0.05, 0.20)
     fluid = 1 - white - grey
-    wide = 1.3 * fluid + 0.25 * (age - 0.4) + folds + rough
+    wide = 1.3 * fluid + 0.3 * (age - 0.1) + folds + rough
     logits = np.stack([white + 0.5 * rough, grey - 0.5 * rough, wide]) * rng.uniform(9, 14)
     white, grey, fluid = softmax(logits, axis=0)
 
     strip = deep_in + _noise(rng, shape, 12) * rng.uniform(0.3, 1.2) + _noise(rng, shape, 3) * 0.4
-    inside = strip > rng.normal(-0.2, 0.8)
+    inside = strip > rng.normal(-0.8, 0.8)
     if rng.random() < 0.15:  # the scanner's field of view ended inside the head
         axis, cut = rng.integers(1, 3), rng.integers(6, 18)
         edge = np.moveaxis(inside, axis, 0)  # in front, behind or below
@@ -387,7 +387,7 @@ def _draw_tumour(rng: np.random.Generator, anatomy: _Anatomy) -> _Tumour:
     score = (1 - ring + 0.2) * lumps - 3 * ring * core / radius + rng.uniform(0.05, 0.25) * crumbs
     share = float(np.clip(rng.beta(2.5, 1.9), 0.08, 0.97))
     score -= np.inf if low_grade else _threshold(score[within & (core > 0)], share * mass.core_ml)
-    enhancing = in_core / (1 + np.exp(-np.clip(score * 14, -30, 30)))
+    enhancing = in_core * expit(score * 14)
     holes = expit(4 * (lumps * 0.6 - score + rng.normal(0, 1)))
     necrosis = (in_core - enhancing) * (0.25 * holes if low_grade else holes)
 
@@ -397,9 +397,10 @@ def _draw_tumour(rng: np.random.Generator, anatomy: _Anatomy) -> _Tumour:
     field = np.where(core > 0, 1e3, field - 12 * anatomy.fluid)
     field -= _threshold(field[within], mass.core_ml + mass.oedema_ml)
     soak = anatomy.white + rng.uniform(0.3, 0.8) * anatomy.grey  # cortex takes up less water
-    oedema = (1 - in_core) * soak / (1 + np.exp(-np.clip(field * rng.uniform(1.5, 4.0), -30, 30)))
+    faint = 1 - rng.uniform(0, 0.6) * expit(3 * anatomy.noise(rng, 14))
+    oedema = (1 - in_core) * soak * faint * expit(field * rng.uniform(1.0, 4.0))
 
-    reader = rng.normal((0.2, 0.1, 0.1), (0.4, 0.1, 0.3)).astype(np.float32)  # one draws a little wider than another
+    reader = rng.normal((0.2, 0.1, 0.25), (0.4, 0.1, 0.4)).astype(np.float32)  # one draws a little wider than another
     classes = _reference(anatomy, core + reader[0], score + reader[1], field + reader[2])
     return _Tumour(classes, in_core, enhancing, necrosis, oedema)
 

@@ -18,7 +18,7 @@ class Run:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+        self.folder = from_root(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = self.folder.resolve().name
         self.splits = self.folder / "splits.json"
@@ -54,6 +54,12 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
+
+
+def from_root(path: Path | str) -> Path:
+    """A relative path as run_all.sh means it, also in Jupyter, where a notebook works in the folder notebooks/."""
+    here = Path.cwd()
+    return (here.parent if here.name == "notebooks" else here) / path
 
 
 def write_json(path: Path, content: dict) -> None:
