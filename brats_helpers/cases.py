@@ -141,7 +141,8 @@ def _scan(root: Path | str) -> list[Case]:
     found: dict[Path, dict[str, dict[str, Path]]] = {}
     strangers: dict[Path, list[Path]] = {}
     for path in sorted(root.rglob("*")):
-        if not path.name.lower().endswith((".nii", ".nii.gz")) or path.name.startswith(".") or not path.is_file():
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if hidden or not path.name.lower().endswith((".nii", ".nii.gz")) or not path.is_file():
             continue
         case_id, kind = _recognise(path)
         if kind is None:

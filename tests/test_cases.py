@@ -177,6 +177,7 @@ def test_files_that_are_no_scans(tmp_path):
     patient(tmp_path, "A", "A")
     touch(tmp_path, "name_mapping.csv", "A/._A_flair.nii.gz", "A/.A_t1.nii", "A/A_t1.nii.gz.part")
     touch(tmp_path, "__MACOSX/A/._A_seg.nii")  # what a Mac puts into a zip
+    patient(tmp_path, ".part-1/A", "A")  # what a killed simulation leaves
     (tmp_path / "A/A_t2.nii").mkdir()
     assert [case.id for case in find_cases(tmp_path)] == ["A"]
     assert list(find_segs(tmp_path)) == ["A"]

@@ -152,3 +152,10 @@ def test_the_summary_counts_what_there_is():
             )
     model.eval()(torch.zeros(1, 2, 64, 96))
     assert facts["multiply_adds"] == sum(costs)
+
+
+def test_an_untrained_network_answers_background():
+    model = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).train()
+    with torch.no_grad():
+        soft = model(torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))).softmax(dim=1)
+    assert (soft[:, 0] > soft[:, 1:].amax(dim=1)).float().mean() > 0.9
