@@ -7,43 +7,71 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brats_helpers.cache import Packed, prepare
-from brats_helpers.cases import Case, DataError, find_cases
+from brats_helpers.cases import CLASSES, Case, DataError, find_cases
 from brats_helpers.runs import Run, write_json
 
 PARTS = ("train", "val", "test")
+ENHANCING = CLASSES.index("ET")
 
 
-def split_cases(ids: Sequence[str], *, split: str, seed: int) -> dict[str, list[str]]:
-    """Share patients out among train, val and test.
+def pick_cases(cases: Sequence[Case], *, split: str, seed: int) -> list[Case]:
+    """The patients that a run takes, sorted by ID: all of them, or as many as a `split` by counts asks for.
+
+    With counts, labelled patients are drawn at random, and of the unlabelled as many as test has.
+    """
+    wanted = _parse(split)
+    if wanted[0] < 1:
+        return sorted(cases, key=lambda case: case.id)
+    draw = random.Random(seed)
+    picked = []
+    for labelled, n in ((True, sum(wanted)), (False, wanted[2])):
+        pool = sorted((case for case in cases if bool(case.seg) == labelled), key=lambda case: case.id)
+        picked += draw.sample(pool, min(int(n), len(pool)))
+    return sorted(picked, key=lambda case: case.id)
+
+
+def split_cases(cases: Sequence[Packed], *, split: str, seed: int) -> dict[str, list[str]]:
+    """Share labelled patients out among train, val and test, each part alike in what is hard to find.
+
+    The patients are ranked by enhancing tumour (absent or present) and then by tumour volume, and
+    val and test take theirs at even distances along that ranking, from a random start.
 
     Args:
-        ids: the patients' IDs, each once.
-        split: three numbers, `0.8,0.1,0.1` for shares or `10,2,2` for so many patients at most.
-        seed: the same seed and IDs give the same parts, in whatever order the IDs come.
+        cases: the prepared cases of labelled patients, each once.
+        split: three numbers whose proportions count, such as `0.8,0.1,0.1` or `10,2,2`.
+        seed: the same seed and patients give the same parts, in whatever order they come.
 
     Returns:
-        `{"train": [...], "val": [...], "test": [...]}`, sorted, disjoint, none empty.
+        `{"train": [...], "val": [...], "test": [...]}`, IDs sorted, disjoint, none empty.
 
     Raises:
         DataError: fewer than three patients.
         ValueError: `split` is no such triple.
     """
     wanted = _parse(split)
-    if len(ids) < len(PARTS):
+    if len(cases) < len(PARTS):
         raise DataError(
-            f"{len(ids)} labelled patient{'s' * (len(ids) != 1)}: at least one each for train, val and test is needed,"
-            " so three or more."
+            f"{len(cases)} labelled patient{'s' * (len(cases) != 1)}: at least one each for train, val and test is"
+            " needed, so three or more."
         )
-    shuffled = sorted(ids)
-    random.Random(seed).shuffle(shuffled)
-    if all(number >= 1 for number in wanted):
-        shuffled = shuffled[: int(sum(wanted))]
-    held_out = [max(1, round(len(shuffled) * number / sum(wanted))) for number in wanted[1:]]
-    while sum(held_out) >= len(shuffled):  # a tiny set: training keeps at least one
-        held_out[held_out.index(max(held_out))] -= 1
-    cuts = {"val": shuffled[: held_out[0]], "test": shuffled[held_out[0] : sum(held_out)]}
-    parts = {"train": shuffled[sum(held_out) :]} | cuts
-    return {name: sorted(parts[name]) for name in PARTS}
+    draw = random.Random(seed)
+    pool = draw.sample(sorted(cases, key=lambda case: case.id), len(cases))  # so that equals rank at random
+    pool.sort(key=lambda case: (case.counts[:, ENHANCING].any(), case.counts[:, 1:].sum()))
+    ids = [case.id for case in pool]
+    n_val, n_test = (max(1, round(len(ids) * number / sum(wanted))) for number in wanted[1:])
+    while n_val + n_test >= len(ids):  # a tiny set: training keeps at least one
+        n_val, n_test = (n_val - 1, n_test) if n_val > n_test else (n_val, n_test - 1)
+    test = _spread_out(ids, n_test, draw)
+    rest = [case_id for case_id in ids if case_id not in test]
+    val = _spread_out(rest, n_val, draw)
+    train = [case_id for case_id in rest if case_id not in val]
+    return {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
+
+
+def _spread_out(ranked: list[str], n: int, draw: random.Random) -> list[str]:
+    """`n` of a ranking at even distances, from a random start."""
+    start = draw.random()
+    return [ranked[int((k + start) * len(ranked) / n)] for k in range(n)]
 
 
 def _parse(split: str) -> list[float]:

@@ -33,7 +33,7 @@ NEEDS = {
     "01_explore": ("00_setup",),
     "02_train": ("00_setup",),
     "03_evaluate": ("02_train",),
-    "04_advanced": ("00_setup",),
+    "04_advanced": ("02_train",),
 }
 """The notebooks in their order, each with those whose files it reads."""
 
@@ -43,6 +43,8 @@ EXIT_CODES = {
     2: "wrong arguments; nothing ran",
     130: "stopped",
 }
+DATA_NAMES = ("phantom", "kaggle", "brats2020", "brats2021", "brats2020-slices")
+"""What `--data` takes beside a folder, see `sources.find_data`."""
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -278,10 +280,10 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
 
 
 def _data(text: str) -> str:
-    if text in ("phantom", "kaggle"):
+    if text in DATA_NAMES:
         return text
     if not Path(text).is_dir():
-        raise UsageError(f"--data {text}: no such folder; {_nearest(text, ('PATH of a folder', 'phantom', 'kaggle'))}")
+        raise UsageError(f"--data {text}: no such folder; {_nearest(text, ('PATH of a folder', *DATA_NAMES))}")
     return str(Path(text).resolve())
 
 

@@ -530,3 +530,9 @@ def test_a_client_that_does_not_even_start_is_ended(kaggle, tmp_path, monkeypatc
     began = time.monotonic()
     assert "no answer" in failure("kaggle", tmp_path)
     assert time.monotonic() - began < 4
+
+
+def test_the_headless_run_takes_every_data_set_by_name():
+    from brats_helpers.suite import DATA_NAMES
+
+    assert {"phantom", "kaggle", *KAGGLE_SETS} == set(DATA_NAMES)
