@@ -1,6 +1,5 @@
 """Random changes to a batch on its device: image and mask together, labels never mixed."""
 
-import math
 
 import torch
 from torch.nn import functional as F
@@ -55,9 +54,9 @@ def _move(images, masks, generator, *, turn: float, scale: float):
     shift = _uniform((batch, 2), -0.1, 0.1, generator, images)
     aspect = height / width
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    theta = torch.stack(
-        [flip * cos, -sin * aspect, shift[:, 0], flip * sin / aspect, cos, shift[:, 1]], dim=1
-    ).reshape(batch, 2, 3)
+    theta = torch.stack([flip * cos, -sin * aspect, shift[:, 0], flip * sin / aspect, cos, shift[:, 1]], dim=1).reshape(
+        batch, 2, 3
+    )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     moved = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
@@ -89,7 +88,7 @@ def _noise(images, generator):
 def _blur(images, generator):
     """Mix with a 5 x 5 Gaussian blur (sigma 1 pixel), each channel by its own share, in half of them."""
     share = _uniform((*images.shape[:2], 1, 1), -1, 1, generator, images).clamp_min(0)
-    taps = torch.exp(-torch.arange(-2.0, 3.0, device=images.device) ** 2 / 2)
+    taps = torch.exp(-(torch.arange(-2.0, 3.0, device=images.device) ** 2) / 2)
     taps = taps / taps.sum()
     channels = images.shape[1]
     blurred = F.conv2d(images, taps.view(1, 1, 5, 1).repeat(channels, 1, 1, 1), padding=(2, 0), groups=channels)

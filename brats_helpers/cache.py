@@ -49,7 +49,7 @@ class Packed:
     counts: np.ndarray
 
     def to_volume(self, box: np.ndarray) -> np.ndarray:
-        """Put an array over the box, (slices, height, width), back into the whole volume, (X, Y, Z), zeros around it."""
+        """Put an array over the box, (slices, height, width), back into the whole volume, (X, Y, Z); the rest is 0."""
         volume = np.zeros(self.shape[::-1], box.dtype)
         z, y, x = self.origin
         depth, height, width = box.shape
@@ -89,7 +89,9 @@ def pack(case: Case) -> Packed:
         mask = read_mask(case.seg)
         shapes["seg"] = mask.shape
     if len(set(shapes.values())) > 1:
-        raise DataError(f"{case.id}: the files in {case.folder} differ in shape ({shapes}); expected one shape for all.")
+        raise DataError(
+            f"{case.id}: the files in {case.folder} differ in shape ({shapes}); expected one shape for all."
+        )
     shape = next(iter(shapes.values()))
 
     # On disk X runs fastest, so (Z, Y, X) is the order in which slices are contiguous.
@@ -97,7 +99,9 @@ def pack(case: Case) -> Packed:
     box = _bounds(stack if mask is None else [*stack, mask.T])
     if box is None:
         raise DataError(f"{case.id}: every voxel of every file in {case.folder} is 0; expected a brain.")
-    images = np.empty((len(range(*box[0].indices(shape[2]))), len(stack), *(b.stop - b.start for b in box[1:])), np.float16)
+    images = np.empty(
+        (len(range(*box[0].indices(shape[2]))), len(stack), *(b.stop - b.start for b in box[1:])), np.float16
+    )
     brain = np.zeros((images.shape[0], *images.shape[2:]), bool)
     for channel, volume in enumerate(stack):
         crop = volume[box]

@@ -54,7 +54,9 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
         model = build_model(encoder=settings["encoder"], weights="none", in_channels=saved["in_channels"])
         model.load_state_dict(saved["model"])
     except FileNotFoundError as error:
-        raise DataError(f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt.") from error
+        raise DataError(
+            f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt."
+        ) from error
     except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
         raise DataError(f"{checkpoint} is no checkpoint of this suite ({type(error).__name__}: {error}).") from error
     model = model.to(device, memory_format=torch.channels_last).eval()
@@ -137,9 +139,7 @@ def evaluate(
     return collect(scores, convention=convention, simulated=simulated, not_scored=not_scored)
 
 
-def predict_folders(
-    checkpoint: Path, folders: Iterable[Path], out: Path, *, device: str, flips: bool
-) -> list[Path]:
+def predict_folders(checkpoint: Path, folders: Iterable[Path], out: Path, *, device: str, flips: bool) -> list[Path]:
     """Predict every patient below `folders` with one checkpoint, for the verb `predict`.
 
     Args:

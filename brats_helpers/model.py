@@ -22,7 +22,7 @@ class WeightsError(Exception):
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
-    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged EfficientNet-Lite0, with a warning."""
+    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged encoder, with a warning."""
     if encoder != "auto":
         return encoder
     if weights != "imagenet":
@@ -30,7 +30,10 @@ def choose_encoder(encoder: str, weights: str) -> str:
     problem = _why_unreachable(DEFAULT_ENCODER)
     if problem is None:
         return DEFAULT_ENCODER
-    warn(f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): taking {PACKAGED_ENCODER}, whose weights are in a package")
+    warn(
+        f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): taking {PACKAGED_ENCODER},"
+        " whose weights are in a package"
+    )
     return PACKAGED_ENCODER
 
 
@@ -66,8 +69,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
     from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
     if from_hub and (problem := _why_unreachable(encoder)):
         raise WeightsError(
-            f"ImageNet weights for {encoder} cannot be fetched: {problem}. Two ways out: the encoder whose weights are in a"
-            f" package (-p encoder {PACKAGED_ENCODER}), or no pretrained weights (-p encoder_weights none)."
+            f"ImageNet weights for {encoder} cannot be fetched: {problem}. Two ways out: the encoder whose weights are"
+            f" in a package (-p encoder {PACKAGED_ENCODER}), or no pretrained weights (-p encoder_weights none)."
         )
     try:
         model = smp.Unet(
@@ -75,7 +78,11 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
         )
     except (KeyError, RuntimeError) as error:
         near = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "See smp.encoders.get_encoder_names(), or tu- and a timm name."
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else "See smp.encoders.get_encoder_names(), or tu- and a timm name."
+        )
         raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
     if weights == "imagenet" and not from_hub:
         _load_encoder(model.encoder, packaged_weights(model.encoder))
@@ -83,7 +90,9 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise WeightsError(f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists.") from error
+            raise WeightsError(
+                f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists."
+            ) from error
         _load_encoder(model.encoder, state)
     with torch.no_grad():
         model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
@@ -118,7 +127,9 @@ def _load_encoder(encoder: nn.Module, state: dict[str, torch.Tensor]) -> None:
     if first in state and state[first].shape[1] != channels:
         state[first] = adapt_channels(state[first], channels)
     if misfit := [name for name in own if name not in state or state[name].shape != own[name].shape]:
-        raise WeightsError(f"these weights are another encoder's: {len(misfit)} of {len(own)} tensors do not fit, first {misfit[0]}.")
+        raise WeightsError(
+            f"these weights are another encoder's: {len(misfit)} of {len(own)} tensors do not fit, first {misfit[0]}."
+        )
     encoder.load_state_dict({name: state[name] for name in own})
 
 
@@ -203,4 +214,3 @@ def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
         "encoder_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
         "multiply_adds": counter.get_total_flops() // 2,
     }
-

@@ -400,7 +400,9 @@ def _draw_tumour(rng: np.random.Generator, anatomy: _Anatomy) -> _Tumour:
     faint = 1 - rng.uniform(0, 0.6) * expit(3 * anatomy.noise(rng, 14))
     oedema = (1 - in_core) * soak * faint * expit(field * rng.uniform(1.0, 4.0))
 
-    reader = rng.normal((0.2, 0.1, 0.25), (0.25, 0.08, 0.25)).astype(np.float32)  # one draws a little wider than another
+    reader = rng.normal((0.2, 0.1, 0.25), (0.25, 0.08, 0.25)).astype(
+        np.float32
+    )  # one draws a little wider than another
     classes = _reference(anatomy, core + reader[0], score + reader[1], field + reader[2])
     return _Tumour(classes, in_core, enhancing, necrosis, oedema)
 

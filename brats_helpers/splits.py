@@ -122,7 +122,9 @@ def check_disjoint(parts: dict[str, list[str]]) -> None:
     for name in PARTS:
         for case_id in parts[name]:
             if case_id in home:
-                raise DataError(f"{case_id} is in {home[case_id]} and in {name}: a network would be scored on what it saw.")
+                raise DataError(
+                    f"{case_id} is in {home[case_id]} and in {name}: a network would be scored on what it saw."
+                )
             home[case_id] = name
 
 

@@ -80,7 +80,13 @@ class Settings:
 
 
 def fit(
-    settings: Settings, train: Sequence[Packed], val: Sequence[Packed], folder: Path, *, device: torch.device, workers: int
+    settings: Settings,
+    train: Sequence[Packed],
+    val: Sequence[Packed],
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
 ) -> list[dict[str, float]]:
     """Train a network; pick up at `folder/checkpoints/last.pt` where that fits the settings and patients.
 

@@ -30,7 +30,12 @@ def write_tiny_case(folder: Path, case_id: str, *, seed: int, modalities=MODALIT
     cx, cy = random.uniform(-0.25, 0.25, 2)
     distance = ((x - cx) ** 2 + (y - cy) ** 2 + (z / 1.5) ** 2) ** 0.5
     labels = np.select([~brain, distance < 0.12, distance < 0.22, distance < 0.35], [0, 1, 4, 2], 0).astype(np.uint8)
-    greys = {"flair": (300, 500, 800, 700), "t1": (400, 250, 300, 350), "t1ce": (400, 250, 900, 380), "t2": (300, 900, 600, 700)}
+    greys = {
+        "flair": (300, 500, 800, 700),
+        "t1": (400, 250, 300, 350),
+        "t1ce": (400, 250, 900, 380),
+        "t2": (300, 900, 600, 700),
+    }
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = 55
     place = folder / case_id

@@ -39,7 +39,9 @@ def test_image_and_mask_move_together(strength):
 
 @pytest.mark.parametrize("strength", ["basic", "strong"])
 def test_labels_are_never_mixed_into_new_ones(strength):
-    masks = torch.randint(0, 2, (16, 64, 64), generator=torch.Generator().manual_seed(0)) * 3  # 0 and 3: 1 or 2 would be a mix
+    masks = (
+        torch.randint(0, 2, (16, 64, 64), generator=torch.Generator().manual_seed(0)) * 3
+    )  # 0 and 3: 1 or 2 would be a mix
     _, moved = _run(strength, batch=(torch.randn(16, 2, 64, 64), masks.to(torch.uint8)))
     assert set(moved.unique().tolist()) == {0, 3} and moved.dtype == torch.uint8
 

@@ -126,5 +126,7 @@ def test_a_case_of_background_alone_is_refused(tmp_path):
 
 
 def test_an_unlabelled_case_has_no_labels(tmp_path):
-    packed = cache.prepare([_case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16)})], cache_dir=tmp_path / "c", workers=1)[0]
+    packed = cache.prepare(
+        [_case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16)})], cache_dir=tmp_path / "c", workers=1
+    )[0]
     assert packed.labels is None and packed.counts[:, 1:].sum() == 0

@@ -8,7 +8,9 @@ from brats_helpers.dataset import BalancedSampler, Slices, common_size, make_loa
 
 
 def _case(name="A", depth=6, modalities=2, height=20, width=30, tumour=(2, 3), empty=()):
-    images = np.arange(1, depth + 1, dtype=np.float16)[:, None, None, None] * np.ones((modalities, height, width), np.float16)
+    images = np.arange(1, depth + 1, dtype=np.float16)[:, None, None, None] * np.ones(
+        (modalities, height, width), np.float16
+    )
     images = images + np.arange(modalities, dtype=np.float16)[:, None, None] / 10
     labels = np.zeros((depth, height, width), np.uint8)
     labels[list(tumour), 5, 5] = 3
@@ -90,4 +92,7 @@ def test_the_loader_gives_whole_batches_in_order(workers):
     assert [len(batch.images) for batch in batches] == [5, 5, 2]
     assert np.concatenate([batch.index.numpy() for batch in batches]).tolist() == slices.index.tolist()
     sampler = BalancedSampler(slices, n=12, foreground=0.5, seed=0)
-    assert [len(batch.images) for batch in make_loader(slices, batch_size=5, workers=workers, sampler=sampler)] == [5, 5]
+    assert [len(batch.images) for batch in make_loader(slices, batch_size=5, workers=workers, sampler=sampler)] == [
+        5,
+        5,
+    ]

@@ -29,7 +29,9 @@ def test_an_absent_class_costs_its_false_positives_only():
     assert CrossEntropyDice(class_weights=(1, 1, 1, 1))(sure, masks).item() == pytest.approx(0, abs=1e-5)
     wrong = sure.clone()
     wrong[0, :, 0, 0] = torch.tensor([0.0, 50, 0, 0])  # one voxel of class 1: Dice (0 + 1) / (1 + 1), the others 1
-    assert CrossEntropyDice(class_weights=(1, 1, 1, 1))(wrong, masks).item() == pytest.approx(50 / 16 + 1 - (0.5 + 1 + 1) / 3, abs=1e-4)
+    assert CrossEntropyDice(class_weights=(1, 1, 1, 1))(wrong, masks).item() == pytest.approx(
+        50 / 16 + 1 - (0.5 + 1 + 1) / 3, abs=1e-4
+    )
 
 
 def test_half_precision_does_not_overflow():

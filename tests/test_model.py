@@ -140,16 +140,18 @@ def test_the_summary_counts_what_there_is():
     facts = models.summary(model, (2, 64, 96))
     total = sum(parameter.numel() for parameter in model.parameters())
     encoder = sum(parameter.numel() for parameter in model.encoder.parameters())
-    assert (facts["parameters"], facts["encoder_parameters"], facts["trainable_parameters"]) == (total, encoder, total - encoder)
+    assert (facts["parameters"], facts["encoder_parameters"], facts["trainable_parameters"]) == (
+        total,
+        encoder,
+        total - encoder,
+    )
     assert model.training
 
     # Multiply-adds of every convolution, from shapes seen by hooks: outputs x inputs per output.
     costs = []
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(
-                lambda layer, _, out: costs.append(out[0].numel() * layer.weight[0].numel())
-            )
+            layer.register_forward_hook(lambda layer, _, out: costs.append(out[0].numel() * layer.weight[0].numel()))
     model.eval()(torch.zeros(1, 2, 64, 96))
     assert facts["multiply_adds"] == sum(costs)
 

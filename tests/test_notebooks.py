@@ -70,7 +70,9 @@ def test_every_parameter_has_a_type_and_a_meaning():
 def test_every_parameter_is_used_and_every_profile_sets_declared_ones():
     notebooks = read_notebooks(ROOT)
     for notebook in notebooks.values():
-        names = {node.id for source in notebook.code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        names = {
+            node.id for source in notebook.code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+        }
         assert set(notebook.parameters) <= names
     declared = {name for notebook in notebooks.values() for name in notebook.parameters}
     for name in profiles(ROOT):
@@ -125,7 +127,7 @@ def test_splits_metrics_and_predictions_are_of_the_same_patients(smoke):
     for region in ("WT", "TC", "ET"):
         assert {"dice", "hd95_mm"} <= set(metrics["cases"][splits["test"][0]][region])
         assert {"mean", "median", "std", "n"} <= set(metrics["summary"][region]["dice"])
-    rows = list(csv.DictReader(open(smoke / "cases.csv")))
+    rows = list(csv.DictReader((smoke / "cases.csv").read_text().splitlines()))
     assert [row["case"] for row in rows] == splits["test"]
     written = nib.load(smoke / "predictions" / f"{splits['test'][0]}_seg.nii.gz")
     assert written.shape == (240, 240, 155) and set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
@@ -133,7 +135,16 @@ def test_splits_metrics_and_predictions_are_of_the_same_patients(smoke):
 
 def test_the_score_verb_gives_the_figures_of_the_notebook(smoke, tmp_path):
     data = json.loads((smoke / "manifest.json").read_text())["data"]
-    command = [sys.executable, "-m", "brats_helpers", "score", smoke / "predictions", data, "--json", tmp_path / "s.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "brats_helpers",
+        "score",
+        smoke / "predictions",
+        data,
+        "--json",
+        tmp_path / "s.json",
+    ]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     again, metrics = (json.loads(path.read_text()) for path in (tmp_path / "s.json", smoke / "metrics.json"))
     assert again["cases"] == metrics["cases"] and again["summary"] == metrics["summary"]

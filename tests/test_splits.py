@@ -11,7 +11,6 @@ from brats_helpers.cases import Case, DataError
 from brats_helpers.splits import check_disjoint, pick_cases, read_splits, split_cases, write_splits
 
 
-
 def _patient(k, volume=100, enhancing=True):
     counts = np.array([[1000, volume, volume, volume * enhancing]])
     return Packed(f"P{k:03d}", np.zeros((1, 1, 8, 8), np.float16), None, (0, 0, 0), (8, 8, 1), counts)

@@ -71,7 +71,7 @@ def test_it_learns(prepared, tmp_path):
     history = _fit(prepared, tmp_path, epochs=8, slices_per_epoch=64, batch_size=8)
     assert history[-1]["val_loss"] < history[0]["val_loss"] / 2
     assert max(row["dice_WT"] for row in history) > 0.8
-    rows = list(csv.DictReader(open(tmp_path / "history.csv")))
+    rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
     assert [float(row["dice_WT"]) for row in rows] == [row["dice_WT"] for row in history]
     means = [(row["dice_WT"] + row["dice_TC"] + row["dice_ET"]) / 3 for row in history]
     assert _weights(tmp_path, "best.pt")["epoch"] == 1 + means.index(max(means))
