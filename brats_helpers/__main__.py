@@ -84,7 +84,8 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from brats_helpers.cases import REGIONS, DataError
-    from brats_helpers.metrics import score_folders, write_metrics
+    from brats_helpers.files import write_json
+    from brats_helpers.metrics import score_folders
     from brats_helpers.phantom import is_simulated
 
     scores = score_folders(
@@ -107,7 +108,7 @@ def _score(options: argparse.Namespace) -> None:
         print(f"{case:{width}}{figures}")
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
     if options.json:
-        write_metrics(options.json, scores)
+        write_json(options.json, scores)
         done(str(options.json))
 
 

@@ -1,6 +1,5 @@
 """Random changes to a batch on its device: image and mask together, labels never mixed."""
 
-
 import torch
 from torch.nn import functional as F
 
@@ -19,7 +18,7 @@ def augment(
         images: float32 (batch, channels, height, width), background 0.
         masks: integer (batch, height, width), class indices.
         strength: one of `STRENGTHS`.
-        generator: on the CPU; the same state gives the same changes on any device.
+        generator: on the CPU; the same state gives the same changes again on the same device.
 
     Returns:
         Images and masks of the same shapes and dtypes; masks hold no value they did not hold before,

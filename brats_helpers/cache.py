@@ -12,18 +12,18 @@ whole, so that a kill or a second run never leaves half a case behind:
 import hashlib
 import json
 import os
-import platform
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from brats_helpers.cases import CLASSES, Case, DataError, read_image, read_mask
+from brats_helpers.files import part_folder, sweep
 
 _FORMAT = 1  # raise it when the files' meaning changes: older ones are then made anew
 
@@ -147,11 +147,13 @@ def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Pac
     Returns:
         The cases in the order given, their arrays memory-mapped.
     """
-    _sweep(Path(cache_dir))
+    cache_dir = Path(cache_dir)
+    sweep(cache_dir)
+    _allow_open_files(2 * len(cases))
     todo = [case for case in cases if _stamp(case) != _read_stamp(_place(case, cache_dir))]
     work = partial(_store, cache_dir=cache_dir)
     if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(min(workers, len(todo))) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
             list(pool.map(work, todo))
     else:
         list(map(work, todo))
@@ -170,6 +172,19 @@ def load(folder: Path) -> Packed:
         tuple(facts["shape"]),
         np.array(facts["counts"], np.int64),
     )
+
+
+def _allow_open_files(more: int) -> None:
+    """Let this process hold `more` files open: each memory map keeps one, and many systems begin at 1,024 or 256."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, 4 * more + 512)  # a notebook may hold several parts of the patients at once
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _place(case: Case, cache_dir: Path) -> Path:
@@ -191,37 +206,22 @@ def _read_stamp(folder: Path) -> list | None:
         return None
 
 
-def _sweep(cache_dir: Path) -> None:
-    """Remove what processes of this machine that are no more have left half done."""
-    for part in cache_dir.glob(f".part-{platform.node()}-*"):
-        process = int(part.name.removeprefix(f".part-{platform.node()}-").partition("-")[0])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            shutil.rmtree(part, ignore_errors=True)
-        except PermissionError:
-            pass  # somebody else's, and alive
-
-
 def _store(case: Case, cache_dir: Path) -> None:
     place = _place(case, cache_dir)
-    place.parent.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(case)
     packed = pack(case)
-    part = Path(tempfile.mkdtemp(prefix=f".part-{platform.node()}-{os.getpid()}-", dir=place.parent))
-    try:
+    with part_folder(cache_dir) as part:
         np.save(part / "images.npy", packed.images)
         if packed.labels is not None:
             np.save(part / "labels.npy", packed.labels)
         facts = {"id": case.id, "origin": packed.origin, "shape": packed.shape, "made_from": stamp}
         facts["counts"] = packed.counts.tolist()
         (part / "case.json").write_text(json.dumps(facts))
-        if place.exists():  # made from other files, or by another run a moment ago
-            os.rename(place, part / "outdated")
-        part.chmod(0o755)
-        os.rename(part, place)
-    except OSError:
-        if _read_stamp(place) != stamp:  # not merely a second run that was faster
-            raise
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            if place.exists():  # made from other files, or by another run a moment ago
+                os.rename(place, part / "outdated")
+            os.rename(part, place)
+        except OSError:
+            if _read_stamp(place) != stamp:  # not merely a second run that was faster
+                raise
     shutil.rmtree(place / "outdated", ignore_errors=True)

@@ -118,8 +118,13 @@ def _draw(pool: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
     return np.concatenate(rounds)[:n] if rounds else pool[:0]
 
 
-def make_loader(slices: Slices, *, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:
-    """Batches by `sampler`, the last one dropped if it is short; without one, every slice once, in order."""
+def make_loader(
+    slices: Slices, *, batch_size: int, workers: int, sampler: Sampler | None = None, pin_memory: bool = False
+) -> DataLoader:
+    """Batches by `sampler`, the last one dropped if it is short; without one, every slice once, in order.
+
+    `pin_memory` lets the copy to a GPU run beside the work on it.
+    """
     return DataLoader(
         slices,
         batch_size=batch_size,
@@ -127,7 +132,7 @@ def make_loader(slices: Slices, *, batch_size: int, workers: int, sampler: Sampl
         drop_last=sampler is not None,
         num_workers=workers,
         collate_fn=_whole,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )
 
 

@@ -1,7 +1,8 @@
 """From scans to a label map: checkpoints, whole volumes, files."""
 
+import pickle
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import nn
 from brats_helpers.cache import Packed, pack
 from brats_helpers.cases import CLASSES, Case, DataError, find_cases, read_nifti, write_mask
 from brats_helpers.dataset import Slices, make_loader
-from brats_helpers.log import done
+from brats_helpers.log import done, warn
 from brats_helpers.machine import choose_device, choose_precision
 from brats_helpers.metrics import collect, score_files
 from brats_helpers.model import build_model
 
 BATCH_SIZE = 16
-"""Slices predicted at once; it changes the speed, never the result."""
+"""Slices predicted at once."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
         settings = saved["settings"]
         model = build_model(encoder=settings["encoder"], weights="none", in_channels=saved["in_channels"])
         model.load_state_dict(saved["model"])
+        seen, epoch = frozenset(saved["train_cases"] + saved["val_cases"]), saved["epoch"]
     except FileNotFoundError as error:
         raise DataError(
             f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt."
         ) from error
-    except (KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+    except (KeyError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise DataError(f"{checkpoint} is no checkpoint of this suite ({type(error).__name__}: {error}).") from error
     model = model.to(device, memory_format=torch.channels_last).eval()
-    return Network(model, settings, frozenset(saved["train_cases"] + saved["val_cases"]), saved.get("epoch", 0))
+    return Network(model, settings, seen, epoch)
 
 
 @torch.inference_mode()
@@ -95,8 +97,8 @@ def predict(network: Network, case: Packed, *, flips: bool) -> np.ndarray:
 
 
 def predict_case(network: Network, case: Case | Packed, *, flips: bool) -> np.ndarray:
-    """Class indices of a patient's whole volume, uint8 (X, Y, Z)."""
-    packed = pack(case) if isinstance(case, Case) else case
+    """Class indices of a patient's whole volume, uint8 (X, Y, Z). A segmentation that is there is not looked at."""
+    packed = pack(replace(case, seg=None)) if isinstance(case, Case) else case
     return packed.to_volume(predict(network, packed, flips=flips).argmax(axis=1).astype(np.uint8))
 
 
@@ -153,9 +155,15 @@ def predict_folders(checkpoint: Path, folders: Iterable[Path], out: Path, *, dev
         The files written.
     """
     network = load_network(checkpoint, device=choose_device(device))
-    cases: Sequence[Case] = [case for folder in folders for case in find_cases(folder, network.modalities)]
+    cases: dict[str, Case] = {}
+    for case in (case for folder in folders for case in find_cases(folder, network.modalities)):
+        if case.id in cases:
+            raise DataError(f"{case.id} lies in {cases[case.id].folder} and in {case.folder}; predict one at a time.")
+        cases[case.id] = case
+    if seen := sorted(cases.keys() & network.seen):
+        warn(f"the network has seen patients of these names, so scores there would mean nothing: {', '.join(seen)}")
     written = []
-    for case in cases:
+    for case in cases.values():
         written.append(write_prediction(out, case, predict_case(network, case, flips=flips)))
         done(f"{case.id}: {written[-1]}")
     return written

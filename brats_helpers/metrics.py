@@ -20,7 +20,6 @@ from scipy.spatial import cKDTree
 
 from brats_helpers.cases import REGIONS, DataError, find_segs, read_seg
 from brats_helpers.cases import spacing_mm as spacing_of
-from brats_helpers.runs import write_json
 
 CONVENTIONS = {
     "brats2020": "brats2020: BraTS up to 2022, per patient in 3D over the whole volume; both masks empty: Dice 1 and"
@@ -539,11 +538,6 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
         line: {region: float(np.mean(values)) if values else None for region, values in regions.items()}
         for line, regions in dice.items()
     }
-
-
-def write_metrics(path: Path, metrics: dict) -> None:
-    """Write what `collect` returns as JSON."""
-    write_json(path, metrics)
 
 
 def write_cases_csv(path: Path, metrics: Mapping) -> None:

@@ -1,6 +1,7 @@
 """The network: a segmentation-models-pytorch U-Net, its encoder's weights, freezing, a summary."""
 
 import difflib
+import pickle
 
 import segmentation_models_pytorch as smp
 import torch
@@ -93,6 +94,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
             raise WeightsError(
                 f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists."
             ) from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise WeightsError(f"encoder_weights {weights!r} is no state dict of torch ({error}).") from error
         _load_encoder(model.encoder, state)
     with torch.no_grad():
         model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))

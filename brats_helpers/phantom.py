@@ -8,8 +8,6 @@ trained here learns what a tumour looks like rather than what this module looks 
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.special import expit, softmax
 
-from brats_helpers.cases import MODALITIES, classes_to_labels
+from brats_helpers.cases import MODALITIES, DataError, classes_to_labels
+from brats_helpers.files import part_folder, sweep
 
 SHAPE = (240, 240, 155)
 """Voxels of 1 mm along X, Y, Z, as in every BraTS release."""
@@ -30,7 +29,6 @@ AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 
 """BraTS' voxel-to-world matrix."""
 
 _MARKER = "SIMULATED.txt"
-_PART = ".part-"
 _MARGIN = 6  # voxels around the brain that are simulated too, so that blur and strip have something to cut from
 _COARSE = 4  # mm between the nodes that carry deformations and other smooth fields
 
@@ -106,12 +104,19 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
 
     Returns:
         The patients' folders, in order.
+
+    Raises:
+        DataError: `root` holds anything else than simulated patients of this seed.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    (root / _MARKER).write_text("These patients are simulated by brats_helpers.phantom. They never lived.\n")
-    for left in root.glob(f"{_PART}*"):  # of a run that was killed
-        shutil.rmtree(left)
+    mark = f"These patients are simulated by brats_helpers.phantom from seed {seed}. They never lived.\n"
+    found = (root / _MARKER).read_text() if (root / _MARKER).exists() else None
+    if found != mark and any(root.iterdir()):
+        what = "other simulated patients" if found else "files that are no simulated patients"
+        raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed}.")
+    (root / _MARKER).write_text(mark)
+    sweep(root)
     folders = [root / f"Sim_{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
     workers = min(workers or os.cpu_count() or 1, len(missing))
@@ -138,12 +143,10 @@ def _one_thread() -> None:
 
 def _write_case(folder: Path, seed: int, index: int) -> None:
     images, classes = simulate_case(np.random.default_rng([seed, index]))
-    with tempfile.TemporaryDirectory(prefix=_PART, dir=folder.parent) as part:
-        whole = Path(part) / folder.name
-        whole.mkdir()
+    with part_folder(folder.parent) as part:
         for name, volume in [*images.items(), ("seg", classes_to_labels(classes))]:
-            nib.save(nib.Nifti1Image(volume, AFFINE), whole / f"{folder.name}_{name}.nii.gz")
-        whole.rename(folder)
+            nib.save(nib.Nifti1Image(volume, AFFINE), part / f"{folder.name}_{name}.nii.gz")
+        part.rename(folder)
 
 
 def simulate_case(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -1,9 +1,10 @@
 """One run of the suite is one folder: where each stage finds and leaves its files."""
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from brats_helpers.files import write_json
 
 
 class RunError(Exception):
@@ -55,16 +56,16 @@ class Run:
         folder.mkdir(parents=True)
         return folder
 
+    def forget(self, stage: str) -> None:
+        """Remove what notebook `stage` made to be looked at; checkpoints stay, as a training may go on from them."""
+        paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
+        if stage == "03_evaluate":
+            paths += [self.metrics, self.cases_csv]
+        for path in paths:
+            path.unlink(missing_ok=True)
+
 
 def from_root(path: Path | str) -> Path:
     """A relative path as run_all.sh means it, also in Jupyter, where a notebook works in the folder notebooks/."""
     here = Path.cwd()
     return (here.parent if here.name == "notebooks" else here) / path
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(part, path)

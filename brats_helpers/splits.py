@@ -8,7 +8,8 @@ from pathlib import Path
 
 from brats_helpers.cache import Packed, prepare
 from brats_helpers.cases import CLASSES, Case, DataError, find_cases
-from brats_helpers.runs import Run, write_json
+from brats_helpers.files import write_json
+from brats_helpers.runs import Run
 
 PARTS = ("train", "val", "test")
 ENHANCING = CLASSES.index("ET")

@@ -265,7 +265,7 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
         if key == "run_dir":
             raise UsageError("-p run_dir: say --run NAME")
         # Notebooks run from another folder than the caller's, and nbval runs them from yet another.
-        asked[key] = _data(text) if key == "data" else str(Path(text).resolve()) if key.endswith("_dir") else text
+        asked[key] = _data(text) if key == "data" else _path(key, text)
     given = {}
     for stage, notebook in notebooks.items():
         own = notebook.parameters
@@ -277,6 +277,12 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
         for stage, notebook in notebooks.items()
     }
     return values, given
+
+
+def _path(key: str, text: str) -> str:
+    """Folders, and files that are there, as absolute paths."""
+    is_path = key.endswith("_dir") or (key.endswith("_weights") and Path(text).is_file())
+    return str(Path(text).resolve()) if is_path else text
 
 
 def _data(text: str) -> str:
@@ -369,11 +375,14 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     """Run one notebook unless it is finished; whether it is finished now."""
     made = run.manifest.get("stages", {})
     key = plan.keys[stage]
-    if made.get(stage, {}).get("status") == "finished" and made[stage]["key"] == key:
+    finished = made.get(stage, {}).get("status") == "finished" and made[stage]["key"] == key
+    if finished and not _data_changed(run, stage):
         done(f"{stage}: finished before, in {duration(made[stage]['seconds'])}")
         return True
     # Whatever was made from this notebook's last files is out of date from here on.
-    made = {other: entry for other, entry in made.items() if stage not in _before([other])}
+    for other in [other for other in NEEDS if other == stage or stage in _before([other])]:
+        made.pop(other, None)
+        run.forget(other)
     entry = {"parameters": plan.values[stage], "key": key, "status": "running"}
     run.record(stages=made | {stage: entry})
     print(f"{stage}: started {datetime.now():%H:%M}", flush=True)
@@ -391,6 +400,21 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     if status == "finished":
         timing(stage, seconds)
     return status == "finished"
+
+
+def _data_changed(run: Run, stage: str) -> bool:
+    """Whether the patients that 00_setup shared out are no longer those on disk."""
+    if stage != "00_setup" or not run.splits.exists():
+        return False
+    from brats_helpers.cases import DataError
+    from brats_helpers.splits import load_parts
+
+    try:
+        load_parts(run)
+    except DataError as error:
+        warn(str(error))
+        return True
+    return False
 
 
 def _papermill(plan: Plan, stage: str, into: Path, prepare_only: bool = False) -> None:

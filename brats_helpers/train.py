@@ -1,12 +1,11 @@
 """Training: one loop from top to bottom, checkpoints, resume.
 
-Hugging Face accelerate places the work on the device, computes in mixed precision and spreads it
-over processes; everything else is here.
+Hugging Face accelerate places the work on the device and computes in mixed precision; everything
+else is here.
 """
 
 import csv
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from brats_helpers.augment import augment
 from brats_helpers.cache import Packed
 from brats_helpers.cases import CLASSES, REGIONS
 from brats_helpers.dataset import BalancedSampler, Batch, Slices, make_loader
+from brats_helpers.files import whole_file
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_precision
@@ -119,8 +119,9 @@ def fit(
     steps = sampler.n // settings.batch_size
     if not steps:
         raise ValueError(f"batch_size {settings.batch_size} is more than the {sampler.n} slices of an epoch.")
-    train_loader = make_loader(train_slices, batch_size=settings.batch_size, workers=workers, sampler=sampler)
-    val_loader = make_loader(val_slices, batch_size=2 * settings.batch_size, workers=workers)
+    loading = {"workers": workers, "pin_memory": device.type == "cuda"}
+    train_loader = make_loader(train_slices, batch_size=settings.batch_size, sampler=sampler, **loading)
+    val_loader = make_loader(val_slices, batch_size=2 * settings.batch_size, **loading)
 
     # The network, its averaged copy, the loss, the optimiser.
     network = build_model(
@@ -187,6 +188,8 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             averaged.update_parameters(network)
+        if not losses and state["history"]:
+            break  # the time was up before the first step
         trained = time.perf_counter() - started
 
         # Score the averaged weights, note how it went, keep what is needed to go on.
@@ -305,23 +308,16 @@ def _what_was_in(batch: Batch, cases: Sequence[Packed], epoch: int, step: int, l
 
 
 def save_file(path: Path, content: dict) -> None:
-    """`torch.save` so that a kill at any moment leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
+    """`torch.save` by `whole_file`: a kill at any moment leaves the old checkpoint or the new one."""
+    with whole_file(path, "wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _write_history(path: Path, history: list[dict]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
-    os.replace(part, path)
 
 
 def _line(row: dict, settings: Settings, improved: bool) -> str:

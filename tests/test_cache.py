@@ -130,3 +130,19 @@ def test_an_unlabelled_case_has_no_labels(tmp_path):
         [_case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16)})], cache_dir=tmp_path / "c", workers=1
     )[0]
     assert packed.labels is None and packed.counts[:, 1:].sum() == 0
+
+
+def test_more_cases_than_open_files_are_allowed_at_first(tiny_patients, tmp_path):
+    program = """
+import resource, sys
+from pathlib import Path
+from brats_helpers.cache import prepare
+from brats_helpers.cases import find_cases
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+cases = find_cases(sys.argv[1]) * 20
+held = prepare(cases, cache_dir=Path(sys.argv[2]), workers=1)
+print(len(held))
+"""
+    command = [sys.executable, "-c", program, tiny_patients, tmp_path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "80\n"

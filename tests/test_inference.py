@@ -81,7 +81,7 @@ def test_probabilities_sum_to_one_and_empty_slices_are_background(checkpoint, ti
 def test_what_is_no_checkpoint_is_said(tmp_path):
     with pytest.raises(DataError, match="no checkpoint at"):
         inference.load_network(tmp_path / "best.pt", device=CPU)
-    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.pt").write_text('{"a": 1}')
     with pytest.raises(DataError, match="text.pt is no checkpoint"):
         inference.load_network(tmp_path / "text.pt", device=CPU)
     torch.save({"model": {}}, tmp_path / "other.pt")
@@ -107,3 +107,18 @@ def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patien
     expected = 2 * (truth & pred).sum() / (truth.sum() + pred.sum())
     assert metrics["cases"]["New_0"]["WT"]["dice"] == pytest.approx(expected)
     assert (tmp_path / "out" / "New_1_seg.nii.gz").exists()
+
+
+def test_the_segmentation_is_not_looked_at(checkpoint, tiny_patients):
+    network = inference.load_network(checkpoint, device=CPU)
+    case = find_cases(tiny_patients)[0]
+    without = dataclasses.replace(case, seg=None)
+    spoilt = dataclasses.replace(case, seg=next(iter(case.images.values())))  # not even a mask
+    expected = inference.predict_case(network, without, flips=False)
+    np.testing.assert_array_equal(inference.predict_case(network, spoilt, flips=False), expected)
+
+
+def test_the_same_name_twice_is_refused(checkpoint, tmp_path):
+    folders = [write_tiny_case(tmp_path / place, "P", seed=1) for place in "ab"]
+    with pytest.raises(DataError, match="P lies in .*a.* and in .*b"):
+        inference.predict_folders(checkpoint, folders, tmp_path / "out", device="cpu", flips=False)

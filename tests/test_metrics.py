@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from brats_helpers import metrics
 from brats_helpers.cases import DataError, classes_to_labels
+from brats_helpers.files import write_json
 from brats_helpers.metrics import brats2020, brats2023, edge_distances, hd95_by_area, score_case
 
 MM = (1.0, 1.0, 1.0)
@@ -528,7 +529,7 @@ def test_a_folder_without_label_maps_is_an_error(folders, tmp_path):
 
 def test_files(folders, tmp_path):
     result = score(*folders)
-    metrics.write_metrics(tmp_path / "metrics.json", result)
+    write_json(tmp_path / "metrics.json", result)
     metrics.write_cases_csv(tmp_path / "cases.csv", result)
     assert json.loads((tmp_path / "metrics.json").read_text()) == result
     rows = list(csv.DictReader((tmp_path / "cases.csv").open()))

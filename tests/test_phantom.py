@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from brats_helpers import phantom
-from brats_helpers.cases import MODALITIES, find_cases, read_image, read_mask
+from brats_helpers.cases import MODALITIES, DataError, find_cases, read_image, read_mask
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,6 @@ def test_finished_folders_are_kept_and_half_ones_never_appear(made, tmp_path, mo
 
     blank = np.zeros((2, 2, 2), np.int16)
     monkeypatch.setattr(phantom, "simulate_case", lambda rng: (dict.fromkeys(MODALITIES, blank), blank))
-    (root / ".part-of-a-killed-run").mkdir()
     real_save = nib.save
 
     def full_disk(image, path):
@@ -125,3 +124,14 @@ def test_mass_effect_pulls_no_tissue_across_the_centre():
 def test_importing_loads_no_templates():
     code = "import sys, brats_helpers.phantom; sys.exit('nilearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_of_anything_else_is_not_written_into(tmp_path):
+    (tmp_path / "BraTS20_Training_001").mkdir()
+    with pytest.raises(DataError, match="no simulated patients.*new folder"):
+        phantom.make_cases(tmp_path, n_cases=1, seed=0, workers=1)
+    assert not phantom.is_simulated(tmp_path)
+    (tmp_path / "a").mkdir()
+    phantom.make_cases(tmp_path / "a", n_cases=0, seed=0, workers=1)
+    with pytest.raises(DataError, match="other simulated patients"):
+        phantom.make_cases(tmp_path / "a", n_cases=0, seed=1, workers=1)
