@@ -1,4 +1,4 @@
-"""The command line: `python -m brats_helpers run | phantom | predict | score`."""
+"""The command line: `python -m brats_helpers run | train | phantom | predict | score`."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
 
     try:
         options.verb(options)
-    except (DataError, RunError, OSError, RuntimeError) as error:
+    except (DataError, RunError, OSError, RuntimeError, FloatingPointError, MemoryError, ValueError) as error:
         fail(str(error))
         return 1
     except KeyboardInterrupt:
@@ -32,6 +32,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m brats_helpers", description="Brain-tumour segmentation on BraTS data.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs.add_parser("run", help="run the notebooks in order, as ./run_all.sh does", add_help=False)
+
+    verb = verbs.add_parser(
+        "train",
+        help="train a run that notebook 02 began, in several processes",
+        description="Train a run that notebook 02 began; one of the processes of torchrun or `accelerate launch`.",
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
+    verb.set_defaults(verb=_train)
 
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
@@ -64,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, as metrics.json holds it")
     verb.set_defaults(verb=_score)
     return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from brats_helpers.launch import train_run
+    from brats_helpers.runs import Run
+
+    train_run(Run(options.run))
 
 
 def _phantom(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from brats_helpers.cases import DataError, find_cases
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
-from .test_train import SETTINGS
+from .test_train import HOW, SETTINGS
 
 
 def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_patients, tmp_path):
@@ -30,7 +30,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     )
     train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
     val = [packed["brats_2013_pat0003_1"]]
-    history = fit(settings, train, val, tmp_path, device=torch.device("cpu"), workers=0)
+    history = fit(settings, train, val, tmp_path, **HOW)
     assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
     checkpoint = tmp_path / "checkpoints" / "best.pt"
