@@ -186,11 +186,19 @@ def freeze_encoder(model: nn.Module, frozen: bool) -> None:
         parameter.requires_grad_(not frozen)
 
 
-def train_mode(model: nn.Module) -> None:
-    """`model.train()`, but a frozen encoder stays in `eval()`, so that its BatchNorm statistics do not move."""
+def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
+    """`model.train()`, but a frozen encoder stays in `eval()`, so that its BatchNorm statistics do not move.
+
+    With `frozen_statistics` they do not move either while the encoder's weights are trained. Batches that
+    favour tumour have other statistics than whole volumes have, and a fine-tuned network pays for it.
+    """
     model.train()
     if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
         model.encoder.eval()
+    elif frozen_statistics:
+        for module in model.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:

@@ -54,6 +54,8 @@ class Settings:
         encoder_lr: the encoder's learning rate as a share of `lr`.
         weight_decay: of AdamW.
         frozen_epochs: epochs at the start in which the encoder is frozen, statistics included.
+        frozen_statistics: the encoder's BatchNorm keeps the statistics of its pretraining while its weights are
+            trained; without pretrained weights there are none to keep, and they are learned.
         ema: decay of the averaged weights that are validated and kept; 0 keeps the weights themselves.
         patience: stop after so many epochs without a better mean Dice of WT, TC and ET; 0 never stops.
         seed: of every random choice.
@@ -74,6 +76,7 @@ class Settings:
     encoder_lr: float
     weight_decay: float
     frozen_epochs: int
+    frozen_statistics: bool
     ema: float
     patience: int
     seed: int
@@ -162,7 +165,7 @@ def fit(
             break
         started = time.perf_counter()
         freeze_encoder(network, epoch <= settings.frozen_epochs)
-        train_mode(network)
+        train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
         sampler.epoch = epoch
         losses = []
         for step, batch in enumerate(train_loader):
