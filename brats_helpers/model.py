@@ -192,12 +192,17 @@ def freeze_encoder(model: nn.Module, share: float) -> None:
             parameter.requires_grad_(k >= round(share * len(layers)))
 
 
-def train_mode(model: nn.Module) -> None:
-    """`model.train()`, but what is frozen stays in `eval()`, so that its BatchNorm statistics do not move."""
+def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
+    """`model.train()`, but what is frozen stays in `eval()`, so that its BatchNorm statistics do not move.
+
+    With `frozen_statistics` the encoder's do not move either while its weights are trained. Batches that
+    favour tumour have other statistics than whole volumes have, and a fine-tuned network pays for it.
+    """
     model.train()
     for module in model.encoder.modules():
         parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+        if frozen or (frozen_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
             module.eval()
 
 

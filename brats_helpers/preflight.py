@@ -13,7 +13,6 @@ from torch import nn
 from brats_helpers.augment import augment, generators
 from brats_helpers.dataset import Batch, Slices
 from brats_helpers.machine import peak_memory_gib
-from brats_helpers.model import freeze_encoder, train_mode
 from brats_helpers.steps import fitted, gradients
 
 STEPS = 3
@@ -59,6 +58,7 @@ def measure(
     piece: int,
     steps: int,
     shares: list[float],
+    ready: Callable[[nn.Module, float], None],
     strength: str,
     workers: int,
     accelerator: Accelerator,
@@ -74,6 +74,7 @@ def measure(
         piece: slices at a time to begin with.
         steps: steps an epoch.
         shares: for each epoch the share of the encoder that is frozen in it.
+        ready: makes a network train with a share of its encoder frozen.
         strength: of the augmentation.
         workers: processes that load batches.
         accelerator: of the training.
@@ -103,8 +104,7 @@ def measure(
     took = {}
     for frozen in sorted({share == 1 for share in shares}):
         own = copy.deepcopy(network)
-        freeze_encoder(own, float(frozen))
-        train_mode(own)
+        ready(own, float(frozen))
         optimizer = torch.optim.AdamW(own.parameters())
         took[frozen], piece = fitted(step_s, piece)
 

@@ -67,6 +67,8 @@ class Settings:
         warm_up: share of the training over which the learning rate rises; half a cosine takes it down from there.
         frozen_epochs: epochs at the start in which the encoder is frozen, statistics included.
         unfreeze_epochs: epochs after these in which it comes free piece by piece, the deepest layers first.
+        frozen_statistics: the encoder's BatchNorm keeps the statistics of its pretraining while its weights are
+            trained; without pretrained weights there are none to keep, and they are learned.
         ema: decay of the averaged weights that are validated and kept; 0 keeps the weights themselves.
         patience: stop after so many epochs without a better mean Dice of WT, TC and ET; 0 never stops.
         seed: of every random choice.
@@ -89,6 +91,7 @@ class Settings:
     warm_up: float
     frozen_epochs: int
     unfreeze_epochs: int
+    frozen_statistics: bool
     ema: float
     patience: int
     seed: int
@@ -205,6 +208,11 @@ def fit(
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
+    def ready(network: nn.Module, share: float) -> None:
+        """Make `network` train, `share` of its encoder frozen."""
+        freeze_encoder(network, share)
+        train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
+
     # What it will cost, and how many slices fit into the memory at once: found once for each kind of device.
     facts = machine.describe(accelerator.device)
     plan = measure(
@@ -216,6 +224,7 @@ def fit(
         piece=state["pieces"].get(facts["device"], rows),
         steps=steps,
         shares=shares,
+        ready=ready,
         strength=settings.augment,
         workers=workers,
         accelerator=accelerator,
@@ -267,8 +276,7 @@ def fit(
     try:
         while not _finished(state, settings):
             epoch, first = state["epoch"] + 1, state["step"]
-            freeze_encoder(network, shares[epoch - 1])
-            train_mode(network)
+            ready(network, shares[epoch - 1])
             sampler.epoch = epoch
             waited, saved_at = 0.0, clock()
             began = ready = time.perf_counter()

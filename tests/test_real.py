@@ -5,7 +5,6 @@ import dataclasses
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from brats_helpers import inference
 from brats_helpers.cache import prepare

@@ -17,6 +17,7 @@ import torch
 from brats_helpers import train
 from brats_helpers.cache import prepare
 from brats_helpers.cases import find_cases
+from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.train import Settings, fit, lr_factor
 
 SETTINGS = Settings(
@@ -37,6 +38,7 @@ SETTINGS = Settings(
     warm_up=0.05,
     frozen_epochs=0,
     unfreeze_epochs=0,
+    frozen_statistics=True,
     ema=0.9,
     patience=0,
     seed=0,
@@ -186,6 +188,16 @@ def test_frozen_epochs_leave_the_encoder_alone(prepared, tmp_path):
     encoder = [key for key in a if key.startswith("encoder.")]
     assert all(torch.equal(a[key], b[key]) for key in encoder)
     assert not _same(a, b)
+
+
+def test_pretrained_statistics_stay_and_others_are_learned(prepared, tmp_path):
+    imagenet = {"encoder": PACKAGED_ENCODER, "encoder_weights": "imagenet"}
+    for folder, changes in (("pretrained", imagenet), ("random", {})):
+        _fit(prepared, tmp_path / folder, epochs=1, slices_per_epoch=4, **changes)
+    key = "encoder.model.bn1.running_mean"
+    pretrained = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).state_dict()[key]
+    assert torch.equal(_weights(tmp_path / "pretrained")["model"][key], pretrained)
+    assert _weights(tmp_path / "random")["model"][key].any()  # 0 before training
 
 
 def test_the_learning_rate_rises_and_falls():
