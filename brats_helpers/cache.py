@@ -56,6 +56,12 @@ class Packed:
         volume[z : z + depth, y : y + height, x : x + width] = box
         return volume.transpose(2, 1, 0)
 
+    def to_box(self, volume: np.ndarray) -> np.ndarray:
+        """Cut the box, (slices, height, width), out of an array over the whole volume, (X, Y, Z)."""
+        z, y, x = self.origin
+        depth, _, height, width = self.images.shape
+        return volume.transpose(2, 1, 0)[z : z + depth, y : y + height, x : x + width]
+
 
 def normalise(volume: np.ndarray) -> np.ndarray:
     """Z-score over the brain (the voxels that are not 0); background stays 0.

@@ -376,7 +376,7 @@ def test_summary_does_not_depend_on_the_order():
 
 
 def collected(cases, convention="brats2020"):
-    return metrics.collect(cases, convention=convention, simulated=False, not_scored={})
+    return metrics.collect(cases, convention=convention, simulated=False, not_scored={}, leakage=[])
 
 
 def test_compare_by_hand():
@@ -445,12 +445,12 @@ def folders(tmp_path):
 
 
 def score(pred_dir, truth_dir, convention="brats2020"):
-    return metrics.score_folders(pred_dir, truth_dir, convention=convention, simulated=True)
+    return metrics.score_folders(pred_dir, truth_dir, convention=convention, simulated=True, allow_leakage=False)
 
 
 def test_score_folders(folders):
     result = score(*folders)
-    assert list(result) == ["convention", "simulated", "cases", "summary", "not_scored"]
+    assert list(result) == ["convention", "simulated", "cases", "summary", "not_scored", "leakage"]
     assert (result["convention"], result["simulated"]) == (metrics.CONVENTIONS["brats2020"], True)
     assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
     truth = tumour((16, 14, 12), 0)

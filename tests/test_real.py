@@ -35,7 +35,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
 
     checkpoint = tmp_path / "checkpoints" / "best.pt"
     patient = real_patients / "BraTS-GLI-00001-000"
-    inference.predict_folders(checkpoint, [patient], tmp_path / "out", device="cpu", flips=False)
+    inference.predict_folders([checkpoint], [patient], tmp_path / "out", device="cpu", flips=False)
     written = nib.load(tmp_path / "out" / "BraTS-GLI-00001-000_seg.nii.gz")
     scan = nib.load(patient / "BraTS-GLI-00001-000-t2f.nii.gz")
     assert written.shape == scan.shape and np.array_equal(written.affine, scan.affine)
