@@ -48,6 +48,11 @@ class Packed:
     shape: tuple[int, int, int]
     counts: np.ndarray
 
+    @property
+    def brain(self) -> np.ndarray:
+        """Where any modality is not background, bool (slices, height, width)."""
+        return (self.images != 0).any(axis=1)
+
     def to_volume(self, box: np.ndarray) -> np.ndarray:
         """Put an array over the box, (slices, height, width), back into the whole volume, (X, Y, Z); the rest is 0."""
         volume = np.zeros(self.shape[::-1], box.dtype)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from brats_helpers import uncertainty
 from brats_helpers.cache import Packed, pack
 from brats_helpers.cases import CLASSES, REGIONS, Case, DataError, find_cases, read_mask, read_nifti, write_mask
 from brats_helpers.dataset import Slices, make_loader
@@ -173,22 +174,28 @@ def evaluate(
 
     Returns:
         See `metrics.collect`; unlabelled patients are predicted and named under `not_scored`. Besides,
-        `postprocess`: what the rules changed in `test`, see `postprocess.gain`.
+        `postprocess`: what the rules changed in `test`, see `postprocess.gain`; `uncertainty`: see
+        `uncertainty.collect`, and over how many `checkpoints`, with `flips` or without.
 
     Raises:
         DataError: see `predict_files`.
     """
-    scores, raw = {}, []
+    scores, raw, doubts = {}, [], {}
     for case, packed, soft, path in predict_files(networks, cases, folder, **how):
         if case.seg:
             scores[case.id] = score_files(path, case.seg, convention=convention)
             truth = read_mask(case.seg)
             raw.append(region_dice(packed.to_volume(_classes(soft)), truth, convention=convention))
+            doubts[case.id] = uncertainty.examine(soft, packed.to_box(truth), packed.brain)
     not_scored = {case.id: "unlabelled" for case in cases if not case.seg}
     leakage = [case_id for case_id in leaked(networks, cases) if case_id in scores]
     metrics = collect(scores, convention=convention, simulated=simulated, not_scored=not_scored, leakage=leakage)
     after = [{region: figures[region]["dice"] for region in REGIONS} for figures in scores.values()]
-    return metrics | {"postprocess": {"test": gain(raw, after)}}
+    averaged = {"checkpoints": len(networks), "flips": how["flips"]}
+    return metrics | {
+        "postprocess": {"test": gain(raw, after)},
+        "uncertainty": averaged | uncertainty.collect(doubts),
+    }
 
 
 def predict_files(

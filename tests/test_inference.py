@@ -16,6 +16,7 @@ from brats_helpers.metrics import score_case, score_folders
 from brats_helpers.postprocess import NO_RULES
 from brats_helpers.train import fit
 
+from . import test_train
 from .conftest import write_tiny_case
 from .test_train import SETTINGS
 
@@ -101,9 +102,8 @@ def test_only_networks_of_the_same_modalities_are_averaged(checkpoint, tmp_path)
 
 
 def test_another_architecture_may_be_averaged(checkpoint, tiny_patients, tmp_path):
-    settings = dataclasses.replace(SETTINGS, encoder="tu-resnet18", context_slices=1, epochs=1)
     packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit(settings, packed[:3], packed[3:], tmp_path, device=CPU, workers=0)
+    test_train._fit(packed, tmp_path, encoder="tu-resnet18", context_slices=1, epochs=1)
     networks = inference.load_networks([checkpoint, tmp_path / "checkpoints" / "best.pt"], device=CPU)
     both, one, other = (inference.predict(each, packed[0], flips=False) for each in (networks, *zip(networks)))
     np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
@@ -144,6 +144,8 @@ def test_predictions_are_scored_as_written(checkpoint, tmp_path):
     metrics = inference.evaluate(networks, unseen, tmp_path / "out", **RULES)
     assert list(metrics["cases"]) == ["New_0"] and metrics["not_scored"] == {"New_1": "unlabelled"}
     assert metrics["leakage"] == [] and not (tmp_path / "out" / "leakage.json").exists()
+    assert metrics["uncertainty"]["checkpoints"] == 1 and not metrics["uncertainty"]["flips"]
+    assert list(metrics["uncertainty"]["cases"]) == ["New_0"] and 0.5 < metrics["uncertainty"]["auc"] <= 1
     truth, pred = read_mask(unseen[0].seg) > 0, read_mask(tmp_path / "out" / "New_0_seg.nii.gz") > 0
     expected = 2 * (truth & pred).sum() / (truth.sum() + pred.sum())
     assert metrics["cases"]["New_0"]["WT"]["dice"] == pytest.approx(expected)

@@ -6,16 +6,14 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from brats_helpers.__main__ import main
 from brats_helpers.cache import pack
 from brats_helpers.cases import find_cases, read_mask
 from brats_helpers.metrics import collect, score_case
-from brats_helpers.train import fit
 
 from .conftest import write_tiny_case
-from .test_train import SETTINGS
+from .test_train import _fit
 
 
 @pytest.fixture
@@ -96,8 +94,7 @@ def test_another_grid_is_refused_even_where_it_would_resample(folders, capsys):
 
 
 def test_predict_by_several_checkpoints_with_rules_and_labels(tiny_patients, tmp_path, capsys):
-    packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit(SETTINGS, packed[:3], packed[3:], tmp_path, device=torch.device("cpu"), workers=0)
+    _fit([pack(case) for case in find_cases(tiny_patients)], tmp_path)
     checkpoint = str(tmp_path / "checkpoints" / "best.pt")
     new = write_tiny_case(tmp_path / "new", "New", seed=9)
     rules = tmp_path / "postprocess.json"
