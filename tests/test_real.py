@@ -9,7 +9,7 @@ import torch
 
 from brats_helpers import inference
 from brats_helpers.cache import prepare
-from brats_helpers.cases import DataError, find_cases
+from brats_helpers.cases import DataError, find_cases, survey
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
@@ -44,7 +44,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
 
 
 def test_four_modalities_are_asked_for_where_two_are(real_patients):
-    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: no brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: No brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
         find_cases(real_patients)
-    found = find_cases(real_patients, skip_incomplete=True)
+    found = survey(real_patients).complete(skip_incomplete=True)
     assert [case.id for case in found] == ["BraTS-GLI-00001-000"]
