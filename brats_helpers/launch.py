@@ -21,9 +21,10 @@ from brats_helpers.files import write_json
 from brats_helpers.log import FAIL
 from brats_helpers.runs import Run
 from brats_helpers.splits import load_prepared
-from brats_helpers.train import Settings, Stopped, fit, mean_dice
+from brats_helpers.train import Settings, fit, mean_dice, stoppable
 
 
+@stoppable()
 def launch(
     run: Run,
     settings: Settings,
@@ -68,7 +69,7 @@ def launch(
                     follow(_history(run))
         except KeyboardInterrupt:
             process.terminate()
-            raise Stopped(f"stopped; run this again and it goes on from {run.last}, if that is there.") from None
+            raise
     if process.returncode:
         raise RuntimeError(f"the training failed in one of {processes} processes. {said}")
     return _history(run)
