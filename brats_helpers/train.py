@@ -153,7 +153,7 @@ def fit(
         MemoryError: not even one slice fits into the memory.
         Stopped: by the keyboard or a notebook's stop button.
     """
-    if tracker != "none" and tracker not in get_available_trackers():
+    if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
     shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]

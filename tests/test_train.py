@@ -118,6 +118,35 @@ def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(pr
     assert _fit(prepared, tmp_path) == history  # finished: nothing more is done
 
 
+def test_stopped_within_an_epoch_it_goes_on_from_there(prepared, whole, tmp_path, monkeypatch, capsys):
+    """`last.pt` is written after every step: five times in the first epoch of four, then the second of two more."""
+    written = []
+
+    def stop_at_seven(path, content):
+        _save_file(path, content)
+        written.append(path.name)
+        if written.count("last.pt") == 7:
+            raise KeyboardInterrupt
+
+    _save_file = train.save_file
+    monkeypatch.setattr(train, "save_file", stop_at_seven)
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path, {"checkpoint_minutes": 1e-6})
+    monkeypatch.setattr(train, "save_file", _save_file)
+    saved = _weights(tmp_path)
+    assert torch.__version__.startswith(saved["versions"]["torch"]) and len(saved["fingerprint"]) == 16
+    _fit(prepared, tmp_path)
+    assert "going on after epoch 1 of 3 and 2 of 4 steps" in capsys.readouterr().out
+    first, second = _weights(tmp_path), _weights(whole)
+    assert _same(first["model"], second["model"]) and _same(first["averaged"], second["averaged"])
+
+
+def test_a_checkpoint_of_an_older_suite_is_left_alone_and_says_why(prepared, tmp_path, capsys):
+    train.save_file(tmp_path / "checkpoints" / "last.pt", {"settings": {"epochs": 3}, "rng": torch.zeros(1)})
+    _fit(prepared, tmp_path, epochs=1)
+    assert "of another version of this suite, from which a training cannot go on" in capsys.readouterr().out
+
+
 def _program(text, *arguments, processes=None):
     """Run a Python program that has this module's names, in one process or in several of torchrun; its output."""
     head = f"""
