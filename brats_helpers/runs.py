@@ -31,6 +31,9 @@ class Run:
         self.best = self.checkpoints / "best.pt"
         self.last = self.checkpoints / "last.pt"
         self.predictions = self.folder / "predictions"
+        self.postprocess = self.folder / "postprocess.json"
+        self.soft = self.folder / "soft"
+        self.submission = self.folder / "submission"
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
         self.report = self.folder / "report" / "index.html"
@@ -61,7 +64,7 @@ class Run:
         """Remove what notebook `stage` made to be looked at; checkpoints stay, as a training may go on from them."""
         paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
         if stage == "03_evaluate":
-            paths += [self.metrics, self.cases_csv]
+            paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
         for path in paths:
             path.unlink(missing_ok=True)
 
