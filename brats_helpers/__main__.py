@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
     verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
-    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
     verb.set_defaults(verb=_check)
 
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")

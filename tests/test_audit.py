@@ -10,7 +10,6 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from brats_helpers import audit as audit_module
 from brats_helpers.__main__ import main
@@ -23,7 +22,7 @@ from brats_helpers.suite import read_notebooks
 from brats_helpers.train import fit
 
 from .conftest import write_tiny_case
-from .test_train import SETTINGS
+from .test_train import HOW, SETTINGS
 
 
 @pytest.fixture
@@ -551,5 +550,5 @@ def test_a_set_with_every_fault_at_once_trains_on_what_is_left(tmp_path, capsys)
         assert part_of["same-scan"] == part_of["label-3"] and part_of["same-patient"] == part_of["no-enhancing"]
     train, val = load_prepared(run, "train"), load_prepared(run, "val")
     settings = dataclasses.replace(SETTINGS, epochs=1)
-    assert len(fit(settings, train, val, run.folder, device=torch.device("cpu"), workers=0)) == 1
+    assert len(fit(settings, train, val, run.folder, **HOW)) == 1
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
