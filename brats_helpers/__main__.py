@@ -151,7 +151,7 @@ def _check(options: argparse.Namespace) -> int:
         found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
         if not found.cases:
             raise DataError(f"no patient below {options.data}.")
-        report = audit(found, found.cases, workers=options.workers, cache_dir=None)
+        report = audit(found, found.cases, workers=max(1, options.workers), cache_dir=None)
         if options.json:
             write_json(options.json, report)
     except (DataError, OSError) as error:

@@ -201,7 +201,8 @@ def _examine(case: Case, root: Path) -> dict:
             image = parse_nifti(raw, path)
         except DataError as error:
             code = "truncated" if isinstance(error, TruncatedError) else "unreadable"
-            findings.append(Finding(code, "error", name, str(error).replace(str(path), path.name)))
+            message = str(error).removeprefix(f"{path} ")
+            findings.append(Finding(code, "error", name, message[0].upper() + message[1:]))
             continue
         facts = files[kind] = _header_facts(image)
         problems = [*_packing_problems(path, packed), *_header_problems(image)]
@@ -307,7 +308,7 @@ def _image_problems(
 ) -> Iterator[_Problem]:
     if not np.isfinite(ends).all():
         bad = inside.size - np.count_nonzero(np.isfinite(inside))
-        yield "non-finite", "error", f"{bad:,} voxels are NaN or infinite; fetch the file again or mend them."
+        yield "non-finite", "error", f"NaN or infinite voxels: {bad:,}; fetch the file again or mend them."
     elif not inside.size:
         yield "empty-image", "error", "Every voxel is 0, expected a brain; fetch the file again."
     elif np.array_equal(inside == inside.flat[filled.argmax()], filled):
@@ -390,7 +391,7 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _brief(numbers: Sequence) -> str:
-    return np.array2string(np.round(numbers, 3), separator=", ", suppress_small=True).replace("\n", "")
+    return " | ".join(" ".join(f"{number:g}" for number in row) for row in np.atleast_2d(np.round(numbers, 3))[:3])
 
 
 # --- who belongs together -----------------------------------------------------------------------------------------

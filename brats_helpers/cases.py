@@ -224,7 +224,7 @@ def survey(root: Path | str, modalities: Sequence[str] = MODALITIES) -> Survey:
         images = {name: case.images[name] for name in modalities if name in case.images}
         missing = [name for name in modalities if name not in images]
         if not case.images:
-            found._add(case.id, "no-images", "error", case.seg, "A segmentation without an image beside it.")
+            found._add(case.id, "no-images", "error", case.seg, "No image beside this segmentation; put them there.")
         elif missing:
             path = _expected(case, missing[0])
             found._add(
