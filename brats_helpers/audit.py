@@ -193,7 +193,7 @@ def _examine(case: Case, root: Path) -> dict:
     """Read every file of a patient once, and ask everything of it that is asked."""
     findings: list[Finding] = []
     files: dict[str, dict] = {}
-    brain = None
+    brains: list[np.ndarray] = []
     for kind, path in case.files.items():
         name = path.relative_to(root).as_posix()
         try:
@@ -208,21 +208,23 @@ def _examine(case: Case, root: Path) -> dict:
         problems = [*_packing_problems(path, packed), *_header_problems(image)]
         if not any(severity == "error" for _, severity, _ in problems):
             volume, slope, inter = _stored(image, raw)
-            filled = volume != _background(volume.dtype, slope, inter)
+            zero = _background(volume.dtype, slope, inter)
+            filled = volume != zero
             box = _box(filled)
-            inside = volume[box]  # all that is not 0
-            ends = volume.min(), volume.max()
+            inside = np.ascontiguousarray(volume[box])  # all that is not 0; the rest need not be looked at again
+            whole = inside.size == volume.size
+            ends = [end(**({} if whole else {"initial": zero})) for end in (inside.min, inside.max)]
             facts["range"] = [float(end) * slope + inter if np.isfinite(end) else None for end in ends]
             facts["content"] = _content(inside, ends, f"{volume.shape} {box} {slope} {inter}")
             if kind == "seg":
-                values, counts = np.unique(inside[filled[box]] * slope + inter, return_counts=True)
+                values, counts = np.unique(inside[inside != zero] * slope + inter, return_counts=True)
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
                 problems += _label_problems(values, case)
-                if brain is not None and brain.shape == filled.shape:
-                    problems += _place_problems(filled[box], brain[box])
+                if brains and all(brain.shape == filled.shape for brain in brains):
+                    problems += _place_problems(filled[box], [brain[box] for brain in brains])
             else:
-                problems += _image_problems(inside, filled[box], ends, whole=inside.size == volume.size)
-                brain = filled if brain is None or brain.shape != filled.shape else brain | filled
+                problems += _image_problems(inside, ends, zero, whole=whole)
+                brains.append(filled)
         findings += [Finding(code, severity, name, message) for code, severity, message in problems]
     names = {kind: case.files[kind].relative_to(root).as_posix() for kind in files}
     problems = [*_geometry_problems(files), *_likeness_problems(files)]
@@ -263,15 +265,15 @@ def _box(filled: np.ndarray) -> tuple[slice, slice, slice]:
     return tuple(slice(int(side[0]), int(side[-1]) + 1) if len(side) else slice(0) for side in sides)
 
 
-def _content(inside: np.ndarray, ends: tuple[np.generic, np.generic], frame: str) -> str:
+def _content(inside: np.ndarray, ends: Sequence, frame: str) -> str:
     """A hash of the voxels that does not depend on the type that they are stored in."""
     voxels = None
     if ends[0] >= -(2**15) and ends[1] < 2**15:  # not so with NaN
-        voxels = inside.astype("<i2", order="C")
+        voxels = inside.astype("<i2", copy=False)
         if inside.dtype.kind == "f" and not np.array_equal(voxels, inside):
             voxels = None
     if voxels is None:
-        voxels = inside.astype("<f8" if inside.dtype.kind == "f" else "<i8", order="C")
+        voxels = inside.astype("<f8" if inside.dtype.kind == "f" else "<i8")
     return _hash(f"{frame} {voxels.dtype}", voxels)
 
 
@@ -303,18 +305,20 @@ def _header_problems(image: nib.Nifti1Image) -> Iterator[_Problem]:
         yield "dtype", "error", f"Voxels of type {dtype}, expected one real number each; convert or replace it."
 
 
-def _image_problems(
-    inside: np.ndarray, filled: np.ndarray, ends: tuple[np.generic, np.generic], *, whole: bool
-) -> Iterator[_Problem]:
+def _image_problems(inside: np.ndarray, ends: Sequence, zero: int | float, *, whole: bool) -> Iterator[_Problem]:
     if not np.isfinite(ends).all():
         bad = inside.size - np.count_nonzero(np.isfinite(inside))
         yield "non-finite", "error", f"NaN or infinite voxels: {bad:,}; fetch the file again or mend them."
     elif not inside.size:
         yield "empty-image", "error", "Every voxel is 0, expected a brain; fetch the file again."
-    elif np.array_equal(inside == inside.flat[filled.argmax()], filled):
+    elif ends[0] == ends[1] or (zero in ends and _only(ends, inside[len(inside) // 2]) and _only(ends, inside)):
         yield "constant-image", "error", "All voxels of the brain have one value, expected a scan; fetch it again."
-    elif whole and filled.all():
+    elif whole and not (inside == zero).any():
         yield "no-background", "warning", "No voxel is 0, so all count as brain in normalising; was the skull stripped?"
+
+
+def _only(values: Sequence, voxels: np.ndarray) -> bool:
+    return bool(((voxels == values[0]) | (voxels == values[1])).all())
 
 
 def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
@@ -337,8 +341,8 @@ def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 
-def _place_problems(labelled: np.ndarray, brain: np.ndarray) -> Iterator[_Problem]:
-    outside = np.count_nonzero(labelled & ~brain)
+def _place_problems(labelled: np.ndarray, brains: list[np.ndarray]) -> Iterator[_Problem]:
+    outside = np.count_nonzero(labelled & ~np.logical_or.reduce(brains))
     if outside:
         share = outside / np.count_nonzero(labelled)
         text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0; they are kept. Is it this patient's?"
