@@ -407,13 +407,13 @@ def _together(entries: dict[str, dict]) -> Iterator[tuple[str, str, Finding]]:
     shared: dict[tuple[str, str], list[str]] = defaultdict(list)
     for case_id, entry in entries.items():
         for kind, facts in entry["files"].items():
-            if kind != "seg" and _varies(facts):
+            if _varies(facts):  # masks too, but for empty ones: no two tumours are alike
                 owner, as_kind = scans.setdefault(facts["content"], (case_id, kind))
                 if owner != case_id:
                     shared[case_id, owner].append(kind)
                     shared[owner, case_id].append(as_kind)
     for (case_id, other), kinds in shared.items():
-        text = f"{', '.join(kinds)}: voxel for voxel a scan of {other} too; both go into one part of a split."
+        text = f"{', '.join(kinds)}: voxel for voxel a file of {other} too; both go into one part of a split."
         yield case_id, other, Finding("same-scan", "warning", entries[case_id]["files"][kinds[0]]["file"], text)
 
     people: dict[str, str] = {}

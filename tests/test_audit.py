@@ -299,8 +299,16 @@ def test_the_same_scan_under_two_names(tmp_path):
     assert findings(report, "A") == {"same-scan": "warning"}
     assert findings(report, "C") == {"same-scan": "warning", "mixed-dtypes": "note"}
     finding = report["cases"]["C"]["findings"][0]
-    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith("t2: voxel for voxel a scan of A too")
+    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith("t2: voxel for voxel a file of A too")
     assert [entry["group"] for entry in report["cases"].values()] == ["A", "B", "A"]
+
+
+def test_a_mask_of_another_patient_is_noticed(tmp_path):
+    folders = [write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("AB")]
+    shutil.copy(folders[0] / "A_seg.nii.gz", folders[1] / "B_seg.nii.gz")
+    report = check(tmp_path)
+    assert findings(report, "A") == findings(report, "B") == {"same-scan": "warning"}
+    assert report["cases"]["B"]["findings"][0]["file"] == "B/B_seg.nii.gz"
 
 
 def test_empty_images_and_masks_are_nobodys_scan(tmp_path):
@@ -314,11 +322,11 @@ def test_empty_images_and_masks_are_nobodys_scan(tmp_path):
 
 
 def test_pairs_that_share_a_member_are_one_group(tmp_path):
-    folders = [write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("ABCD")]
-    shutil.copy(folders[3] / "D_t1.nii.gz", folders[1] / "B_t1.nii.gz")
-    shutil.copy(folders[3] / "D_t2.nii.gz", folders[2] / "C_t2.nii.gz")
+    folders = {case_id: write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("ABCDE")}
+    for one, kind, other in (("A", "t1", "B"), ("C", "t1", "D"), ("B", "t2", "D")):
+        shutil.copy(folders[one] / f"{one}_{kind}.nii.gz", folders[other] / f"{other}_{kind}.nii.gz")
     report = check(tmp_path)
-    assert [entry["group"] for entry in report["cases"].values()] == ["A", "B", "B", "B"]
+    assert [entry["group"] for entry in report["cases"].values()] == ["A", "A", "A", "A", "E"]
 
 
 def test_one_patient_by_time_points_and_by_the_tables(tmp_path):
