@@ -207,6 +207,15 @@ def test_images(patient, how, code, severity):
     assert findings(check(patient.parent))[code] == severity
 
 
+def test_one_flat_slice_makes_no_constant_image(patient):
+    def how(voxels):
+        voxels[:, :, 8:12] = (voxels[:, :, 8:12] != 0) * voxels.max()
+        return voxels
+
+    change(patient / "A_t1.nii.gz", how)
+    assert findings(check(patient.parent)) == {}
+
+
 def test_modalities_of_different_types(patient):
     change(patient / "A_t1.nii.gz", dtype=np.float32)
     assert findings(check(patient.parent)) == {"mixed-dtypes": "note"}
