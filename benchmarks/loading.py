@@ -50,7 +50,8 @@ class Tools:
     """What is timed, by row of the tables.
 
     Attributes:
-        load: how to open a stream of batches, and how many of its batches one timing takes.
+        load: how to open a stream of batches, and how many of its batches one timing takes: an even number for
+            two processes, which finish two at a time.
         prepare: prepares all patients in an empty folder; gives the folder to weigh, None if it wrote nothing.
     """
 
@@ -230,7 +231,7 @@ def ours(tools: Tools, cases: Sequence[Case], gzipped: Sequence[Case], packed: S
         return folder
 
     tools.load["brats_helpers"] = (lambda: load(0), 150)
-    tools.load[f"brats_helpers, {WORKERS} worker processes"] = (lambda: load(WORKERS), 150)
+    tools.load[f"brats_helpers, {WORKERS} processes"] = (lambda: load(WORKERS), 150)
     tools.prepare["brats_helpers, from .nii"] = lambda folder: pack_all(cases, folder)
     tools.prepare["brats_helpers, from .nii.gz"] = lambda folder: pack_all(gzipped, folder)
 
@@ -252,7 +253,7 @@ def notebook_way(tools: Tools, cases: Sequence[Case], size: tuple[int, int]) -> 
             return torch.from_numpy(image), torch.from_numpy(label)
 
     tools.load["notebook way: get_fdata per slice"] = (lambda: loaded(OneSlice(), workers=0), 1)
-    tools.load[f"notebook way, {WORKERS} worker processes"] = (lambda: loaded(OneSlice(), workers=WORKERS), 2)
+    tools.load[f"notebook way, {WORKERS} processes"] = (lambda: loaded(OneSlice(), workers=WORKERS), 2)
 
 
 def loaded(dataset: torch.utils.data.Dataset, *, workers: int, collate: Callable | None = None) -> Stream:
@@ -299,17 +300,17 @@ def monai(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Path
 
     default, best = cached(True), cached(False)
     persistent = PersistentDataset(files, steps, persist(work / "monai"))
-    for workers, suffix in ((0, ""), (WORKERS, f", {WORKERS} worker processes")):
-        rows = {
-            "CacheDataset": (default, 1),
-            "CacheDataset, copy_cache=False": (best, 8),
-            "PersistentDataset": (persistent, 1),
-        }
-        for row, (dataset, n) in rows.items():
-            tools.load[f"MONAI {row}{suffix}"] = (
-                lambda dataset=dataset, workers=workers: loaded(dataset, workers=workers, collate=collate),
-                n,
-            )
+    rows = {
+        "CacheDataset, as it comes": (default, 0, 1),
+        "CacheDataset, copy_cache=False": (best, 0, 8),
+        f"CacheDataset, copy_cache=False, {WORKERS} processes": (best, WORKERS, 8),
+        f"PersistentDataset, {WORKERS} processes": (persistent, WORKERS, 2),
+    }
+    for row, (dataset, workers, n) in rows.items():
+        tools.load[f"MONAI {row}"] = (
+            lambda dataset=dataset, workers=workers: loaded(dataset, workers=workers, collate=collate),
+            n,
+        )
     tools.prepare["MONAI CacheDataset (in memory)"] = lambda folder: cached(False) and None
     tools.prepare["MONAI PersistentDataset"] = persist
 
@@ -336,7 +337,7 @@ def torchio(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Pa
                 images = torch.cat([batch[name][tio.DATA] for name in cases[0].images], dim=1)
                 yield images[..., 0], batch["label"][tio.DATA][:, 0, ..., 0]
 
-    tools.load[f"TorchIO Queue, {WORKERS} worker processes"] = (load, 18)
+    tools.load[f"TorchIO Queue, {WORKERS} processes"] = (load, 18)
 
 
 def nnunet(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Path) -> None:
@@ -401,9 +402,9 @@ def nnunet(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Pat
             if workers:
                 loader._finish()
 
-    for workers, suffix in ((0, ""), (WORKERS, f", {WORKERS} worker processes")):
+    for workers, suffix in ((0, ""), (WORKERS, f", {WORKERS} processes")):
         tools.load[f"nnU-Net, no augmentation{suffix}"] = (lambda workers=workers: load(False, workers), 24)
-    tools.load[f"nnU-Net, its augmentation, {WORKERS} worker processes"] = (lambda: load(True, WORKERS), 10)
+    tools.load[f"nnU-Net, its augmentation, {WORKERS} processes"] = (lambda: load(True, WORKERS), 10)
     tools.prepare["nnU-Net (fingerprint and plan not counted)"] = preprocess
 
 
