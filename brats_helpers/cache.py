@@ -49,6 +49,11 @@ class Packed:
     shape: tuple[int, int, int]
     counts: np.ndarray
 
+    @property
+    def brain(self) -> np.ndarray:
+        """Where any modality is not background, bool (slices, height, width)."""
+        return (self.images != 0).any(axis=1)
+
     def __reduce__(self):
         """Send a process that loads batches the files' place rather than their content."""
         if isinstance(self.images, np.memmap):
@@ -62,6 +67,12 @@ class Packed:
         depth, height, width = box.shape
         volume[z : z + depth, y : y + height, x : x + width] = box
         return volume.transpose(2, 1, 0)
+
+    def to_box(self, volume: np.ndarray) -> np.ndarray:
+        """Cut the box, (slices, height, width), out of an array over the whole volume, (X, Y, Z)."""
+        z, y, x = self.origin
+        depth, _, height, width = self.images.shape
+        return volume.transpose(2, 1, 0)[z : z + depth, y : y + height, x : x + width]
 
 
 def normalise(volume: np.ndarray) -> np.ndarray:
