@@ -36,7 +36,7 @@ import torch
 from brats_helpers.cache import Packed, count_classes, pack, prepare
 from brats_helpers.cases import REGIONS, Case, find_cases, read_mask
 from brats_helpers.dataset import BalancedSampler, Slices, make_loader
-from brats_helpers.inference import load_network, predict_case
+from brats_helpers.inference import load_network, predict
 from brats_helpers.metrics import score_case
 from brats_helpers.phantom import make_cases
 
@@ -438,7 +438,7 @@ def quiet() -> Iterator[None]:
 
 
 def label_index(case: Case, packed: Packed) -> dict[str, Callable[[], float]]:
-    labels, brain = np.array(packed.labels), np.array(packed.images).any(axis=1)
+    labels, brain = np.array(packed.labels), packed.brain
     everywhere = np.ones(packed.shape[::-1], bool)
 
     def get_fdata() -> None:
@@ -480,7 +480,8 @@ def eight_bits(checkpoint: Path, root: Path) -> None:
         error = (rounded - packed.images)[packed.images != 0].std(dtype=np.float64)
         pair = (packed, replace(packed, images=rounded.astype(np.float16)))
         truth = read_mask(case.seg)
-        maps = [predict_case(network, one, flips=False) for one in pair]
+        soft = [predict([network], one, flips=False) for one in pair]
+        maps = [packed.to_volume(one.argmax(axis=1).astype(np.uint8)) for one in soft]
         scores = [score_case(one, truth, spacing_mm=(1.0, 1.0, 1.0), convention="brats2020") for one in maps]
         values = "".join(f"{one[region]['dice']:12.4f}" for region in REGIONS for one in scores)
         print(f"{case.id:24}{values}{max(steps):8.3f}{error:11.4f}", flush=True)

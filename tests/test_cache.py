@@ -223,6 +223,20 @@ def test_two_preparations_at_once_end_as_one(many, tmp_path, before):
     assert _contents(place) == _contents(whole)
 
 
+def test_a_case_that_another_run_made_meanwhile_is_not_replaced(data, tmp_path, monkeypatch):
+    cases, place, pack, made = find_cases(data)[:1], tmp_path / "cache", cache.pack, []
+
+    def overtaken(case):
+        monkeypatch.setattr(cache, "pack", pack)
+        cache.prepare(cases, cache_dir=place, workers=1)
+        made.extend(file.stat().st_ino for file in place.glob("Tiny*/*"))
+        return pack(case)
+
+    monkeypatch.setattr(cache, "pack", overtaken)
+    cache.prepare(cases, cache_dir=place, workers=1)
+    assert len(made) == 3 and [file.stat().st_ino for file in place.glob("Tiny*/*")] == made
+
+
 def test_what_a_dead_process_left_is_swept_away(many, tmp_path):
     data, whole, _ = many
     process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
