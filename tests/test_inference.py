@@ -18,7 +18,7 @@ from brats_helpers.train import fit
 
 from . import test_train
 from .conftest import write_tiny_case
-from .test_train import SETTINGS
+from .test_train import HOW, SETTINGS
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def checkpoint(tiny_patients, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit(SETTINGS, packed[:3], packed[3:], folder, device=CPU, workers=0)
+    fit(SETTINGS, packed[:3], packed[3:], folder, **HOW)
     return folder / "checkpoints" / "best.pt"
 
 

@@ -6,17 +6,16 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from brats_helpers import inference
 from brats_helpers.__main__ import main
 from brats_helpers.cache import pack, prepare
-from brats_helpers.cases import DataError, find_cases
+from brats_helpers.cases import DataError, find_cases, survey
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
 from . import test_train
-from .test_train import SETTINGS
+from .test_train import HOW, SETTINGS
 
 VOXELS = {
     "brats_2013_pat0001_1": (27_189, 53_050, 31_485),
@@ -39,7 +38,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     )
     train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
     val = [packed["brats_2013_pat0003_1"]]
-    history = fit(settings, train, val, tmp_path, device=torch.device("cpu"), workers=0)
+    history = fit(settings, train, val, tmp_path, **HOW)
     assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
     checkpoint = tmp_path / "checkpoints" / "best.pt"
@@ -73,7 +72,7 @@ def test_a_network_of_other_patients_predicts_them_all_and_score_prints_their_fi
 
 
 def test_four_modalities_are_asked_for_where_two_are(real_patients):
-    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: no brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: No brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
         find_cases(real_patients)
-    found = find_cases(real_patients, skip_incomplete=True)
+    found = survey(real_patients).complete(skip_incomplete=True)
     assert [case.id for case in found] == ["BraTS-GLI-00001-000"]
