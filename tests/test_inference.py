@@ -131,7 +131,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 
 def test_a_patient_without_the_networks_modalities_is_refused(checkpoint, tmp_path):
     write_tiny_case(tmp_path, "Two", seed=1, modalities=("flair", "t1ce"))
-    with pytest.raises(DataError, match="Two: no Two_t1.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match="Two: No Two_t1.nii.*missing: t1, t2"):
         inference.predict_folders([checkpoint], [tmp_path / "Two"], tmp_path / "out", device="cpu", flips=False)
 
 
