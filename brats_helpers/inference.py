@@ -229,8 +229,9 @@ def predict_files(
     seen = leaked(networks, cases)
     if seen and not allow_leakage:
         raise DataError(
-            f"the network has seen {', '.join(seen)}: scores there would mean nothing. Leave them out, or set"
-            " allow_leakage, which every score then shows."
+            f"the network has seen {', '.join(seen)} in training: scores there would mean nothing. Leave them out, or"
+            " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true). Patients are told"
+            " by their IDs: where these are others that have the same, rename them."
         )
     _note_leakage(folder, {case.id for case in cases}, set(seen))
     for case in cases:
