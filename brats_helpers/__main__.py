@@ -219,7 +219,12 @@ def _score(options: argparse.Namespace) -> int:
     if scores["leakage"]:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
     rows = scores["cases"] | {
-        "mean": {region: {m: v["mean"] for m, v in scores["summary"][region].items()} for region in REGIONS}
+        name: {region: {m: pick(v) for m, v in scores["summary"][region].items()} for region in REGIONS}
+        for name, pick in (
+            ("mean", lambda found: found["mean"]),
+            ("95 % from", lambda found: found["ci95"][0]),
+            ("95 % to", lambda found: found["ci95"][1]),
+        )
     }
     width = max(map(len, rows))
     print(f"{'':{width}}" + "".join(f"{region + ' Dice':>11}{region + ' HD95 mm':>13}" for region in REGIONS))
