@@ -806,31 +806,6 @@ def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
 
 
 @_styled
-def calibration(regions: Mapping[str, Mapping], *, simulated: bool) -> Figure:
-    """How often a voxel is the region, against the probability that the network gave it; the diagonal is honest.
-
-    Args:
-        regions: `uncertainty.calibration` of `metrics.json`: by region `ece` and `bins`.
-    """
-    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4.2), sharey=True)
-    for ax, region in zip(axes, REGIONS, strict=True):
-        ax.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
-        bins = regions.get(region, {}).get("bins", [])
-        points = [(each["predicted"], each["observed"]) for each in bins]
-        if points:
-            style = {"color": COLOURS[region], "linestyle": _DASHES[region], "marker": _MARKERS[region]}
-            ax.plot(*zip(*points, strict=True), markersize=6, **style)
-        ece = regions.get(region, {}).get("ece")
-        error = "no voxels" if ece is None else f"calibration error {ece:.3f}"
-        ax.set(title=f"{region}, {error}", xlabel="predicted probability", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        ax.grid()
-    axes[0].set_ylabel("share of voxels that are the region")
-    detail = "above the diagonal the network is too shy, below it too sure · voxels of all test patients together"
-    _title(figure, "Calibration of the probabilities", detail, simulated)
-    return figure
-
-
-@_styled
 def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], *, simulated: bool) -> Figure:
     """Experiments side by side: validation Dice over training time, and test Dice with its 95 % interval.
 

@@ -37,15 +37,13 @@ def build_report(run: Run) -> Path:
     """Write the report of a run from whatever its folder holds so far; sections without content say what is missing.
 
     Returns:
-        `report/index.html` of the run; `validation.md` and two figures (volumes, calibration) are written besides.
+        `report/index.html` of the run; `validation.md` and `figures/03_volumes.png` are written besides.
     """
     manifest, metrics = run.manifest, _read(run.metrics)
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
     reviewed = review(run, metrics)
     if any("volume_ml" in scores.get("WT", {}) for scores in metrics.get("cases", {}).values()):
         plots.save_figure(plots.volume_agreement(metrics, simulated=simulated), run.figures / "03_volumes.png")
-    if found := metrics.get("uncertainty", {}).get("calibration"):
-        plots.save_figure(plots.calibration(found, simulated=simulated), run.figures / "03_calibration.png")
     lines = validate(run, reviewed)
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
 

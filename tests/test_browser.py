@@ -135,7 +135,7 @@ def test_the_viewer_fills_a_voxel_with_the_colour_of_its_innermost_region(look):
     page.locator("#viewer [name=prediction]").uncheck()
     grey = page.eval_on_selector("#viewer canvas", read)
     assert len(set(grey)) == 1
-    assert filled == pytest.approx([0.5 * a + 0.5 * b for a, b in zip(grey, colour, strict=True)], abs=2)
+    assert filled == pytest.approx([0.6 * a + 0.4 * b for a, b in zip(grey, colour, strict=True)], abs=2)
 
 
 def test_slices_move_by_keyboard_and_by_click(look):

@@ -401,17 +401,3 @@ def test_volume_agreement_of_one_patient_has_no_limits():
     figure = plots.volume_agreement({"cases": {"A": volumes}}, simulated=False)
     assert [line.get_ydata()[0] for line in figure.axes[0].lines[1:]] == [-1, 0]
     assert "simulated" not in everything_said(figure)
-
-
-def test_calibration_draws_the_bins_against_the_diagonal():
-    bins = [
-        {"low": 0.0, "high": 0.5, "voxels": 3, "predicted": 0.2, "observed": 0.3},
-        {"low": 0.5, "high": 1.0, "voxels": 1, "predicted": 0.9, "observed": 0.6},
-    ]
-    figure = plots.calibration({"WT": {"ece": 0.15, "bins": bins}, "TC": {"ece": None, "bins": []}}, simulated=True)
-    diagonal, line = figure.axes[0].lines
-    assert diagonal.get_xdata() == diagonal.get_ydata() == [0, 1]
-    assert list(line.get_xdata()) == [0.2, 0.9] and list(line.get_ydata()) == [0.3, 0.6]
-    assert len(figure.axes[1].lines) == len(figure.axes[2].lines) == 1
-    said = everything_said(figure)
-    assert "WT, calibration error 0.150" in said and "TC, no voxels" in said and "simulated" in said

@@ -192,15 +192,12 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     bare.record(excluded={"D_1": ["flat"]}, preflight={"predicted": {"seconds": 100}, "measured": {"seconds": 150.0}})
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
     post = {"rules": {"et_voxels": 30}, "test": {"n": 2, "before": dice, "after": dice | {"ET": 0.65}}}
-    bins = [{"low": 0.0, "high": 0.1, "voxels": 9, "predicted": 0.05, "observed": 0.2}]
-    calibration = {region: {"ece": 0.15, "bins": bins} for region in ("WT", "TC", "ET")}
-    uncertainty = {"auc": 0.9312, "auc_tumour": 0.75, "cases": {}, "calibration": calibration}
+    uncertainty = {"auc": 0.9312, "auc_tumour": 0.75}
     page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
     assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
     assert ["D_1", "flat"] in page.rows and ["seconds", "100", "150", "1.50"] in page.rows
     assert ["test", "2", "0.900", "0.900", "0.800", "0.800", "0.700", "0.650"] in page.rows
     assert "0.931 of all pairs" in page.text and "in 0.750" in page.text
-    assert (bare.figures / "03_calibration.png").exists() and len(page.loads) == 1
     assert "These figures mean nothing: the network has seen A_1" in page.text
 
 

@@ -97,7 +97,7 @@ if (viewer) {
       for (let x = 0; x < width; x++, to += 4) {
         const grey = image[offset(x, y)];
         const region = filled ? regions.findLast((_, k) => isIn(6, regions[k], x, y)) : undefined;
-        for (let k = 0; k < 3; k++) slice.data[to + k] = region ? 0.5 * grey + 0.5 * region.rgb[k] : grey;
+        for (let k = 0; k < 3; k++) slice.data[to + k] = region ? 0.6 * grey + 0.4 * region.rgb[k] : grey;
         slice.data[to + 3] = 255;
       }
     }
@@ -110,10 +110,10 @@ if (viewer) {
     const context = canvas.getContext("2d");
     context.drawImage(small.canvas, 0, 0, canvas.width, canvas.height);
 
-    // The reference as an outline along the edges of its voxels.
-    context.lineWidth = 2;
+    // The reference as an outline along the edges of its voxels; that of TC shows on both sides of ET's.
     for (const region of control("reference").checked ? regions : []) {
       context.strokeStyle = region.colour;
+      context.lineWidth = region.name === "TC" ? 6 : 2.5;
       context.beginPath();
       for (let y = 0; y < height; y++) {
         for (let x = 0; x < width; x++) {
@@ -131,6 +131,7 @@ if (viewer) {
 
     // Where the other two planes cut this one: ticks at its edges.
     context.strokeStyle = "#fff";
+    context.lineWidth = 2;
     context.beginPath();
     const [x, y] = [(at[plane.right] + 0.5) * across, (row(at[plane.down]) + 0.5) * down];
     for (const [ends, other] of [[[0, canvas.height], x], [[0, canvas.width], y]]) {
