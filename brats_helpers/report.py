@@ -169,7 +169,7 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
 
 def _audit(run: Run, manifest: Mapping) -> dict:
     """The findings of `audit.json` as rows, the patients left out, and how many were looked at."""
-    audit = _read(run.folder / "audit.json")
+    audit = _read(run.audit)
     rows = [
         {"case": case_id, **finding}
         for case_id, case in audit.get("cases", {}).items()

@@ -119,7 +119,7 @@ class _Facts:
 
     @cached_property
     def audit(self) -> dict:
-        return _read(self.run.folder / "audit.json")
+        return _read(self.run.audit)
 
     @property
     def review(self) -> Review:
@@ -242,7 +242,7 @@ def _unchanged(facts):
     if facts._review.problem:
         return WARN, facts._review.problem
     _ = facts.review
-    return OK, f"their names and sizes have the fingerprint of splits.json, {facts.splits['fingerprint']}"
+    return OK, f"each patient's voxels are those of splits.json, fingerprint {facts.splits['fingerprint']}"
 
 
 @_line("Data set integration", "Label numbers are known ones before, and the same after")

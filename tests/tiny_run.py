@@ -12,7 +12,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from brats_helpers.cases import find_cases, read_mask, read_nifti, write_mask
+from brats_helpers.audit import examine
+from brats_helpers.cases import read_mask, read_nifti, survey, write_mask
 from brats_helpers.files import write_json
 from brats_helpers.metrics import CONVENTIONS, score_files, summarise
 from brats_helpers.model import PACKAGED_ENCODER, build_model
@@ -57,8 +58,12 @@ def write_tiny_run(root: Path) -> Run:
     for seed, case_id in enumerate(case_id for ids in PARTS.values() for case_id in ids):
         write_tiny_case(data, case_id, seed=seed, modalities=MODALITIES)
     write_tiny_case(data, "Unlabelled_0", seed=9, modalities=MODALITIES, labelled=False)
-    cases = {case.id: case for case in find_cases(data, MODALITIES)}
-    write_splits(run.splits, PARTS, unlabelled=["Unlabelled_0"], seed=0, fingerprint=fingerprint(list(cases.values())))
+    found = survey(data, MODALITIES)
+    cases = {case.id: case for case in found.cases}
+    known = examine(found, found.cases, workers=1, cache_dir=None)
+    contents = {case_id: facts["content"] for case_id, facts in known.items()}
+    facts = {"seed": 0, "fingerprint": fingerprint(contents), "contents": contents}
+    write_splits(run.splits, PARTS, unlabelled=["Unlabelled_0"], **facts)
 
     run.predictions.mkdir()
     scores = {}
@@ -102,7 +107,7 @@ def write_tiny_run(root: Path) -> Run:
     run.record(
         profile="tiny", command="./run_all.sh --run tiny", revision="0123abc", versions={"torch": "2.4"}, stages=stages,
         device={"device": "CPU"}, data=str(data), origin=f"tiny patients of {HOSTILE}", simulated=True,
-        modalities=MODALITIES, best_epoch=2,
+        modalities=MODALITIES, cache_dir=str(root / "cache"), best_epoch=2,
     )  # fmt: skip
     return run
 
