@@ -1,8 +1,11 @@
-"""The command line: `python -m brats_helpers run | phantom | predict | score`."""
+"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare`."""
 
 import argparse
+import json
 import os
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from brats_helpers import suite
@@ -10,7 +13,10 @@ from brats_helpers.log import done, fail, warn
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb that `argv` names and return the exit code: 0, 1 for an error, 2 for wrong arguments."""
+    """Run the verb that `argv` names and return the exit code.
+
+    0; 1 for an error, also where `score` could not score everybody; 2 for wrong arguments.
+    """
     if argv[:1] == ["run"]:
         return suite.main(argv[1:])
     options = _parser().parse_args(argv)
@@ -19,19 +25,38 @@ def main(argv: list[str]) -> int:
     from brats_helpers.runs import RunError
 
     try:
-        options.verb(options)
-    except (DataError, RunError, OSError, RuntimeError) as error:
+        return options.verb(options) or 0
+    except (DataError, RunError, OSError, RuntimeError, FloatingPointError, MemoryError, ValueError) as error:
         fail(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m brats_helpers", description="Brain-tumour segmentation on BraTS data.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs.add_parser("run", help="run the notebooks in order, as ./run_all.sh does", add_help=False)
+
+    verb = verbs.add_parser(
+        "train",
+        help="train a run that notebook 02 began, in several processes",
+        description="Train a run that notebook 02 began; one of the processes of torchrun or `accelerate launch`.",
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
+    verb.set_defaults(verb=_train)
+
+    verb = verbs.add_parser(
+        "check",
+        help="look for faults in a folder of patients",
+        description="Look for faults in a folder of patients; nothing is written or renamed there."
+        " Exit code: 0 no errors, 1 errors, 2 it could not run.",
+    )
+    verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
+    verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
+    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
+    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    verb.set_defaults(verb=_check)
 
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
@@ -42,19 +67,49 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "predict",
         help="segment patients with a trained network",
-        description="Segment patients with a trained network: DIR/<case>_seg.nii.gz, in each patient's own geometry.",
+        description="Segment patients with a trained network: DIR/<case>_seg.nii.gz, in each patient's own geometry."
+        " A network is not asked about patients that it has seen in training, unless --allow-leakage is given.",
     )
     verb.add_argument("cases", metavar="CASE", type=Path, nargs="+", help="a patient's folder, or a folder of them")
-    verb.add_argument("--checkpoint", metavar="CKPT", type=Path, required=True, help="runs/NAME/checkpoints/best.pt")
+    verb.add_argument(
+        "--checkpoint",
+        metavar="CKPT",
+        type=Path,
+        required=True,
+        action="append",
+        dest="checkpoints",
+        help="runs/NAME/checkpoints/best.pt; given more than once: the networks' probabilities are averaged",
+    )
     verb.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the segmentations")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     verb.add_argument("--flips", action="store_true", help="average over mirror images too: better, and slower")
+    verb.add_argument(
+        "--labels",
+        choices=("2020", "2023"),
+        default="2020",
+        help="enhancing tumour is label 4 (2020) or 3 (2023); default: 2020",
+    )
+    verb.add_argument(
+        "--postprocess", metavar="FILE", type=Path, help="apply the rules that a run chose: runs/NAME/postprocess.json"
+    )
+    verb.add_argument(
+        "--soft", metavar="DIR", type=Path, help="write DIR/<case>_soft.nii.gz as well: each class's probability"
+    )
+    verb.add_argument(
+        "--allow-leakage",
+        action="store_true",
+        help="predict patients that the network has seen too, and name them in DIR/leakage.json",
+    )
     verb.set_defaults(verb=_predict)
 
     verb = verbs.add_parser(
         "score",
         help="score segmentations against references",
-        description="Score segmentations against references: Dice and HD95 of WT, TC and ET, per patient.",
+        description="Score segmentations against references: Dice and HD95 of WT, TC and ET, per patient. Labels may"
+        " be numbered 0, 1, 2, 4 or 0, 1, 2, 3. Nothing is resampled, moved or relabelled. Exit code 1 where somebody"
+        " could not be scored: a prediction that is missing, has no patient in TRUTH_DIR, lies in another geometry,"
+        " cannot be read, or comes from a network that had seen the patient. A patient without a reference is named,"
+        " and no error.",
     )
     verb.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz")
     verb.add_argument("truth_dir", metavar="TRUTH_DIR", type=Path, help="folder of patients with their segmentations")
@@ -62,8 +117,59 @@ def _parser() -> argparse.ArgumentParser:
         "--convention", choices=("brats2020", "brats2023"), default="brats2020", help="default: brats2020"
     )
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, as metrics.json holds it")
+    verb.add_argument(
+        "--allow-leakage", action="store_true", help="score predictions of networks that had seen the patient as well"
+    )
     verb.set_defaults(verb=_score)
+
+    verb = verbs.add_parser(
+        "compare",
+        help="compare two runs patient by patient",
+        description="Compare two runs patient by patient: mean of B minus A over the patients that both scored, with"
+        " its 95 % bootstrap interval over patients.",
+    )
+    verb.add_argument("a", metavar="RUN_A", type=Path, help="a run's folder, or a file in the form of metrics.json")
+    verb.add_argument("b", metavar="RUN_B", type=Path, help="the other one")
+    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, every structure and metric")
+    verb.set_defaults(verb=_compare)
     return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from brats_helpers.launch import train_run
+    from brats_helpers.runs import Run
+
+    train_run(Run(options.run))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from brats_helpers.audit import audit, excluded, rows
+    from brats_helpers.cases import MODALITIES, DataError, survey
+    from brats_helpers.files import write_json
+
+    try:
+        found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
+        if not found.cases:
+            raise DataError(f"no patient below {options.data}.")
+        report = audit(found, found.cases, workers=options.workers, cache_dir=None)
+        if options.json:
+            write_json(options.json, report)
+    except (DataError, OSError) as error:
+        fail(str(error))
+        return 2
+    say = {"error": fail, "warning": warn, "note": print}
+    summary = report["summary"]
+    for (severity, code), listed in groupby(rows(report, each=3), key=itemgetter("severity", "code")):
+        say[severity](f"{severity} {code}: {summary['codes'][code]:,}")
+        for row in listed:
+            print("   " + ": ".join(text for text in (row["file"] or row["patient"], row["message"]) if text))
+    worst = summary["worst"]
+    line = (
+        f"{summary['patients']:,} patients: {worst['error']:,} with errors, {worst['warning']:,} with warnings,"
+        f" {worst['note']:,} with notes, {worst['clean']:,} with nothing to say"
+    )
+    (fail if worst["error"] else done)(line)
+    return 1 if excluded(report) else 0
 
 
 def _phantom(options: argparse.Namespace) -> None:
@@ -75,14 +181,23 @@ def _phantom(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from brats_helpers.inference import predict_folders
+    from brats_helpers.postprocess import NO_RULES, read_rules
 
     written = predict_folders(
-        options.checkpoint, options.cases, options.out, device=options.device, flips=options.flips
+        options.checkpoints,
+        options.cases,
+        options.out,
+        device=options.device,
+        flips=options.flips,
+        rules=read_rules(options.postprocess) if options.postprocess else NO_RULES,
+        numbering=options.labels,
+        soft_dir=options.soft,
+        allow_leakage=options.allow_leakage,
     )
     done(f"{len(written)} segmentations in {options.out}")
 
 
-def _score(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> int:
     from brats_helpers.cases import REGIONS, DataError
     from brats_helpers.files import write_json
     from brats_helpers.metrics import score_folders
@@ -93,11 +208,16 @@ def _score(options: argparse.Namespace) -> None:
         options.truth_dir,
         convention=options.convention,
         simulated=is_simulated(options.truth_dir),
+        allow_leakage=options.allow_leakage,
     )
     for case, reason in scores["not_scored"].items():
         warn(f"{case} is not scored: {reason}")
     if not scores["cases"]:
-        raise DataError(f"no patient of {options.truth_dir} has a prediction in {options.pred_dir}: nothing is scored.")
+        raise DataError(
+            f"nothing to score: no patient of {options.truth_dir} has a fit prediction in {options.pred_dir}."
+        )
+    if scores["leakage"]:
+        warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
     rows = scores["cases"] | {
         "mean": {region: {m: v["mean"] for m, v in scores["summary"][region].items()} for region in REGIONS}
     }
@@ -109,6 +229,37 @@ def _score(options: argparse.Namespace) -> None:
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
     if options.json:
         write_json(options.json, scores)
+        done(str(options.json))
+    return int(any(not reason.startswith("unlabelled") for reason in scores["not_scored"].values()))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from brats_helpers.cases import REGIONS, DataError
+    from brats_helpers.files import write_json
+    from brats_helpers.metrics import compare
+
+    metrics = []
+    for path in (options.a, options.b):
+        file = path / "metrics.json" if path.is_dir() else path
+        try:
+            metrics.append(json.loads(file.read_text()))
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise DataError(f"{file} holds no metrics ({error}). Run 03_evaluate first, or score --json.") from error
+        if metrics[-1].get("leakage"):
+            warn(f"{path}: its network had seen {', '.join(metrics[-1]['leakage'])}")
+    result = compare(*metrics)
+    for path, other, only in ((options.a, options.b, "only_a"), (options.b, options.a, "only_b")):
+        if result[only]:
+            warn(f"left out, as {other} has no score for them: {', '.join(result[only])} of {path}")
+    print(f"{options.b} minus {options.a}, {result['n']} patients: mean and 95 % interval")
+    print(f"{'':4}{'Dice':^26}{'HD95 mm':^26}".rstrip())
+    for region in REGIONS:
+        row = [result["differences"][region][metric] for metric in ("dice", "hd95_mm")]
+        figures = ("{:+.3f} ({:+.3f} to {:+.3f})".format(d["mean_difference"], *d["ci95"]) for d in row)
+        print(f"{region:4}" + "".join(f"{text:^26}" for text in figures).rstrip())
+    print(("simulated patients; " if result["simulated"] else "") + result["convention"])
+    if options.json:
+        write_json(options.json, result)
         done(str(options.json))
 
 

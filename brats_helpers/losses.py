@@ -14,6 +14,9 @@ class CrossEntropyDice(nn.Module):
     Drozdzal et al. 2016) is taken over the whole batch, so that a slice without a class does not
     count as a miss; a class that the batch lacks altogether still costs its false positives.
 
+    All of it follows from a few sums over voxels (`sums`, `value`), so that the loss over several
+    batches, or over the parts of a batch in several processes, is that of all their voxels.
+
     Args:
         class_weights: weight of each of the four classes (`cases.CLASSES`) in the cross-entropy.
     """
@@ -28,12 +31,19 @@ class CrossEntropyDice(nn.Module):
             logits: (batch, 4, height, width), any float dtype.
             masks: (batch, height, width), class indices, any integer dtype.
         """
-        logits, masks = logits.float(), masks.long()
-        cross_entropy = F.cross_entropy(logits, masks, self.class_weights)
-        prob = logits.softmax(dim=1)[:, 1:]
-        truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)[:, 1:].float()
-        axes = (0, 2, 3)
-        overlap = (prob * truth).sum(axes)
-        mass = prob.sum(axes) + truth.sum(axes)
-        dice = (2 * overlap + 1) / (mass + 1)  # one voxel more, so that an absent class costs nothing
-        return cross_entropy + 1 - dice.mean()
+        return self.value(self.sums(logits, masks))
+
+    def sums(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Sums over voxels, float32 (4, 4): for each class cross-entropy, overlap, predicted mass, true mass."""
+        log_prob = logits.float().log_softmax(dim=1)
+        truth = F.one_hot(masks.long(), logits.shape[1]).movedim(-1, 1).float()
+        prob = log_prob.exp()
+        parts = (-log_prob * truth, prob * truth, prob, truth)
+        return torch.stack([part.sum(dim=(0, 2, 3)) for part in parts])
+
+    def value(self, sums: torch.Tensor) -> torch.Tensor:
+        """The loss that `sums`, of one batch or added up over several, amount to."""
+        cross_entropy, overlap, predicted, true = sums
+        weights = self.class_weights.to(sums.dtype)
+        dice = (2 * overlap + 1) / (predicted + true + 1)  # one voxel more, so that an absent class costs nothing
+        return (weights * cross_entropy).sum() / (weights * true).sum() + 1 - dice[1:].mean()

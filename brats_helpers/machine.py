@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 
 import torch
 
@@ -42,6 +43,43 @@ def choose_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, name, bool)() for name in fast) else "no"
+
+
+def set_deterministic(on: bool) -> None:
+    """On a GPU, let every operation give the same result each time, or else the fastest choose themselves.
+
+    Where an operation of the network has no such variant, torch names it in an error. A CPU is deterministic anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses; of no effect without
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory in use at once so far, in GiB: by tensors on a GPU, or on a CPU by the process in all.
+
+    On a CPU that includes what the system keeps of memory-mapped patients, and is 0 where it cannot be known (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def watched() -> bool:
+    """Whether a person looks on: in a notebook whose front end could ask for input, or at a terminal.
+
+    papermill and nbval run notebooks without input.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if kernel := getattr(shell, "kernel", None):
+        return kernel._allow_stdin
+    return sys.stdout.isatty()
 
 
 def describe(device: torch.device) -> dict[str, str | int | float]:

@@ -10,6 +10,7 @@ volumes in ml. No function here returns NaN or infinity: the rule books say what
 import csv
 import functools
 import itertools
+import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def score_case(
     Raises:
         ValueError: an unknown convention, or masks of other dtype, shape or classes.
     """
-    rule = _rule(convention)
+    rule = _RULES[_known(convention)]
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     total = truth.size
     pred, truth = _crop(pred, truth)
@@ -80,6 +81,13 @@ def score_case(
             "volume_difference_ml": (found - true) * voxel_ml,
         }
     return scores
+
+
+def region_dice(pred: np.ndarray, truth: np.ndarray, *, convention: str) -> dict[str, float]:
+    """Dice of WT, TC and ET of one patient: that of `score_case`, without the distances, which take longer."""
+    dice = {"brats2020": _dice, "brats2023": lambda p, t: _lesion_dice(*_lesions(p, t))}[_known(convention)]
+    pred, truth = _crop(pred, truth)
+    return {region: dice(_member(pred, classes), _member(truth, classes)) for region, classes in REGIONS.items()}
 
 
 def dice_scores(table: np.ndarray) -> dict[str, float]:
@@ -122,19 +130,18 @@ def brats2023(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, floa
     (rachitsaluja/BraTS-2023-Metrics), which counts in mm^3 what the description counts in voxels.
     """
     lesions, false = _lesions(pred, truth)
-    dice = [_dice(p, t) for p, t in lesions] + [0.0] * false
     hd95 = [hd95_by_area(p, t, spacing_mm) if p.any() else _LESION_ERROR_MM for p, t in lesions]
     hd95 += [_LESION_ERROR_MM] * false
-    return (statistics.fmean(dice), statistics.fmean(hd95)) if dice else (1.0, 0.0)
+    return _lesion_dice(lesions, false), statistics.fmean(hd95) if hd95 else 0.0
 
 
 _RULES = {"brats2020": brats2020, "brats2023": brats2023}
 
 
-def _rule(convention: str):
+def _known(convention: str) -> str:
     if convention not in _RULES:
         raise ValueError(f"convention {convention!r}: expected one of {', '.join(_RULES)}.")
-    return _RULES[convention]
+    return convention
 
 
 def _crop(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,8 +183,9 @@ def _member(classes: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
 
 
 def _dice(pred: np.ndarray, truth: np.ndarray) -> float:
-    """Dice of two boolean masks, not both empty."""
-    return float(2 * np.count_nonzero(pred & truth) / (np.count_nonzero(pred) + np.count_nonzero(truth)))
+    """Dice of two boolean masks; both empty: 1."""
+    both = np.count_nonzero(pred) + np.count_nonzero(truth)
+    return float(2 * np.count_nonzero(pred & truth) / both) if both else 1.0
 
 
 # ---- Distances between surfaces
@@ -345,6 +353,12 @@ def _lesions(pred: np.ndarray, truth: np.ndarray) -> tuple[list[tuple[np.ndarray
     return lesions, found - int(touching.any(axis=0).sum())
 
 
+def _lesion_dice(lesions: list[tuple[np.ndarray, np.ndarray]], false: int) -> float:
+    """Mean Dice of what `_lesions` gives; no lesion at all: 1."""
+    dice = [_dice(p, t) for p, t in lesions] + [0.0] * false
+    return statistics.fmean(dice) if dice else 1.0
+
+
 # ---- Over patients
 
 
@@ -396,7 +410,12 @@ def _mean_intervals(values: np.ndarray) -> list[list[float]]:
 
 
 def collect(
-    cases: Mapping[str, Mapping], *, convention: str, simulated: bool, not_scored: Mapping[str, str]
+    cases: Mapping[str, Mapping],
+    *,
+    convention: str,
+    simulated: bool,
+    not_scored: Mapping[str, str],
+    leakage: Iterable[str],
 ) -> dict[str, object]:
     """What `metrics.json` holds.
 
@@ -405,33 +424,36 @@ def collect(
         convention: a key of `CONVENTIONS`; the file holds its line.
         simulated: whether these are simulated patients.
         not_scored: by ID, why a patient has no figures.
+        leakage: IDs of the patients that the network had seen.
     """
-    _rule(convention)
     return {
-        "convention": CONVENTIONS[convention],
+        "convention": CONVENTIONS[_known(convention)],
         "simulated": simulated,
         "cases": {case: cases[case] for case in sorted(cases)},
         "summary": summarise(cases),
         "not_scored": dict(not_scored),
+        "leakage": sorted(leakage),
     }
 
 
 def score_folders(
-    pred_dir: Path | str, truth_dir: Path | str, *, convention: str, simulated: bool
+    pred_dir: Path | str, truth_dir: Path | str, *, convention: str, simulated: bool, allow_leakage: bool
 ) -> dict[str, object]:
     """Score a folder of label maps against a folder of patients, or of label maps, by case ID.
 
     Either folder is read by `cases.find_segs`, in either label numbering. Nothing is resampled,
-    moved or relabelled: a pair whose shapes or affines differ is refused.
+    moved or relabelled: a pair whose shapes or affines differ is refused. So are predictions of a
+    network that had seen the patient, which `predict` notes in `leakage.json` beside them, unless
+    `allow_leakage` is set.
 
     Returns:
         What `collect` returns, with a reason in `not_scored` for every patient of either folder
-        that could not be scored: missing, extra, unlabelled, misaligned or unreadable.
+        that could not be scored: missing, extra, unlabelled, leakage, misaligned or unreadable.
 
     Raises:
         DataError: a folder that holds no label map, or an ID twice.
     """
-    preds, truths = find_segs(pred_dir), find_segs(truth_dir)
+    preds, truths, seen = find_segs(pred_dir), find_segs(truth_dir), read_leakage(pred_dir)
     cases, reasons = {}, {}
     for case in sorted(preds.keys() | truths.keys()):
         if case not in truths:
@@ -440,12 +462,21 @@ def score_folders(
             reasons[case] = f"unlabelled: the patient has no segmentation in {truth_dir}"
         elif preds.get(case) is None:
             reasons[case] = f"missing: no prediction in {pred_dir}"
+        elif case in seen and not allow_leakage:
+            reasons[case] = "leakage: the network that made the prediction had seen the patient"
         else:
             try:
                 cases[case] = score_files(preds[case], truths[case], convention=convention)
             except DataError as error:
                 reasons[case] = str(error)
-    return collect(cases, convention=convention, simulated=simulated, not_scored=reasons)
+    leakage = seen & cases.keys()
+    return collect(cases, convention=convention, simulated=simulated, not_scored=reasons, leakage=leakage)
+
+
+def read_leakage(pred_dir: Path | str) -> set[str]:
+    """IDs of the patients that the network that predicted this folder had seen, as `leakage.json` there names them."""
+    path = Path(pred_dir) / "leakage.json"
+    return set(json.loads(path.read_text())) if path.exists() else set()
 
 
 def score_files(pred_path: Path, truth_path: Path, *, convention: str) -> dict[str, dict[str, float]]:
@@ -521,17 +552,13 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
             p, t = _member(pred, classes), _member(truth, classes)
             hit, true, both = (mask.sum(axis=(0, 1)) for mask in (p & t, t, p.astype(np.uint8) + t))
             slice_dice = 2 * hit[both > 0] / both[both > 0]
-            whole = _dice(p, t) if both.any() else 1.0
-            lesions, false = _lesions(p, t)
-            lesion_dice = [_dice(*lesion) for lesion in lesions] + [0.0] * false
+            whole = _dice(p, t)
             for line, values in {
                 "mean over slices, both empty = 1": [*slice_dice, *[1.0] * (slices - slice_dice.size)],
                 "mean over slices whose reference is not empty": 2 * hit[true > 0] / both[true > 0],
                 "mean over patients, those with an empty reference dropped": [whole] if true.any() else [],
                 "brats2020: mean over patients, both empty = 1, one empty = 0": [whole],
-                "brats2023: mean over patients of the lesion-wise Dice": [
-                    statistics.fmean(lesion_dice) if lesion_dice else 1.0
-                ],
+                "brats2023: mean over patients of the lesion-wise Dice": [_lesion_dice(*_lesions(p, t))],
             }.items():
                 dice.setdefault(line, {name: [] for name in REGIONS})[region].extend(values)
     return {

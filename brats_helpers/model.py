@@ -180,25 +180,30 @@ def _why_unreachable(encoder: str) -> str | None:
     return None
 
 
-def freeze_encoder(model: nn.Module, frozen: bool) -> None:
-    """Stop or resume the training of the encoder's weights. Statistics are stopped by `train_mode`."""
-    for parameter in model.encoder.parameters():
-        parameter.requires_grad_(not frozen)
+def freeze_encoder(model: nn.Module, share: float) -> None:
+    """Stop the training of the first `share` of the encoder's layers, and resume that of the rest.
+
+    Layers are counted from the input on: the first ones hold what all pictures have in common. Statistics are
+    stopped by `train_mode`.
+    """
+    layers = [layer for layer in model.encoder.modules() if list(layer.parameters(recurse=False))]
+    for k, layer in enumerate(layers):
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(k >= round(share * len(layers)))
 
 
 def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
-    """`model.train()`, but a frozen encoder stays in `eval()`, so that its BatchNorm statistics do not move.
+    """`model.train()`, but what is frozen stays in `eval()`, so that its BatchNorm statistics do not move.
 
-    With `frozen_statistics` they do not move either while the encoder's weights are trained. Batches that
+    With `frozen_statistics` the encoder's do not move either while its weights are trained. Batches that
     favour tumour have other statistics than whole volumes have, and a fine-tuned network pays for it.
     """
     model.train()
-    if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
-        model.encoder.eval()
-    elif frozen_statistics:
-        for module in model.encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    for module in model.encoder.modules():
+        parameters = list(module.parameters())
+        frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+        if frozen or (frozen_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
 
 
 def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:

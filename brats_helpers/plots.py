@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from brats_helpers.cache import normalise
+from brats_helpers.cache import Packed, normalise
 from brats_helpers.cases import CLASSES, REGIONS, Case, read_image, read_mask, spacing_mm
+from brats_helpers.uncertainty import entropy
 
 COLOURS = {
     "background": "#8C8C8C",
@@ -48,6 +49,7 @@ _PRINTED = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
 _PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 _INK, _SOFT = "#222222", "#696969"
+_ERROR = "#D55E00"
 _DASHED = (0, (2.5, 1.5))
 _PART_INK = ("#2B2B2B", "#808080", "#C4C4C4")  # train, val, test; and runs side by side
 _WIDTH = 10.0  # inches; 1,000 pixels in a notebook
@@ -690,6 +692,50 @@ def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
 
 
 @_styled
+def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
+    """How often a region is where the network gives it a probability; `metrics` is `metrics.json`."""
+    found = metrics["uncertainty"]["calibration"]
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4), sharey=True)
+    for ax, (region, curve) in zip(axes, found.items(), strict=True):
+        ax.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
+        predicted, observed = ([row[name] for row in curve["bins"]] for name in ("predicted", "observed"))
+        ax.plot(predicted, observed, color=COLOURS[region], marker=_MARKERS[region], markersize=6)
+        error = "no voxel" if curve["ece"] is None else f"calibration error {curve['ece']:.3f}"
+        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ax.grid()
+    axes[0].set_ylabel("share that is the region")
+    detail = "brain voxels given the region with 0.01 or more · dotted: perfect · above it the network says too little"
+    _title(figure, f"Calibration on {len(metrics['uncertainty']['cases'])} test patients", detail, simulated)
+    return figure
+
+
+@_styled
+def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence[str], simulated: bool) -> Figure:
+    """Where a network is wrong and where it is in doubt, on the slice with most errors.
+
+    Args:
+        case: a prepared patient with its labels.
+        soft: its probabilities, see `inference.predict`.
+        modality: the one of `modalities`, those of the prepared patient, to show below the errors.
+    """
+    wrong = (soft.argmax(axis=1) != case.labels) & case.brain
+    at = int(wrong.sum(axis=(1, 2)).argmax())
+    image = case.images[at, list(modalities).index(modality)]
+    figure, axes = _panels(1, 3, image.shape)
+    _show(axes[0, 0], image, _Z_WINDOW, "reference")
+    _overlay(axes[0, 0], case.labels[at])
+    _show(axes[0, 1], image, _Z_WINDOW, f"errors: {int(wrong[at].sum()):,} voxels")
+    axes[0, 1].imshow(np.where(wrong[at, ..., None], to_rgba(_ERROR), 0))
+    shown = axes[0, 2].imshow(entropy(np.moveaxis(soft[at], 0, -1)), cmap="magma", vmin=0, vmax=1)
+    axes[0, 2].set_title("entropy: 0 sure, 1 all classes alike")
+    figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
+    _class_legend(figure)
+    headline = f"{case.id} · errors and doubt · {_PRINTED[modality]} · axial slice {case.origin[0] + at}"
+    _title(figure, headline, f"the slice with most errors · {_z_window()}", simulated)
+    return figure
+
+
+@_styled
 def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
     """Dice of WT, TC and ET patient by patient, the worst at the bottom; `metrics` is `metrics.json`."""
     cases = metrics["cases"]
@@ -747,4 +793,45 @@ def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapp
     figure.legend(handles=handles, loc="outside lower left", ncols=4)
     detail = " · ".join(["validation Dice by epoch", *sorted({_convention(found) for found in metrics.values()})])
     _title(figure, f"Experiments compared · {', '.join(histories)}", detail, simulated)
+    return figure
+
+
+# Parts of a split
+
+
+@_styled
+def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
+    """How alike the parts of a split are in grade and tumour size: shares of their patients and of their slices.
+
+    Args:
+        patients: a row a patient: `part`, `grade` (None where unknown), `tumour_ml` (whole tumour, ml), and `slices`,
+            its axial slices with tumour.
+    """
+    third = (patients["tumour_ml"].rank(method="first") - 1) * 3 // len(patients)
+    spans = patients["tumour_ml"].groupby(third).agg(["min", "max"])
+    sizes = {k: f"{span['min']:,.0f} to {span['max']:,.0f} ml" for k, span in spans.iterrows()}
+    kinds = {"Grade": patients["grade"].fillna("unknown"), "Whole tumour": third}
+    parts = list(patients["part"].unique())
+    figure = plt.figure(figsize=(_WIDTH, 6))
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, (name, kind) in zip(axes, kinds.items(), strict=True):
+        for ax, unit in zip(row, ("patients", "slices with tumour"), strict=True):
+            weights = patients["slices"] if unit != "patients" else 1
+            table = patients.assign(kind=kind, n=weights).pivot_table(
+                index="kind", columns="part", values="n", aggfunc="sum", fill_value=0
+            )
+            for place, (part, ink) in enumerate(zip(parts, _PART_INK, strict=False)):
+                at = np.arange(len(table)) + (place - (len(parts) - 1) / 2) * 0.8 / len(parts)
+                shares = 100 * table[part] / max(table[part].sum(), 1)
+                bars = ax.bar(at, shares, 0.74 / len(parts), color=ink, label=part)
+                ax.bar_label(bars, [f"{n:,}" for n in table[part]], fontsize=8, color=_SOFT)
+            ax.set_xticks(range(len(table)), [sizes.get(key, key) for key in table.index])
+            ax.tick_params(axis="x", length=0)
+            ax.margins(y=0.12)
+            ax.set_title(f"{name}, {unit}")
+            ax.grid(axis="y")
+        row[0].set_ylabel("share of the part (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(parts))
+    detail = "numbers above the bars: how many; sizes are thirds of all patients, by the reference segmentation"
+    _title(figure, f"Patients and slices by grade and tumour size · {', '.join(parts)}", detail, simulated)
     return figure

@@ -22,6 +22,7 @@ class Run:
         self.folder = from_root(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = self.folder.resolve().name
+        self.audit = self.folder / "audit.json"
         self.splits = self.folder / "splits.json"
         self.history = self.folder / "history.csv"
         self.metrics = self.folder / "metrics.json"
@@ -30,6 +31,9 @@ class Run:
         self.best = self.checkpoints / "best.pt"
         self.last = self.checkpoints / "last.pt"
         self.predictions = self.folder / "predictions"
+        self.postprocess = self.folder / "postprocess.json"
+        self.soft = self.folder / "soft"
+        self.submission = self.folder / "submission"
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
         self.report = self.folder / "report" / "index.html"
@@ -60,7 +64,7 @@ class Run:
         """Remove what notebook `stage` made to be looked at; checkpoints stay, as a training may go on from them."""
         paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
         if stage == "03_evaluate":
-            paths += [self.metrics, self.cases_csv]
+            paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
         for path in paths:
             path.unlink(missing_ok=True)
 

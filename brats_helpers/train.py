@@ -1,37 +1,48 @@
 """Training: one loop from top to bottom, checkpoints, resume.
 
-Hugging Face accelerate places the work on the device and computes in mixed precision; everything
-else is here.
+Hugging Face accelerate places the work on the device, or on several in as many processes, computes in mixed precision
+and keeps trackers; everything else is here.
 """
 
 import csv
+import hashlib
 import math
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
+from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from brats_helpers.augment import augment
+from brats_helpers import machine
+from brats_helpers.augment import augment, generators, seed_of
 from brats_helpers.cache import Packed
 from brats_helpers.cases import CLASSES, REGIONS
 from brats_helpers.dataset import BalancedSampler, Batch, Slices, make_loader
-from brats_helpers.files import whole_file
+from brats_helpers.files import whole_file, write_json
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
-from brats_helpers.machine import choose_precision
 from brats_helpers.metrics import STRUCTURES, dice_scores
 from brats_helpers.model import build_model, freeze_encoder, train_mode
+from brats_helpers.preflight import Preflight, measure
+from brats_helpers.steps import fitted, gradients
 
-WARM_UP = 0.05
-"""Share of the training over which the learning rate rises from 0."""
+FORMAT = 2
+"""Of the checkpoints; raised when a training can no longer go on from older ones."""
+HOPELESS_HOURS = 12
+"""A session of Colab or Kaggle ends before a training that takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +64,9 @@ class Settings:
         lr: highest learning rate of AdamW.
         encoder_lr: the encoder's learning rate as a share of `lr`.
         weight_decay: of AdamW.
+        warm_up: share of the training over which the learning rate rises; half a cosine takes it down from there.
         frozen_epochs: epochs at the start in which the encoder is frozen, statistics included.
+        unfreeze_epochs: epochs after these in which it comes free piece by piece, the deepest layers first.
         frozen_statistics: the encoder's BatchNorm keeps the statistics of its pretraining while its weights are
             trained; without pretrained weights there are none to keep, and they are learned.
         ema: decay of the averaged weights that are validated and kept; 0 keeps the weights themselves.
@@ -75,11 +88,20 @@ class Settings:
     lr: float
     encoder_lr: float
     weight_decay: float
+    warm_up: float
     frozen_epochs: int
+    unfreeze_epochs: int
     frozen_statistics: bool
     ema: float
     patience: int
     seed: int
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody stopped the training; the message says where it goes on. A notebook shows the message alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def fit(
@@ -90,11 +112,17 @@ def fit(
     *,
     device: torch.device,
     workers: int,
+    checkpoint_minutes: float,
+    deterministic: bool,
+    tracker: str,
+    follow: Callable[[list[dict]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train a network; pick up at `folder/checkpoints/last.pt` where that fits the settings and patients.
 
-    Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt`
-    (all that is needed to go on) and `history.csv`, after every epoch.
+    Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt` (all that is
+    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). One of several processes
+    where torchrun or `accelerate launch` started it: `batch_size` is then shared out, and nothing else changes; the
+    loss, and on GPUs BatchNorm, are those of the whole batch.
 
     Args:
         settings: how to train.
@@ -103,15 +131,36 @@ def fit(
         folder: where the checkpoints and the history go.
         device: the device to train on.
         workers: processes that load batches; 0 loads in this one. The result does not depend on it.
+        checkpoint_minutes: write `last.pt` within an epoch too, every so many minutes; 0 only after every epoch.
+        deterministic: see `machine.set_deterministic`.
+        tracker: `none`, or a tracker of accelerate such as `tensorboard`.
+        follow: called with the rows so far after every epoch.
 
     Returns:
-        One row an epoch: losses, validation Dice by region and class, learning rate, slices per second, seconds.
+        One row an epoch: losses, validation Dice by region and class, learning rate, slices per second, share of the
+        time spent waiting for data, peak memory, seconds.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the slices.
+        MemoryError: not even one slice fits into the memory.
+        Stopped: by the keyboard or a notebook's stop button.
     """
-    config = DataLoaderConfiguration(split_batches=True, even_batches=False)
+    if tracker != "none" and tracker not in get_available_trackers():
+        raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
+    machine.set_deterministic(deterministic)
+    shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=choose_precision(device), dataloader_config=config
+        cpu=device.type == "cpu",
+        mixed_precision=machine.choose_precision(device),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=any(shares))],
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
     )
-    torch.manual_seed(settings.seed)
+    processes = accelerator.num_processes
+    rows = settings.batch_size // processes
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
 
     # The data: balanced random slices to learn from, every slice of the validation patients in order.
     train_slices = Slices(train, context_slices=settings.context_slices)
@@ -126,7 +175,27 @@ def fit(
     train_loader = make_loader(train_slices, batch_size=settings.batch_size, sampler=sampler, **loading)
     val_loader = make_loader(val_slices, batch_size=2 * settings.batch_size, **loading)
 
+    # Where an earlier training of the same settings and patients stopped, this one goes on.
+    best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
+    origin = {
+        "format": FORMAT,
+        "settings": asdict(settings),
+        "in_channels": train_slices.channels,
+        "train_cases": [case.id for case in train],
+        "val_cases": [case.id for case in val],
+        "fingerprint": _fingerprint([*train, *val]),
+    }
+    state = {"epoch": 0, "step": 0, "losses": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0, "history": []}
+    state["pieces"] = {}
+    if saved := _resumable(last, origin):
+        state = saved["state"]
+        within = f" and {state['step']} of {steps} steps" if state["step"] else ""
+        done(f"going on after epoch {state['epoch']} of {settings.epochs}{within}")
+    if _finished(state, settings):
+        return state["history"]
+
     # The network, its averaged copy, the loss, the optimiser.
+    torch.manual_seed(settings.seed)
     network = build_model(
         encoder=settings.encoder, weights=settings.encoder_weights, in_channels=train_slices.channels
     ).to(accelerator.device, memory_format=torch.channels_last)
@@ -138,102 +207,161 @@ def fit(
         {"params": [p for name, p in network.named_parameters() if not name.startswith("encoder.")], "share": 1.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(network, optimizer, train_loader, val_loader)
-    scaler = accelerator.scaler
 
-    # Where an earlier training of the same settings and patients stopped, this one goes on.
-    state = {"epoch": 0, "seconds": 0.0, "best": -1.0, "best_epoch": 0, "history": []}
-    origin = {
-        "settings": asdict(settings),
-        "in_channels": train_slices.channels,
-        "train_cases": [case.id for case in train],
-        "val_cases": [case.id for case in val],
-    }
-    best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
-    if saved := _resumable(last, origin):
+    def ready(network: nn.Module, share: float) -> None:
+        """Make `network` train, `share` of its encoder frozen."""
+        freeze_encoder(network, share)
+        train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
+
+    # What it will cost, and how many slices fit into the memory at once: found once for each kind of device.
+    facts = machine.describe(accelerator.device)
+    plan = measure(
+        network,
+        criterion,
+        train_slices,
+        val_slices,
+        batch_size=settings.batch_size,
+        piece=state["pieces"].get(facts["device"], rows),
+        steps=steps,
+        shares=shares,
+        ready=ready,
+        strength=settings.augment,
+        workers=workers,
+        accelerator=accelerator,
+    )
+    piece = plan.piece
+    report = {"device": facts["device"], "precision": facts["precision"]}
+    report["deterministic"] = deterministic or device.type == "cpu"
+    report |= {"processes": processes, "batch_size": settings.batch_size, "steps_per_epoch": steps}
+    report["predicted"] = _predicted(plan, settings)
+    _announce(report, settings)
+
+    # From here on in the precision, and the processes, that accelerate has.
+    if processes > 1 and device.type == "cuda":
+        network = convert_sync_batchnorm(network)
+    model, optimizer, train_loader, val_loader = accelerator.prepare(network, optimizer, train_loader, val_loader)
+    accelerator.init_trackers("brats", config=asdict(settings))
+    scaler = accelerator.scaler
+    if saved:
         network.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        state = saved["state"]
-        done(f"going on after epoch {state['epoch']} of {settings.epochs}")
+    start = time.perf_counter() - state["seconds"]
 
-    for epoch in range(state["epoch"] + 1, settings.epochs + 1):
-        if _finished(state, settings):
-            break
-        started = time.perf_counter()
-        freeze_encoder(network, epoch <= settings.frozen_epochs)
-        train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
-        sampler.epoch = epoch
-        losses = []
-        for step, batch in enumerate(train_loader):
-            # How far the training is, by steps or by the clock, sets the learning rate.
-            progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
-            if settings.minutes:
-                elapsed = state["seconds"] + time.perf_counter() - started
-                progress = max(progress, elapsed / (60 * settings.minutes))
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["share"] * lr_factor(progress)
+    def loss_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """The loss of the whole batch, whichever process the slices are in."""
+        sums = criterion.sums(logits, masks)
+        return criterion.value(all_reduce(sums) if processes > 1 else sums)
 
-            # Forward, backward, step.
-            generator = _generator(settings.seed, epoch, step, accelerator.process_index)
-            images, masks = augment(batch.images, batch.masks, strength=settings.augment, generator=generator)
-            loss = criterion(model(images.contiguous(memory_format=torch.channels_last)), masks)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(_what_was_in(batch, train, epoch, step, last))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(network)
-        if not losses and state["history"]:
-            break  # the time was up before the first step
-        trained = time.perf_counter() - started
+    def clock() -> float:
+        """Seconds of training so far: the main process's, for all of them, so that they agree when to stop."""
+        seconds = time.perf_counter() - start
+        return broadcast(torch.tensor(seconds, dtype=torch.float64, device=device)).item() if processes > 1 else seconds
 
-        # Score the averaged weights, note how it went, keep what is needed to go on.
-        scores = validate(averaged.module, val_loader, len(val), criterion, accelerator)
-        state["epoch"] = epoch
-        state["seconds"] += time.perf_counter() - started
-        row = {
-            "epoch": epoch,
-            "train_loss": sum(losses) / max(len(losses), 1),
-            **scores,
-            "lr": optimizer.param_groups[-1]["lr"],
-            "slices_per_s": len(losses) * settings.batch_size / trained,
-            "seconds": state["seconds"],
-        }
-        state["history"].append(row)
-        mean = sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS)
-        improved = mean > state["best"]
-        if improved:
-            state["best"], state["best_epoch"] = mean, epoch
+    def save() -> None:
+        state["seconds"] = clock()
+        state["pieces"][facts["device"]] = piece
         if accelerator.is_main_process:
-            if improved:
-                save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
             resume = {
                 "model": network.state_dict(),
                 "averaged": averaged.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else {},
-                "rng": torch.get_rng_state(),
                 "state": state,
             }
-            save_file(last, origin | resume)
-            _write_history(folder / "history.csv", state["history"])
-            print(_line(row, settings, improved), flush=True)
+            save_file(last, origin | {"versions": _versions()} | resume)
+
+    try:
+        while not _finished(state, settings):
+            epoch, first = state["epoch"] + 1, state["step"]
+            ready(network, shares[epoch - 1])
+            sampler.epoch = epoch
+            waited, saved_at = 0.0, clock()
+            began = ready = time.perf_counter()
+            batches = accelerator.skip_first_batches(train_loader, first)
+            for step, batch in enumerate(_bar(batches, epoch, first, steps), first):
+                waited += time.perf_counter() - ready
+
+                # How far the training is, by steps or by the clock, sets the learning rate.
+                progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
+                if settings.minutes:
+                    progress = max(progress, clock() / (60 * settings.minutes))
+                if progress >= 1:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * group["share"] * lr_factor(progress, settings.warm_up)
+
+                # All that is random follows from the seed and the place in the training.
+                torch.manual_seed(seed_of(settings.seed, epoch, step, accelerator.process_index))
+                place = step * settings.batch_size + accelerator.process_index * rows
+                images, masks = augment(
+                    batch.images,
+                    batch.masks,
+                    strength=settings.augment,
+                    generators=generators(settings.seed, epoch, range(place, place + rows)),
+                )
+
+                # Forward, backward, step.
+                loss, piece = fitted(partial(gradients, model, loss_of, images, masks, accelerator), piece)
+                state["losses"].append(loss.item())
+                if not math.isfinite(state["losses"][-1]):
+                    raise FloatingPointError(_what_was_in(accelerator.gather(batch.index), train, epoch, step, last))
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                averaged.update_parameters(network)
+
+                state["step"] = step + 1
+                if checkpoint_minutes and clock() - saved_at >= 60 * checkpoint_minutes:
+                    save()
+                    saved_at = clock()
+                ready = time.perf_counter()
+            if not state["losses"] and state["history"]:
+                break  # the time was up before the first step
+            trained = time.perf_counter() - began
+
+            # Score the averaged weights, note how it went, keep what is needed to go on.
+            scores = validate(averaged.module, val_loader, len(val), criterion, accelerator)
+            seconds = clock()
+            row = {
+                "epoch": epoch,
+                "train_loss": sum(state["losses"]) / max(len(state["losses"]), 1),
+                **scores,
+                "lr": optimizer.param_groups[-1]["lr"],
+                "slices_per_s": (state["step"] - first) * settings.batch_size / trained,
+                "waiting": waited / trained,
+                "memory_gib": machine.peak_memory_gib(accelerator.device),
+                "seconds": seconds,
+            }
+            improved = mean_dice(row) > state["best"]
+            if improved:
+                state |= {"best": mean_dice(row), "best_epoch": epoch}
+            state["history"].append(row)
+            state |= {"epoch": epoch, "step": 0, "losses": []}
+            if improved and accelerator.is_main_process:
+                save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
+            save()
+            accelerator.log(row, step=epoch)
+            if accelerator.is_main_process:
+                _write_history(folder / "history.csv", state["history"])
+                report |= {"slices_at_a_time": piece, "measured": _measured(state["history"])}
+                write_json(folder / "preflight.json", report)
+            print(_line(state["history"], plan, settings, improved), flush=True)
+            if follow:
+                follow(state["history"])
+    except KeyboardInterrupt:
+        kept = f"run this again and it goes on from {last}" if last.exists() else "nothing was kept yet"
+        raise Stopped(f"stopped in epoch {state['epoch'] + 1}; {kept}.") from None
+    accelerator.end_training()
     return state["history"]
 
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, loader: DataLoader, n_cases: int, criterion: nn.Module, accelerator: Accelerator
+    network: nn.Module, loader: DataLoader, n_cases: int, criterion: CrossEntropyDice, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Loss over the slices, and Dice per patient over the whole volume, averaged over the patients.
+    """Loss over all voxels of the slices, and Dice per patient over the whole volume, averaged over the patients.
 
     What lies outside the slices that hold brain is background in reference and prediction alike, so
     one confusion table per patient, summed over batches and processes, is the whole volume's.
@@ -241,29 +369,40 @@ def validate(
     network.eval()
     n = len(CLASSES)
     tables = torch.zeros(n_cases * n * n, dtype=torch.int64, device=accelerator.device)
-    loss_sum = torch.zeros(2, device=accelerator.device)
+    sums = torch.zeros(4, n, dtype=torch.float64, device=accelerator.device)
     for batch in loader:
         with accelerator.autocast():
             logits = network(batch.images.contiguous(memory_format=torch.channels_last))
-        loss_sum += torch.stack([criterion(logits, batch.masks) * len(logits), loss_sum.new_tensor(len(logits))])
+        sums += criterion.sums(logits, batch.masks)
         place = (batch.index[:, :1, None] * n + batch.masks) * n + logits.argmax(dim=1)
         tables += torch.bincount(place.flatten(), minlength=len(tables))
     tables = accelerator.reduce(tables, reduction="sum").reshape(n_cases, n, n).cpu().numpy()
-    loss_sum = accelerator.reduce(loss_sum, reduction="sum")
+    loss = criterion.value(accelerator.reduce(sums, reduction="sum")).item()
     dice = [dice_scores(table) for table in tables]
-    means = {f"dice_{name}": sum(case[name] for case in dice) / n_cases for name in STRUCTURES}
-    return {"val_loss": (loss_sum[0] / loss_sum[1]).item(), **means}
+    return {"val_loss": loss} | {f"dice_{name}": sum(case[name] for case in dice) / n_cases for name in STRUCTURES}
 
 
-def lr_factor(progress: float) -> float:
+def mean_dice(row: dict[str, float]) -> float:
+    """What the best epoch is chosen by: the mean of the Dice of WT, TC and ET in a row of the history."""
+    return sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS)
+
+
+def lr_factor(progress: float, warm_up: float) -> float:
     """Learning rate as a share of the highest: a linear rise, then half a cosine down to 0.
 
     Args:
         progress: share of the training that is done, 0 to 1.
+        warm_up: share of the training in which it rises.
     """
-    if progress < WARM_UP:
-        return (progress + 0.001) / (WARM_UP + 0.001)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))
+    if progress < warm_up:
+        return (progress + 0.001) / (warm_up + 0.001)
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
+
+
+def frozen_share(epoch: int, settings: Settings) -> float:
+    """Share of the encoder's layers that are frozen in `epoch` (from 1): all, then fewer each epoch, then none."""
+    thawed = (epoch - settings.frozen_epochs) / (settings.unfreeze_epochs + 1)
+    return 1 - min(max(thawed, 0.0), 1.0)
 
 
 def _average(decay: float):
@@ -275,15 +414,65 @@ def _average(decay: float):
     return update
 
 
-def _generator(*key: int) -> torch.Generator:
-    """Random numbers that depend on the key alone: seed, epoch, step, process."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
-
-
 def _finished(state: dict, settings: Settings) -> bool:
     stale = settings.patience and state["epoch"] - state["best_epoch"] >= settings.patience
-    return bool(stale or (settings.minutes and state["seconds"] >= 60 * settings.minutes))
+    late = settings.minutes and state["seconds"] >= 60 * settings.minutes
+    return bool(state["epoch"] >= settings.epochs or stale or late)
+
+
+# --- what it costs -----------------------------------------------------------------------------------------------
+
+
+def _predicted(plan: Preflight, settings: Settings) -> dict[str, float]:
+    """Epochs, their seconds, speed and memory as expected, under the limit of `minutes`."""
+    limit = 60 * settings.minutes or math.inf
+    epochs = next((n for n in range(1, settings.epochs) if plan.epochs_s(1, n) >= limit), settings.epochs)
+    training_s = plan.epochs_s(1, epochs) - epochs * plan.validation_s
+    return {
+        "epochs": epochs,
+        "seconds_per_epoch": plan.epochs_s(1, epochs) / epochs,
+        "seconds": min(plan.epochs_s(1, epochs), limit),
+        "slices_per_s": epochs * plan.steps * settings.batch_size / training_s,
+        "memory_gib": plan.memory_gib,
+    }
+
+
+def _measured(history: list[dict]) -> dict[str, float]:
+    last = history[-1]
+    return {
+        "epochs": last["epoch"],
+        "seconds_per_epoch": last["seconds"] / last["epoch"],
+        "seconds": last["seconds"],
+        "slices_per_s": sum(row["slices_per_s"] for row in history) / len(history),
+        "memory_gib": last["memory_gib"],
+    }
+
+
+def _announce(report: dict, settings: Settings) -> None:
+    predicted = report["predicted"]
+    print(
+        f"{report['device']}, precision {report['precision']}, {report['processes']} process"
+        f"{'es' * (report['processes'] > 1)}, batch {report['batch_size']}: {predicted['epochs']} epochs of"
+        f" {report['steps_per_epoch']} steps, expected {duration(predicted['seconds_per_epoch'])} each,"
+        f" {duration(predicted['seconds'])} in all, {predicted['memory_gib']:.1f} GiB",
+        flush=True,
+    )
+    if predicted["seconds"] > 3600 * HOPELESS_HOURS:
+        warn(
+            f"{duration(predicted['seconds'])} is more than a session lasts, and here hopeless. Take a GPU, or"
+            " -p minutes 60, or fewer slices_per_epoch, or --profile small. Stopped at any time, it can go on later."
+        )
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(cases: Sequence[Packed]) -> str:
+    """Of the patients' content, as far as it can be told without reading it: boxes, and voxels by slice and class."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(f"{case.id} {case.origin} {case.shape} {case.images.shape}".encode() + case.counts.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _resumable(path: Path, origin: dict) -> dict | None:
@@ -291,6 +480,9 @@ def _resumable(path: Path, origin: dict) -> dict | None:
     if not path.exists():
         return None
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved.get("format") != FORMAT:
+        warn(f"{path} is of another version of this suite, from which a training cannot go on: starting afresh")
+        return None
     now, then = (origin["settings"] | origin, saved["settings"] | saved)
     differ = [name for name in now if name != "settings" and now[name] != then.get(name)]
     if not differ:
@@ -302,8 +494,13 @@ def _resumable(path: Path, origin: dict) -> dict | None:
     return None
 
 
-def _what_was_in(batch: Batch, cases: Sequence[Packed], epoch: int, step: int, last: Path) -> str:
-    slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in batch.index.tolist())
+def _versions() -> dict[str, str]:
+    packages = ("torch", "accelerate", "segmentation-models-pytorch", "timm", "brats-helpers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _what_was_in(index: torch.Tensor, cases: Sequence[Packed], epoch: int, step: int, last: Path) -> str:
+    slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in index.tolist())
     return (
         f"the loss is not finite in epoch {epoch}, step {step}, on {slices}. Look at these slices, or lower lr;"
         f" {last} holds the last epoch that went well."
@@ -323,14 +520,33 @@ def _write_history(path: Path, history: list[dict]) -> None:
         writer.writerows(history)
 
 
-def _line(row: dict, settings: Settings, improved: bool) -> str:
-    """The epoch in one line."""
-    scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in STRUCTURES)
-    left = row["seconds"] / row["epoch"] * (settings.epochs - row["epoch"])
+# --- for those who look on ---------------------------------------------------------------------------------------
+
+
+def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterable[Batch]:
+    """A bar over the steps of an epoch where a person watches."""
+    return tqdm(
+        batches,
+        desc=f"epoch {epoch}",
+        initial=first,
+        total=steps,
+        unit="step",
+        leave=False,
+        disable=not machine.watched(),
+    )
+
+
+def _line(history: list[dict], plan: Preflight, settings: Settings, improved: bool) -> str:
+    """The epoch in one line. What is left goes by the last epoch, and by what each epoch was expected to cost."""
+    row = history[-1]
+    epoch = row["epoch"]
+    last_s = row["seconds"] - (history[-2]["seconds"] if epoch > 1 else 0)
+    left = plan.epochs_s(epoch + 1, settings.epochs) * last_s / plan.epochs_s(epoch, epoch)
     if settings.minutes:
         left = min(left, 60 * settings.minutes - row["seconds"])
+    scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in STRUCTURES)
     return (
-        f"epoch {row['epoch']:>{len(str(settings.epochs))}}/{settings.epochs}"
+        f"epoch {epoch:>{len(str(settings.epochs))}}/{settings.epochs}"
         f"  loss {row['train_loss']:.3f}  val {row['val_loss']:.3f}  Dice {scores}"
         f"  lr {row['lr']:.1e}  {row['slices_per_s']:.0f} slices/s  left {duration(max(left, 0))}"
         f"{'  best so far' if improved else ''}"

@@ -197,6 +197,35 @@ def test_empty_masks(pred, truth, convention, expected):
     assert (scores["NCR"]["dice"], scores["NCR"]["hd95_mm"]) == (1, 0)
 
 
+@pytest.mark.parametrize(("pred", "truth"), [(False, False), (False, True), (True, False)])
+def test_empty_masks_at_the_peers(pred, truth, surface_distance):
+    """Dice is MONAI's where it is told not to skip them, and medpy's for one empty; no peer has a distance to give."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: no second opinion")
+    monai = pytest.importorskip("monai.metrics", reason="monai is not installed: no second opinion")
+    binary = pytest.importorskip("medpy.metric.binary", reason="medpy is not installed: no second opinion")
+    cube = mask((10, 10, 10), ((3, 3, 3), (4, 4, 4)))
+    pred, truth = cube & pred, cube & truth
+    dice, hd95 = brats2020(pred, truth, MM)
+    p, t = (torch.tensor(each)[None, None] for each in (pred, truth))
+    assert dice == monai.compute_dice(p, t, ignore_empty=False).item()
+    if pred.any() or truth.any():
+        assert dice == binary.dc(pred, truth)
+    with pytest.raises(RuntimeError, match="does not contain any binary object"):
+        binary.hd95(pred, truth)
+    theirs = monai.compute_hausdorff_distance(p, t, include_background=True, percentile=95).item()
+    distances = surface_distance.compute_surface_distances(truth, pred, MM)
+    assert math.isfinite(hd95)
+    assert not math.isfinite(theirs) and not math.isfinite(surface_distance.compute_robust_hausdorff(distances, 95))
+
+
+def test_region_dice_is_that_of_the_scores():
+    pred, truth = tumour((24, 22, 20), 1), tumour((24, 22, 20), 4)
+    for convention in metrics.CONVENTIONS:
+        scores = score_case(pred, truth, spacing_mm=MM, convention=convention)
+        expected = {region: scores[region]["dice"] for region in ("WT", "TC", "ET")}
+        assert metrics.region_dice(pred, truth, convention=convention) == expected
+
+
 def test_a_full_volume_has_no_negatives():
     full = np.full((3, 3, 3), 2, np.uint8)
     assert score_case(full, full, spacing_mm=MM, convention="brats2020")["WT"]["specificity"] == 1
@@ -376,7 +405,7 @@ def test_summary_does_not_depend_on_the_order():
 
 
 def collected(cases, convention="brats2020"):
-    return metrics.collect(cases, convention=convention, simulated=False, not_scored={})
+    return metrics.collect(cases, convention=convention, simulated=False, not_scored={}, leakage=[])
 
 
 def test_compare_by_hand():
@@ -445,12 +474,12 @@ def folders(tmp_path):
 
 
 def score(pred_dir, truth_dir, convention="brats2020"):
-    return metrics.score_folders(pred_dir, truth_dir, convention=convention, simulated=True)
+    return metrics.score_folders(pred_dir, truth_dir, convention=convention, simulated=True, allow_leakage=False)
 
 
 def test_score_folders(folders):
     result = score(*folders)
-    assert list(result) == ["convention", "simulated", "cases", "summary", "not_scored"]
+    assert list(result) == ["convention", "simulated", "cases", "summary", "not_scored", "leakage"]
     assert (result["convention"], result["simulated"]) == (metrics.CONVENTIONS["brats2020"], True)
     assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
     truth = tumour((16, 14, 12), 0)

@@ -116,7 +116,7 @@ def test_an_unknown_encoder_is_refused_with_the_nearest(name, nearest):
 
 def test_a_frozen_encoder_does_not_move_statistics_included():
     model = build_model(encoder="resnet18", weights="none", in_channels=2)
-    models.freeze_encoder(model, True)
+    models.freeze_encoder(model, 1.0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_a_frozen_encoder_does_not_move_statistics_included():
     assert moved and not any(name.startswith("encoder.") for name in moved)
     assert any("running_mean" in name for name in moved)  # the decoder's do move
 
-    models.freeze_encoder(model, False)
+    models.freeze_encoder(model, 0.0)
     models.train_mode(model, frozen_statistics=False)
     model(torch.randn(2, 2, 64, 64))
     assert not torch.equal(model.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
@@ -149,7 +149,7 @@ def test_frozen_statistics_stay_while_the_weights_of_the_encoder_move():
 
 def test_the_summary_counts_what_there_is():
     model = build_model(encoder="resnet18", weights="none", in_channels=2)
-    models.freeze_encoder(model, True)
+    models.freeze_encoder(model, 1.0)
     facts = models.summary(model, (2, 64, 96))
     total = sum(parameter.numel() for parameter in model.parameters())
     encoder = sum(parameter.numel() for parameter in model.encoder.parameters())

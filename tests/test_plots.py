@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
 
 from brats_helpers import plots
+from brats_helpers.cache import pack
 from brats_helpers.cases import Case, find_cases, read_image, read_mask, write_mask
 
 DICE = {"P_1": (0.9, 0.8, 0.7), "P_2": (0.6, 0.5, 0.4), "P_3": (0.8, 0.7, 0.6)}
@@ -286,6 +287,33 @@ def test_score_distributions_have_a_point_a_patient(metrics):
     assert "Scores of 3 test patients · simulated" in said and "brats2020" in said and "HD95 (mm" in said
 
 
+def test_calibration_shows_every_bin_and_each_regions_error():
+    rows = [{"low": 0.2, "high": 0.3, "voxels": 9, "predicted": 0.25, "observed": 0.4}]
+    curves = {"WT": {"ece": 0.15, "bins": rows}, "TC": {"ece": 0.15, "bins": rows}, "ET": {"ece": None, "bins": []}}
+    figure = plots.calibration({"uncertainty": {"cases": {"P_1": {}}, "calibration": curves}}, simulated=True)
+    assert list(panels(figure)) == ["WT · calibration error 0.150", "TC · calibration error 0.150", "ET · no voxel"]
+    assert figure.axes[0].lines[1].get_xydata().tolist() == [[0.25, 0.4]]
+    assert "Calibration on 1 test patients · simulated" in everything_said(figure)
+
+
+def test_doubt_is_shown_on_the_slice_with_most_errors(case):
+    packed = pack(case)
+    soft = np.full((len(packed.labels), 4, *packed.labels.shape[1:]), 0.02, np.float32)
+    np.put_along_axis(soft, packed.labels[:, None].astype(np.int64), 0.94, axis=1)  # sure, and right
+    at = int(packed.counts[:, 3].argmax())
+    row, column = np.argwhere(packed.labels[at] == 3)[0]
+    soft[at, :, row, column] = (0.26, 0.25, 0.25, 0.24)  # in doubt, and wrong
+    figure = plots.doubt(packed, soft, modality="t1ce", modalities=list(case.images), simulated=False)
+    shown = panels(figure)
+    assert f"{case.id} · errors and doubt · T1ce · axial slice {packed.origin[0] + at}" in everything_said(figure)
+    marked = shown["errors: 1 voxels"].images[1].get_array()
+    assert np.argwhere(marked[..., 3]).tolist() == [[row, column]]
+    heat = shown["entropy: 0 sure, 1 all classes alike"].images[0].get_array()
+    assert np.unravel_index(heat.argmax(), heat.shape) == (row, column) and heat.max() > 0.99
+    # -(0.94 log 0.94 + 3 * 0.02 log 0.02) / log 4
+    assert heat.min() == pytest.approx(0.2113, abs=1e-3)
+
+
 def test_patients_are_ordered_and_their_names_are_text(metrics):
     metrics["cases"]["$a_1$ & <b>"] = metrics["cases"].pop("P_1")
     figure = plots.patient_dice(metrics, simulated=True)
@@ -344,3 +372,45 @@ def test_importing_leaves_backend_and_nilearn_alone():
         " assert matplotlib.get_backend() == 'svg'; assert 'nilearn' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_strata_count_patients_and_slices_by_grade_and_size():
+    table = pd.DataFrame(
+        {
+            "part": ["train"] * 4 + ["test"] * 2,
+            "grade": ["HGG", "HGG", "LGG", None, "HGG", "LGG"],
+            "tumour_ml": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0],
+            "slices": [5, 15, 25, 35, 45, 55],
+        }
+    )
+    figure = plots.strata(table, simulated=True)
+    read = {}
+    for title, ax in panels(figure).items():
+        ticks = [label.get_text() for label in ax.get_xticklabels()]
+        read[title] = {
+            part: dict(zip(ticks, [round(bar.get_height(), 1) for bar in bars], strict=True))
+            for part, bars in zip(("train", "test"), ax.containers, strict=True)
+        }
+    assert read["Grade, patients"] == {
+        "train": {"HGG": 50, "LGG": 25, "unknown": 25},
+        "test": {"HGG": 50, "LGG": 50, "unknown": 0},
+    }
+    assert read["Grade, slices with tumour"]["train"] == {"HGG": 25, "LGG": 31.2, "unknown": 43.8}  # of 80
+    thirds = ["10 to 20 ml", "30 to 40 ml", "50 to 60 ml"]
+    assert read["Whole tumour, patients"] == {
+        "train": dict(zip(thirds, (50, 50, 0), strict=True)),
+        "test": dict(zip(thirds, (0, 0, 100), strict=True)),
+    }
+    numbers = [text.get_text() for text in panels(figure)["Whole tumour, slices with tumour"].texts]
+    assert numbers == ["20", "60", "0", "0", "0", "100"]
+    assert "simulated" in everything_said(figure)
+
+
+def test_strata_of_one_patient_a_part():
+    table = pd.DataFrame({"part": ["train", "val"], "grade": [None] * 2, "tumour_ml": [3.0, 3.0], "slices": [1, 2]})
+    assert list(panels(plots.strata(table, simulated=False))) == [
+        "Grade, patients",
+        "Grade, slices with tumour",
+        "Whole tumour, patients",
+        "Whole tumour, slices with tumour",
+    ]

@@ -1,19 +1,27 @@
 """Real patients, two modalities: a short training, the unlabelled one predicted in its own geometry."""
 
 import dataclasses
+import json
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from brats_helpers import inference
-from brats_helpers.cache import prepare
-from brats_helpers.cases import DataError, find_cases
+from brats_helpers.__main__ import main
+from brats_helpers.cache import pack, prepare
+from brats_helpers.cases import DataError, find_cases, survey
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
-from .test_train import SETTINGS
+from . import test_train
+from .test_train import HOW, SETTINGS
+
+VOXELS = {
+    "brats_2013_pat0001_1": (27_189, 53_050, 31_485),
+    "brats_2013_pat0002_1": (1_106, 53_736, 8_219),
+    "brats_2013_pat0003_1": (4_414, 148_264, 21_250),
+}
 
 
 def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_patients, tmp_path):
@@ -30,12 +38,12 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     )
     train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
     val = [packed["brats_2013_pat0003_1"]]
-    history = fit(settings, train, val, tmp_path, device=torch.device("cpu"), workers=0)
+    history = fit(settings, train, val, tmp_path, **HOW)
     assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
     checkpoint = tmp_path / "checkpoints" / "best.pt"
     patient = real_patients / "BraTS-GLI-00001-000"
-    inference.predict_folders(checkpoint, [patient], tmp_path / "out", device="cpu", flips=False)
+    inference.predict_folders([checkpoint], [patient], tmp_path / "out", device="cpu", flips=False)
     written = nib.load(tmp_path / "out" / "BraTS-GLI-00001-000_seg.nii.gz")
     scan = nib.load(patient / "BraTS-GLI-00001-000-t2f.nii.gz")
     assert written.shape == scan.shape and np.array_equal(written.affine, scan.affine)
@@ -43,8 +51,28 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     assert set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
 
 
+def test_a_network_of_other_patients_predicts_them_all_and_score_prints_their_figures(
+    real_patients, tiny_patients, tmp_path, capsys
+):
+    tiny = [pack(case) for case in find_cases(tiny_patients, ["flair", "t1ce"])]
+    test_train._fit(tiny, tmp_path, modalities="flair,t1ce", epochs=1)
+    checkpoint, out, file = (tmp_path / name for name in ("checkpoints/best.pt", "out", "scores.json"))
+    assert main(["predict", "--checkpoint", str(checkpoint), "--out", str(out), str(real_patients)]) == 0
+    capsys.readouterr()
+    assert main(["score", str(out), str(real_patients), "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    scores = json.loads(file.read_text())
+    assert scores["not_scored"].keys() == {"BraTS-GLI-00001-000"} and "BraTS-GLI-00001-000 is not scored" in printed
+    # The reference volumes are those counted by hand in the patients' README, 1,000 voxels of 1 mm a ml.
+    for case_id, (ncr, ed, et) in VOXELS.items():
+        assert f"\n{case_id} " in printed
+        volumes = {name: figures["volume_ml_truth"] for name, figures in scores["cases"][case_id].items()}
+        expected = {"WT": ncr + ed + et, "TC": ncr + et, "ET": et, "NCR": ncr, "ED": ed}
+        assert volumes == pytest.approx({name: voxels / 1000 for name, voxels in expected.items()})
+
+
 def test_four_modalities_are_asked_for_where_two_are(real_patients):
-    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: no brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: No brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
         find_cases(real_patients)
-    found = find_cases(real_patients, skip_incomplete=True)
+    found = survey(real_patients).complete(skip_incomplete=True)
     assert [case.id for case in found] == ["BraTS-GLI-00001-000"]

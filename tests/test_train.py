@@ -35,7 +35,9 @@ SETTINGS = Settings(
     lr=2e-3,
     encoder_lr=1.0,
     weight_decay=0.01,
+    warm_up=0.05,
     frozen_epochs=0,
+    unfreeze_epochs=0,
     frozen_statistics=True,
     ema=0.9,
     patience=0,
@@ -48,9 +50,18 @@ def prepared(tiny_patients, tmp_path_factory):
     return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
 
 
-def _fit(prepared, folder, workers=0, **changes):
+HOW = {
+    "device": torch.device("cpu"),
+    "workers": 0,
+    "checkpoint_minutes": 0.0,
+    "deterministic": False,
+    "tracker": "none",
+}
+
+
+def _fit(prepared, folder, how=None, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
-    return fit(settings, prepared[:3], prepared[3:], folder, device=torch.device("cpu"), workers=workers)
+    return fit(settings, prepared[:3], prepared[3:], folder, **HOW | (how or {}))
 
 
 def _weights(folder, name="last.pt"):
@@ -80,7 +91,7 @@ def test_it_learns(prepared, tmp_path):
 
 
 def test_the_seed_decides_whatever_the_number_of_workers(prepared, whole, tmp_path):
-    _fit(prepared, tmp_path, workers=2)
+    _fit(prepared, tmp_path, {"workers": 2})
     assert _same(_weights(tmp_path)["model"], _weights(whole)["model"])
     other = tmp_path / "other"
     _fit(prepared, other, seed=1)
@@ -140,7 +151,7 @@ def test_other_settings_start_afresh_and_say_what_differs(prepared, whole, tmp_p
 
 def test_other_patients_start_afresh(prepared, whole, tmp_path, capsys):
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
-    fit(SETTINGS, prepared[1:3], prepared[3:], tmp_path, device=torch.device("cpu"), workers=0)
+    fit(SETTINGS, prepared[1:3], prepared[3:], tmp_path, **HOW)
     assert "train_cases" in capsys.readouterr().out
 
 
@@ -149,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_the_slices(prepared, tmp_p
     broken[:] = np.nan
     cases = [dataclasses.replace(prepared[0], images=broken)]
     with pytest.raises(FloatingPointError, match=r"epoch 1, step 0.*Tiny_0 slice \d+.*lower lr"):
-        fit(SETTINGS, cases, prepared[3:], tmp_path, device=torch.device("cpu"), workers=0)
+        fit(SETTINGS, cases, prepared[3:], tmp_path, **HOW)
 
 
 def test_patience_stops_it(prepared, tmp_path):
@@ -190,8 +201,8 @@ def test_pretrained_statistics_stay_and_others_are_learned(prepared, tmp_path):
 
 
 def test_the_learning_rate_rises_and_falls():
-    assert lr_factor(0) < 0.05 and lr_factor(0.05) == 1
-    assert lr_factor(0.525) == pytest.approx(0.5) and lr_factor(1) == pytest.approx(0)
+    assert lr_factor(0, 0.05) < 0.05 and lr_factor(0.05, 0.05) == 1
+    assert lr_factor(0.525, 0.05) == pytest.approx(0.5) and lr_factor(1, 0.05) == pytest.approx(0)
 
 
 def test_validation_is_dice_per_patient_over_the_volume(prepared):

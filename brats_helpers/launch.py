@@ -1,0 +1,118 @@
+"""Start the training of a run: in this process, or in several that share out each batch, one a GPU.
+
+Several processes are started by torchrun, each of which runs `python -m brats_helpers train RUN`. The same command
+under `accelerate launch` or torchrun trains on several machines that share the run's folder. A notebook does not fork
+(accelerate's notebook_launcher): that cannot be done once the notebook has touched a GPU, as it has when it chose it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pandas as pd
+import torch
+
+from brats_helpers import machine, plots
+from brats_helpers.cache import Packed
+from brats_helpers.files import write_json
+from brats_helpers.log import FAIL
+from brats_helpers.runs import Run
+from brats_helpers.splits import load_prepared
+from brats_helpers.train import Settings, Stopped, fit, mean_dice
+
+
+def launch(
+    run: Run,
+    settings: Settings,
+    train: Sequence[Packed],
+    val: Sequence[Packed],
+    *,
+    processes: int,
+    device: torch.device,
+    **how,
+) -> list[dict[str, float]]:
+    """Train in the folder of `run`, see `train.fit`; curves follow the training where a person watches a notebook.
+
+    Args:
+        run: whose patients `train` and `val` are.
+        settings: how to train.
+        train: prepared cases to learn from.
+        val: prepared cases to choose the epoch by.
+        processes: that share out each batch; 0 takes one for each GPU, as far as the batch can be shared evenly.
+        device: the device to train on.
+        how: `workers` (of each process), `checkpoint_minutes`, `deterministic` and `tracker` of `fit`.
+
+    Raises:
+        RuntimeError: one of several processes failed; the message repeats what it said.
+    """
+    follow = _Curves(run) if machine.watched() and "ipykernel" in sys.modules else None
+    if not processes:
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+        processes = max(n for n in range(1, max(gpus, 1) + 1) if settings.batch_size % n == 0)
+    if processes == 1:
+        return fit(settings, train, val, run.folder, device=device, follow=follow, **how)
+
+    write_json(_job(run), {"settings": asdict(settings), "device": device.type} | how)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "brats_helpers", "train", str(run.folder)]
+    said = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said = line if line.startswith(FAIL) else said
+                if follow and line.startswith("epoch "):
+                    follow(_history(run))
+        except KeyboardInterrupt:
+            process.terminate()
+            raise Stopped(f"stopped; run this again and it goes on from {run.last}, if that is there.") from None
+    if process.returncode:
+        raise RuntimeError(f"the training failed in one of {processes} processes. {said}")
+    return _history(run)
+
+
+def train_run(run: Run) -> None:
+    """Train as `launch` wrote down: one process of several, started by torchrun or `accelerate launch`.
+
+    Only the main process prints.
+    """
+    job = json.loads(run.need(_job(run), "02_train with processes > 1").read_text())
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process lives
+    device = torch.device("cuda", rank) if job.pop("device") == "cuda" else torch.device("cpu")
+    settings = Settings(**job.pop("settings"))
+    fit(settings, load_prepared(run, "train"), load_prepared(run, "val"), run.folder, device=device, **job)
+
+
+def _job(run: Run):
+    return run.folder / "training.json"
+
+
+def _history(run: Run) -> list[dict[str, float]]:
+    return pd.read_csv(run.history).to_dict("records")
+
+
+class _Curves:
+    """The curves so far, drawn anew in the same place of the notebook."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.shown = None
+
+    def __call__(self, history: list[dict[str, float]]) -> None:
+        from IPython.display import display
+
+        figure = plots.training_curves(
+            pd.DataFrame(history),
+            best_epoch=max(history, key=mean_dice)["epoch"],
+            run=self.run.name,
+            simulated=self.run.manifest["simulated"],
+        )
+        if self.shown is None:
+            self.shown = display(figure, display_id=True)
+        else:
+            self.shown.update(figure)

@@ -1,0 +1,134 @@
+"""Before a training: how long it will take and how much memory, from a few steps that are measured."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from brats_helpers.augment import augment, generators
+from brats_helpers.dataset import Batch, Slices
+from brats_helpers.machine import peak_memory_gib
+from brats_helpers.steps import fitted, gradients
+
+STEPS = 3
+"""Steps that are measured, after one that warms up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What a training is expected to cost.
+
+    Attributes:
+        piece: slices at a time that fit into the memory of each process.
+        steps: steps an epoch.
+        shares: for each epoch the share of the encoder that is frozen in it.
+        step_s: seconds of a step in which the whole network trains.
+        frozen_step_s: seconds of a step in which the encoder is frozen.
+        validation_s: seconds of a validation.
+        memory_gib: peak memory, see `machine.peak_memory_gib`.
+    """
+
+    piece: int
+    steps: int
+    shares: list[float]
+    step_s: float
+    frozen_step_s: float
+    validation_s: float
+    memory_gib: float
+
+    def epochs_s(self, first: int, last: int) -> float:
+        """Seconds of the epochs `first` to `last`, counted from 1, validations included."""
+        frozen = sum(self.shares[first - 1 : last])
+        count = max(last - first + 1, 0)
+        return self.steps * (frozen * self.frozen_step_s + (count - frozen) * self.step_s) + count * self.validation_s
+
+
+def measure(
+    network: nn.Module,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    train: Slices,
+    val: Slices,
+    *,
+    batch_size: int,
+    piece: int,
+    steps: int,
+    shares: list[float],
+    ready: Callable[[nn.Module, float], None],
+    strength: str,
+    workers: int,
+    accelerator: Accelerator,
+) -> Preflight:
+    """Measure a few steps on copies of a network, and find how many slices fit into the memory at once.
+
+    Args:
+        network: on the device, before `accelerator` prepared it; stays as it is.
+        loss_of: the loss of logits and masks, of this process alone.
+        train: slices to learn from.
+        val: slices to validate on.
+        batch_size: slices a step, over all processes.
+        piece: slices at a time to begin with.
+        steps: steps an epoch.
+        shares: for each epoch the share of the encoder that is frozen in it.
+        ready: makes a network train with a share of its encoder frozen.
+        strength: of the augmentation.
+        workers: processes that load batches.
+        accelerator: of the training.
+
+    Raises:
+        MemoryError: not even one slice fits.
+    """
+    device, rows = accelerator.device, batch_size // accelerator.num_processes
+
+    def step_s(piece: int) -> float:
+        """Seconds of one step of `own`."""
+        seconds = []
+        for k in range(STEPS + 1):
+            began = time.perf_counter()
+            batch = _some(train, k * rows, rows)
+            loaded = time.perf_counter()
+            masks = batch.masks.to(device)
+            images, masks = augment(
+                batch.images.to(device), masks, strength=strength, generators=generators(0, 0, range(rows))
+            )
+            gradients(own, loss_of, images, masks, accelerator, piece).item()
+            optimizer.step()
+            loading, computing = loaded - began, time.perf_counter() - loaded
+            seconds.append(max(computing, loading / workers) if workers else loading + computing)
+        return sorted(seconds[1:])[STEPS // 2]
+
+    took = {}
+    for frozen in sorted({share == 1 for share in shares}):
+        own = copy.deepcopy(network)
+        ready(own, float(frozen))
+        optimizer = torch.optim.AdamW(own.parameters())
+        took[frozen], piece = fitted(step_s, piece)
+
+    began = time.perf_counter()
+    batch = _some(val, 0, 2 * rows)
+    with torch.no_grad(), accelerator.autocast():
+        logits = own.eval()(batch.images.to(device, memory_format=torch.channels_last))
+        loss_of(logits, batch.masks.to(device)).item()
+    validation_s = (time.perf_counter() - began) * len(val) / (2 * batch_size)
+
+    # The slowest process and the smallest piece count for all.
+    each = gather_object([(piece, took.get(False, 0.0), took.get(True, 0.0), validation_s)])
+    pieces, whole, frozen, validation = zip(*each, strict=True)
+    return Preflight(
+        piece=min(pieces),
+        steps=steps,
+        shares=shares,
+        step_s=max(whole),
+        frozen_step_s=max(frozen),
+        validation_s=max(validation),
+        memory_gib=peak_memory_gib(device),
+    )
+
+
+def _some(slices: Slices, first: int, count: int) -> Batch:
+    """Slices from all over the patients, as a training would read them."""
+    return slices.__getitems__([k * 7919 % len(slices) for k in range(first, first + count)])
