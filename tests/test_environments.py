@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from brats_helpers.environment import required
 
 ROOT = Path(__file__).parents[1]
 TAKEN = ("brats_helpers", "__editable__", "brats-helpers")
@@ -131,3 +135,43 @@ def test_where_the_package_is_nothing_is_done(machine, tmp_path):
 
 def _home() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+# --- what others run ----------------------------------------------------------------------------------------------
+
+
+def test_ci_runs_the_same_script_on_the_oldest_and_the_newest_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert "run_tests.sh" in (ROOT / ".ci" / "run").read_text()
+    pythons = [entry["python"] for entry in job["strategy"]["matrix"]["include"]]
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f">={pythons[0]}" == oldest
+    assert f"| Python | | {pythons[0]} | {pythons[-1]} |" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_the_table_of_dependencies_is_of_the_requirements():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| package | reason")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    oldest = {
+        name: bound
+        for names, _, bounds, _ in rows[1:]
+        for name, bound in zip(names.split(", "), bounds.split(", "), strict=True)
+    }
+    oldest.pop("Python")
+    for requirement in required(ROOT):
+        name, _, bound = requirement.partition(">=")
+        assert oldest.pop(name).startswith(bound), requirement
+    assert not oldest
+
+
+def test_constraints_meet_the_requirements():
+    exact = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for requirement in required(ROOT):
+        name, _, bound = requirement.lower().replace("_", "-").partition(">=")
+        assert version_of(exact[name]) >= version_of(bound), requirement
+
+
+def version_of(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
