@@ -55,30 +55,25 @@ class NoAnswer(KaggleError):
 
 def run_on_kaggle(plan: Plan) -> int:
     """Push `plan` to Kaggle unless that was done before, wait for it, fetch its files. Returns the exit code."""
-    run = Run(plan.folder)
     try:
-        return _run(plan, run)
+        return _run(plan)
     except KaggleError as error:
         fail(str(error))
         return 1
-    except KeyboardInterrupt:
-        if (run.folder / "kaggle.json").exists():
-            warn("the run goes on at Kaggle without this machine")
-        raise
 
 
-def _run(plan: Plan, run: Run) -> int:
+def _run(plan: Plan) -> int:
     if not credentials():
         raise KaggleError(
             "--on kaggle needs an account: make a token at https://www.kaggle.com/settings and set KAGGLE_API_TOKEN to"
             " it, or save it as ~/.kaggle/access_token. Nothing was uploaded."
         )
-    metadata, files = _metadata(plan, run.name), _carried(plan.root)
-    text = json.dumps(_notebook(plan, run.name, files))
+    metadata, files = _metadata(plan), _carried(plan.root)
+    text = json.dumps(_notebook(plan, files))
     if len(text) > _MOST_BYTES:
         raise KaggleError(f"the suite makes a notebook of {len(text):,} bytes; Kaggle takes {_MOST_BYTES:,}.")
     key = hashlib.sha256((text + json.dumps(metadata)).encode()).hexdigest()[:16]
-    record = run.folder / "kaggle.json"
+    record = plan.folder / "kaggle.json"
     pushed = json.loads(record.read_text()) if record.exists() else {}
     if pushed.get("key") != key or pushed["fetched"]:
         metadata["id"] = f"{_call('whoami', seconds=_CALL_S)}/{metadata['id']}"
@@ -93,9 +88,10 @@ def _run(plan: Plan, run: Run) -> int:
             raise KaggleError(f"Kaggle did not take the notebook: {answer['error']}")
         pushed = {"key": key, "kernel": metadata["id"], "url": answer["url"], "fetched": False}
         write_json(record, pushed)
-        done(f"pushed: {pushed['url']}")
+        done(f"pushed: {pushed['url']}; it runs there without this machine")
     else:
         done(f"pushed before: {pushed['url']}")
+    run = Run(plan.folder)
     status, message = _wait(pushed)
     log = _fetch(run, pushed["kernel"])
     write_json(record, pushed | {"fetched": True})
@@ -113,10 +109,10 @@ def _run(plan: Plan, run: Run) -> int:
 # --- what is uploaded ----------------------------------------------------------------------------------------------
 
 
-def _metadata(plan: Plan, name: str) -> dict:
+def _metadata(plan: Plan) -> dict:
     """kernel-metadata.json, but for the account in its id."""
     data = plan.values["00_setup"]["data"]
-    title = f"brats {name}"
+    title = f"brats {plan.folder.name}"
     short = next(iter(KAGGLE_SETS)) if data == "kaggle" else data
     return {
         "id": re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
@@ -136,7 +132,7 @@ def _carried(root: Path) -> list[Path]:
     return [path for pattern in CARRIED for path in sorted(root.glob(pattern))]
 
 
-def _notebook(plan: Plan, name: str, files: list[Path]) -> dict:
+def _notebook(plan: Plan, files: list[Path]) -> dict:
     """A notebook that unpacks the suite, runs it, and fails where it fails. The same suite gives the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
@@ -145,7 +141,16 @@ def _notebook(plan: Plan, name: str, files: list[Path]) -> dict:
             member.size, member.mode = path.stat().st_size, 0o755
             tar.addfile(member, io.BytesIO(path.read_bytes()))
     packed = base64.b64encode(buffer.getvalue()).decode()
-    places = ["--run", f"/kaggle/working/{name}", "-p", "cache_dir", "/tmp/cache", "-p", "data_dir", "/tmp/data"]
+    places = [
+        "--run",
+        f"/kaggle/working/{plan.folder.name}",
+        "-p",
+        "cache_dir",
+        "/tmp/cache",
+        "-p",
+        "data_dir",
+        "/tmp/data",
+    ]
     command = shlex.join(["bash", "/tmp/suite/run_all.sh", *places, *plan.on_kaggle])
     sources = [
         "import base64, io, tarfile\n\n"
