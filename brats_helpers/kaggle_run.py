@@ -141,17 +141,8 @@ def _notebook(plan: Plan, files: list[Path]) -> dict:
             member.size, member.mode = path.stat().st_size, 0o755
             tar.addfile(member, io.BytesIO(path.read_bytes()))
     packed = base64.b64encode(buffer.getvalue()).decode()
-    places = [
-        "--run",
-        f"/kaggle/working/{plan.folder.name}",
-        "-p",
-        "cache_dir",
-        "/tmp/cache",
-        "-p",
-        "data_dir",
-        "/tmp/data",
-    ]
-    command = shlex.join(["bash", "/tmp/suite/run_all.sh", *places, *plan.on_kaggle])
+    run = ["--run", f"/kaggle/working/{plan.folder.name}"]
+    command = shlex.join(["bash", "/tmp/suite/run_all.sh", *run, *plan.on_kaggle])
     sources = [
         "import base64, io, tarfile\n\n"
         f'suite = io.BytesIO(base64.b64decode("{packed}"))\ntarfile.open(fileobj=suite).extractall("/tmp/suite")',

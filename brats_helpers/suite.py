@@ -11,12 +11,14 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import tokenize
@@ -247,7 +249,7 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
 
     notebooks = read_notebooks(root)
     stages = _picked(options.only) if options.only else list(NEEDS)
-    values, given = _values(options, root / "profiles" / f"{profile}.yaml", folder, notebooks)
+    values, given = _values(options, root, root / "profiles" / f"{profile}.yaml", folder, notebooks)
     made = {} if options.on else manifest.get("stages", {})  # there, nothing of an earlier run is left
     if options.log and not options.log.parent.is_dir():
         raise UsageError(f"--log {options.log}: there is no folder {options.log.parent}")
@@ -310,7 +312,7 @@ def _folder(name: str, root: Path) -> Path:
         raise UsageError(
             f"--run {name!r}: the name of a folder in runs/, of letters, digits, '.', '_' and '-', or a path with '/'"
         )
-    return root / "runs" / name
+    return (root if os.access(root, os.W_OK) else Path.cwd()) / "runs" / name
 
 
 def _check_for_kaggle(options, data: str) -> None:
@@ -332,8 +334,10 @@ def _picked(only: str) -> list[str]:
     return [stage for stage in NEEDS if stage in picked]
 
 
-def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
+def _values(options, root: Path, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
     """Each notebook's parameters as resolved, and those of them that are not its own defaults."""
+    # A suite that is attached, as on Kaggle, is read-only; what can be made again does not go to Kaggle's results.
+    home = root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())
     asked = read_profile(profile)
     declared = {name for notebook in notebooks.values() for name in notebook.parameters}
     for key in asked:
@@ -349,7 +353,7 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
     given = {}
     for stage, notebook in notebooks.items():
         own = notebook.parameters
-        folders = {name: str(folder.parents[1] / p.default) for name, p in own.items() if name.endswith("_dir")}
+        folders = {name: str(home / p.default) for name, p in own.items() if name.endswith("_dir")}
         read = {key: own[key].read(text) for key, text in asked.items() if key in own}
         given[stage] = folders | read | {"run_dir": str(folder)}
     values = {

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -331,12 +332,22 @@ def test_a_stopped_run_goes_on_where_it_stopped(checkout):
 def test_a_run_may_lie_anywhere_and_its_log_too(checkout, tmp_path):
     drive = tmp_path / "drive" / "first"
     drive.parent.mkdir()
+    plan = suite.make_plan(["--run", str(drive)], checkout)
+    assert plan.values["00_setup"]["cache_dir"] == str(checkout / "cache")  # not on the slow drive
     arguments = ["--run", str(drive), "--only", "00,01", "--log", str(tmp_path / "log.txt")]
     printed = run(checkout, *arguments).stdout
     assert (drive / "notebooks" / "01_explore.ipynb").exists() and "explored" in printed
     again = run(checkout, *arguments).stdout
     assert again.count("finished before") == 2
     assert (tmp_path / "log.txt").read_text() == printed + again
+
+
+def test_an_attached_suite_that_is_read_only_writes_elsewhere(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != checkout)  # a root user may write to any folder
+    monkeypatch.chdir(tmp_path)
+    plan = suite.make_plan([], checkout)
+    assert plan.folder == tmp_path / "runs" / "demo"
+    assert plan.values["00_setup"]["cache_dir"] == str(Path(tempfile.gettempdir()) / "cache")
 
 
 def test_a_time_limit_shortens_the_training(checkout):
