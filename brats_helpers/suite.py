@@ -207,7 +207,7 @@ def _arguments() -> _Arguments:
         metavar="MINUTES",
         type=float,
         default=0.0,
-        help="of the whole run: training ends in time to be scored, and what is left over is not begun",
+        help="of the whole run: training ends in time to be scored, and what runs when it comes is stopped",
     )
     parser.add_argument("--log", metavar="FILE", type=Path, help="write what is printed to FILE too, after what it has")
     parser.add_argument(
