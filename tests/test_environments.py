@@ -18,10 +18,10 @@ from brats_helpers.environment import required
 ROOT = Path(__file__).parents[1]
 TAKEN = ("brats_helpers", "__editable__", "brats-helpers")
 THEN = """
-import json, sys, torch
+import importlib.util, json
 import brats_helpers, brats_helpers.suite  # in the same process: no restart
 from brats_helpers import sources
-print(json.dumps({"from": brats_helpers.__file__, "torch": torch.__file__, "clients": sources._clients()}))
+print(json.dumps({"from": brats_helpers.__file__, "torch": importlib.util.find_spec("torch").origin, "clients": sources._clients()}))
 """
 
 
