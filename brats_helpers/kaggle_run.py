@@ -2,7 +2,7 @@
 
 The notebook carries the whole suite in its first cell: nothing but it is uploaded, and the data set is attached.
 Kaggle's client authenticates when imported and waits without a time limit, so every call is a child process with one.
-A run goes on without this machine: `runs/NAME/kaggle.json` says what was pushed, and the same command fetches it.
+A run goes on without this machine: `runs/NAME/pushed.json` says what was pushed, and the same command fetches it.
 """
 
 import base64
@@ -73,7 +73,7 @@ def _run(plan: Plan) -> int:
     if len(text) > _MOST_BYTES:
         raise KaggleError(f"the suite makes a notebook of {len(text):,} bytes; Kaggle takes {_MOST_BYTES:,}.")
     key = hashlib.sha256((text + json.dumps(metadata)).encode()).hexdigest()[:16]
-    record = plan.folder / "kaggle.json"
+    record = plan.folder / "pushed.json"
     pushed = json.loads(record.read_text()) if record.exists() else {}
     if pushed.get("key") != key or pushed["fetched"]:
         metadata["id"] = f"{_call('whoami', seconds=_CALL_S)}/{metadata['id']}"
