@@ -754,13 +754,13 @@ def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
 def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
     """How often a region is where the network gives it a probability; `metrics` is `metrics.json`."""
     found = metrics["uncertainty"]["calibration"]
-    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4.3), sharey=True)
     for ax, (region, curve) in zip(axes, found.items(), strict=True):
         ax.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
         predicted, observed = ([row[name] for row in curve["bins"]] for name in ("predicted", "observed"))
         ax.plot(predicted, observed, color=COLOURS[region], marker=_MARKERS[region], markersize=6)
         error = "no voxel" if curve["ece"] is None else f"calibration error {curve['ece']:.3f}"
-        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
     axes[0].set_ylabel("share that is the region")
     detail = "brain voxels given the region with 0.01 or more · dotted: perfect · above it the network says too little"
