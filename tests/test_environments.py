@@ -21,7 +21,8 @@ THEN = """
 import importlib.util, json
 import brats_helpers, brats_helpers.suite  # in the same process: no restart
 from brats_helpers import sources
-print(json.dumps({"from": brats_helpers.__file__, "torch": importlib.util.find_spec("torch").origin, "clients": sources._clients()}))
+torch = importlib.util.find_spec("torch").origin
+print(json.dumps({"from": brats_helpers.__file__, "torch": torch, "clients": sources._clients()}))
 """
 
 
