@@ -13,15 +13,30 @@ import pytest
 
 from brats_helpers import sources
 from brats_helpers.cases import MODALITIES
+from brats_helpers.files import write_json
+from brats_helpers.suite import _revision
 from tests.kaggle_server import PORT, TOKEN, FakeKaggle, serve
 
+ROOT = Path(__file__).parents[1]
+
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """After the whole suite, note how it went at which revision: the validation of later runs cites it."""
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        stats = config.pluginmanager.get_plugin("terminalreporter").stats
+        n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}
+        record = {"passed": n["passed"], "failed": n["failed"] + n["error"], "skipped": n["skipped"]}
+        write_json(ROOT / "runs" / "tests.json", {"revision": _revision(ROOT)} | record)
 
 
 @pytest.fixture(scope="session")
 def real_patients() -> Path:
     """The folder of real patients beside the checkout; a test that needs it is skipped where it is not."""
-    folder = Path(__file__).parents[2] / "shared" / "real"
+    folder = ROOT.parent / "shared" / "real"
     if not folder.is_dir():
         pytest.skip(f"no real patients at {folder}")
     return folder
