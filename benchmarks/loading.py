@@ -6,7 +6,7 @@ a loader without any work reaches: random rows copied out of one memory map of t
 float16 and converted; the faster of the two counts. Each tool prepares its files with two workers. The tools take
 turns, so that a busy moment of the machine hits all; a loader's first batch is not counted.
 
-The peers are optional: pip install -r benchmarks/requirements.txt
+The peers are optional: pip install -e '.[benchmarks]'
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main() -> None:
             if installed(name):
                 add(tools, cases, size, work)
             else:
-                print(f"left out, not installed: {name} (pip install -r benchmarks/requirements.txt)")
+                print(f"left out, not installed: {name} (pip install -e '.[benchmarks]')")
 
         loading = {row: lambda row=row: slices_per_s(*tools.load[row], size) for row in tools.load}
         fast = {row: loading.pop(row) for row in tools.load if row.startswith(("ceiling", "brats_helpers"))}
