@@ -20,7 +20,7 @@ import textwrap
 import time
 import tokenize
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +36,10 @@ NEEDS = {
     "04_advanced": ("02_train",),
 }
 """The notebooks in their order, each with those whose files it reads."""
+
+ONCE = ("00_setup", "01_explore")
+PER_FOLD = ("02_train", "03_evaluate")
+"""With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
 
 EXIT_CODES = {
     0: "it is finished",
@@ -82,7 +86,10 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run."""
+    """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run.
+
+    `sweep` holds, by the name of each combination, the values that it has instead; without a sweep one, "", of none.
+    """
 
     root: Path
     folder: Path
@@ -93,6 +100,10 @@ class Plan:
     given: dict[str, dict]
     keys: dict[str, str]
     prepare_only: bool
+    folds: int
+    sweep: dict[str, dict]
+    workers: int
+    job: dict
 
 
 # --- what there is: notebooks, parameters, profiles ---------------------------------------------------------------
@@ -184,6 +195,30 @@ def _arguments() -> _Arguments:
     parser.add_argument(
         "--prepare-only", action="store_true", help="write the notebooks with their parameters, run none"
     )
+    parser.add_argument("--folds", metavar="N", type=int, help="N-fold cross-validation: 02 and 03 for each fold")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar=("KEY", "VALUE"),
+        action="append",
+        default=[],
+        help="02 and 03 for each of these values; repeatable: for each combination, and each fold",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=0,
+        help="share folds and sweeps among N processes: a SLURM array where there is SLURM, else on this machine",
+    )
+    parser.add_argument(
+        "--job",
+        nargs=2,
+        metavar=("KEY", "VALUE"),
+        action="append",
+        default=[],
+        help="what submitit asks of SLURM for each worker: timeout_min 600, gpus_per_node 1, slurm_partition gpu, ...",
+    )
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -221,6 +256,19 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
 
     notebooks = read_notebooks(root)
     stages = _picked(options.only) if options.only else list(NEEDS)
+    sweep = _combinations(options.sweep, notebooks)
+    shared = options.folds is not None or bool(options.sweep)
+    if shared:
+        if options.folds is not None and options.folds < 2:
+            raise UsageError(f"--folds {options.folds}: two or more")
+        if options.only or options.prepare_only:
+            raise UsageError("--folds and --sweep run 00 to 03: neither --only nor --prepare-only goes with them")
+        stages = [*ONCE, *PER_FOLD]
+    elif options.workers or options.job:
+        raise UsageError("--workers and --job share out folds or a sweep: add --folds N or --sweep KEY VALUES")
+    if manifest and manifest.get("shared", False) != shared:
+        was = "made with --folds or --sweep" if manifest.get("shared") else "one training"
+        raise UsageError(f"run {name} is {was}; go on as you began, or take another --run")
     values, given = _values(options, root / "profiles" / f"{profile}.yaml", folder, notebooks)
     made = manifest.get("stages", {})
     if options.prepare_only:
@@ -240,7 +288,9 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
         asked = stage in stages or stage not in made
         keys[stage] = hashlib.sha256(content.encode()).hexdigest()[:16] if asked else made[stage]["key"]
     command = shlex.join([parser.prog, *(word for word in argv if word != "--check")])
-    return Plan(root, folder, profile, command, stages, values, given, keys, options.prepare_only)
+    job = {key: int(value) if value.isdigit() else value for key, value in options.job}
+    how = {"folds": options.folds or 0, "sweep": sweep, "workers": options.workers, "job": job}
+    return Plan(root, folder, profile, command, stages, values, given, keys, options.prepare_only, **how)
 
 
 def _picked(only: str) -> list[str]:
@@ -252,6 +302,23 @@ def _picked(only: str) -> list[str]:
     return [stage for stage in NEEDS if stage in picked]
 
 
+def _combinations(swept: list[list[str]], notebooks: dict[str, Notebook]) -> dict[str, dict]:
+    """Each combination of the values of `--sweep`, by its name; one without a value where nothing is swept."""
+    declared = {name: p for stage in PER_FOLD for name, p in notebooks[stage].parameters.items()}
+    combinations: dict[str, dict] = {"": {}}
+    for key, *texts in swept:
+        if key not in declared or key == "run_dir":
+            raise UsageError(f"--sweep {key}: no parameter of {' or '.join(PER_FOLD)}; {_nearest(key, declared)}")
+        if not texts:
+            raise UsageError(f"--sweep {key}: say which values")
+        combinations = {
+            f"{name},{key}={text}".lstrip(",").replace("/", "_"): values | {key: declared[key].read(_path(key, text))}
+            for name, values in combinations.items()
+            for text in texts
+        }
+    return combinations
+
+
 def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
     """Each notebook's parameters as resolved, and those of them that are not its own defaults."""
     asked = read_profile(profile)
@@ -259,7 +326,8 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
     for key in asked:
         if key not in declared:
             raise UsageError(f"{profile}: no notebook has a parameter {key}; {_nearest(key, sorted(declared))}")
-    for key, text in options.pairs + ([["data", options.data]] if options.data else []):
+    by_option = [[key, str(value)] for key in ("data", "folds") if (value := getattr(options, key)) is not None]
+    for key, text in options.pairs + by_option:
         if key not in declared:
             raise UsageError(f"-p {key}: no notebook has that parameter; {_nearest(key, sorted(declared))}")
         if key == "run_dir":
@@ -326,7 +394,9 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _prepare(plan) if plan.prepare_only else _run(plan)
+        if plan.prepare_only:
+            return _prepare(plan)
+        return _start_workers(plan, argv) if plan.workers else _run(plan)
     except KeyboardInterrupt:
         warn(f"stopped; this picks up: {plan.command}")
         return 130
@@ -340,35 +410,145 @@ def _prepare(plan: Plan) -> int:
     return 0
 
 
+def _start_workers(plan: Plan, argv: list[str]) -> int:
+    from brats_helpers.workers import start
+
+    at = argv.index("--workers")
+    own = argv[:at] + argv[at + 2 :]
+    try:
+        return start(_work, own, workers=plan.workers, folder=plan.folder / "workers", job=plan.job)
+    except ImportError:
+        fail("--workers needs submitit: pip install submitit. Or start the same command several times without it.")
+        return 1
+
+
+def _work(argv: list[str]) -> int:
+    return _run(make_plan(argv))
+
+
 def _run(plan: Plan) -> int:
     start = time.monotonic()
     run = Run(plan.folder)
+    print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
+    if plan.folds or any(plan.sweep):
+        finished = _share_out(plan, run)
+    else:
+        _begin(plan, run)
+        for need in sorted(_before(plan.stages) - set(plan.stages)):
+            _warn_of_change(run, need, plan.values[need])
+        finished = _run_stages(plan, run, plan.stages) and _report(run)
+    if not finished:
+        return 1
+    done(f"report    {run.report}")
+    done(f"figures   {run.figures}")
+    done(f"notebooks {run.notebooks}")
+    timing(f"run {run.name}", time.monotonic() - start)
+    return 0
+
+
+def _begin(plan: Plan, run: Run, **entries) -> None:
     run.record(
         profile=plan.profile,
         command=plan.command,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(plan.root),
         revision=_revision(plan.root),
+        **entries,
     )
-    print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
-    for need in sorted(_before(plan.stages) - set(plan.stages)):
-        _warn_of_change(run, need, plan.values[need])
-    for stage in plan.stages:
-        if not _run_stage(plan, run, stage):
-            return 1
 
+
+def _report(run: Run) -> bool:
     from brats_helpers.report import build_report
 
     try:
-        report = build_report(run)
+        build_report(run)
     except Exception as error:
         fail(f"the report failed: {_reason(error)}")
-        return 1
-    done(f"report    {report}")
-    done(f"figures   {run.figures}")
-    done(f"notebooks {run.notebooks}")
-    timing(f"run {run.name}", time.monotonic() - start)
-    return 0
+        return False
+    return True
+
+
+def _share_out(plan: Plan, run: Run) -> bool:
+    """The run once for each fold and combination, whether all are finished; shared with all who do the same there."""
+    from brats_helpers import folds
+    from brats_helpers.splits import read_splits
+    from brats_helpers.workers import POLL_S, awaited, claimed
+
+    claims = run.folder / "claims"
+    with awaited(claims, "start"):
+        _begin(plan, run, shared=True)
+        if not _run_stages(plan, run, ONCE):
+            return False
+    parts = folds.shares(run) if plan.folds else [read_splits(run.splits)]
+    todo = [(name, number) for name in plan.sweep for number in range(len(parts))]
+    while todo:
+        elsewhere = []
+        for name, number in todo:
+            with claimed(claims, f"{name}-{number}") as held:
+                if not held:
+                    elsewhere.append((name, number))
+                    continue
+                own = folds.member(run, _place(plan, name, number), parts[number])
+                print(f"{own.folder.relative_to(run.folder)}:", flush=True)
+                if not _run_stages(_plan_of(plan, own, plan.sweep[name]), own, PER_FOLD):
+                    return False
+        if len(elsewhere) == len(todo):
+            time.sleep(POLL_S)
+        todo = elsewhere
+
+    with awaited(claims, "gather"):
+        for name, values in plan.sweep.items() if plan.folds else ():
+            own = folds.member(run, f"sweep/{name}", read_splits(run.splits)) if name else run
+            _gather(_plan_of(plan, own, values), own, [Run(own.folder / f"folds/{k}") for k in range(plan.folds)])
+        if any(plan.sweep):
+            places = {name: [run.folder / _place(plan, name, k) for k in range(len(parts))] for name in plan.sweep}
+            print(folds.compare_by_validation(run, places))
+        return _report(run)
+
+
+def _place(plan: Plan, name: str, number: int) -> str:
+    """Where in the run's folder the run of a combination and fold lies."""
+    return "/".join([f"sweep/{name}"] * bool(name) + [f"folds/{number}"] * bool(plan.folds))
+
+
+def _plan_of(plan: Plan, run: Run, values: dict) -> Plan:
+    """The plan for a run inside the run, with `values` in place of its own. Its place tells which these are."""
+    given = {
+        stage: own
+        | {key: value for key, value in values.items() if key in plan.values[stage]}
+        | {"run_dir": str(run.folder)}
+        for stage, own in plan.given.items()
+    }
+    own_values = {stage: plan.values[stage] | given[stage] for stage in NEEDS}
+    return replace(plan, folder=run.folder, given=given, values=own_values)
+
+
+def _gather(plan: Plan, run: Run, members: list[Run]) -> None:
+    """Put together what the folds of a run found, unless that is done; the run then counts as trained and evaluated."""
+    from brats_helpers.folds import gather
+
+    made = run.manifest["stages"]
+    if made.get(PER_FOLD[-1], {}).get("key") == plan.keys[PER_FOLD[-1]]:
+        return
+    how = plan.values["03_evaluate"]
+    gather(
+        run,
+        members,
+        device=how["device"],
+        flips=how["flips"],
+        convention=how["convention"],
+        numbering=how["labels"],
+    )
+    for stage in PER_FOLD:
+        seconds = sum(member.manifest["stages"][stage]["seconds"] for member in members)
+        entry = {"parameters": plan.values[stage], "key": plan.keys[stage], "status": "finished"}
+        made[stage] = entry | {"seconds": round(seconds, 1)}
+    run.record(stages=made)
+
+
+def _run_stages(plan: Plan, run: Run, stages: Iterable[str]) -> bool:
+    """Run notebooks in order as far as they succeed; whether all did."""
+    return all(_run_stage(plan, run, stage) for stage in stages)
 
 
 def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
