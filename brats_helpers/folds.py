@@ -60,7 +60,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         for case_id in metrics["cases"]:
             shutil.copy(fold.predictions / f"{case_id}_seg.nii.gz", predictions)
 
-    unlabelled = load_parts(run)["unlabelled"]
+    unlabelled = json.loads(run.splits.read_text())["unlabelled"]
     if unlabelled:
         from brats_helpers.inference import load_networks, predict_files, write_submission
         from brats_helpers.machine import choose_device
@@ -70,14 +70,15 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         rules = Rules(**{name: median_low(rule[name] for rule in chosen) for name in chosen[0]})
         networks = load_networks([fold.best for fold in folds], device=choose_device(device))
         how = {"flips": flips, "rules": rules, "numbering": numbering}
-        written = {case.id: path for case, *_, path in predict_files(networks, unlabelled, predictions, **how)}
+        cases = load_parts(run)["unlabelled"]
+        written = {case.id: path for case, *_, path in predict_files(networks, cases, predictions, **how)}
         write_submission(run.emptied(run.submission), written)
 
     metrics = collect(
         scores,
         convention=convention,
         simulated=run.manifest["simulated"],
-        not_scored={case.id: "unlabelled" for case in unlabelled},
+        not_scored=dict.fromkeys(unlabelled, "unlabelled"),
         leakage=sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]}),
     )
     write_cases_csv(run.cases_csv, metrics)

@@ -312,7 +312,7 @@ def _combinations(swept: list[list[str]], notebooks: dict[str, Notebook]) -> dic
         if not texts:
             raise UsageError(f"--sweep {key}: say which values")
         combinations = {
-            f"{name},{key}={text}".lstrip(",").replace("/", "_"): values | {key: declared[key].read(_path(key, text))}
+            f"{name};{key}={text}".lstrip(";").replace("/", "_"): values | {key: declared[key].read(_path(key, text))}
             for name, values in combinations.items()
             for text in texts
         }
