@@ -1,4 +1,4 @@
-"""The command line: `python -m brats_helpers run | check | train | phantom | predict | score | compare`."""
+"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare`."""
 
 import argparse
 import json

@@ -1,6 +1,11 @@
 """The cache: nothing is lost, nothing is half there, nothing stale is used."""
 
+import dataclasses
+import multiprocessing
+import os
+import pickle
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +16,7 @@ import numpy as np
 import pytest
 
 from brats_helpers import cache
-from brats_helpers.cases import DataError, find_cases, read_image, read_mask
+from brats_helpers.cases import DataError, find_cases
 
 
 def test_normalise_is_the_z_score_of_what_is_not_background():
@@ -21,7 +26,7 @@ def test_normalise_is_the_z_score_of_what_is_not_background():
     np.testing.assert_allclose(cache.normalise(volume), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("volume", [np.zeros(4), np.array([0, 7, 7, 7])])
+@pytest.mark.parametrize("volume", [np.zeros(4), np.array([0, 7, 7, 7]), np.full((30, 30, 30), 1234.567, np.float32)])
 def test_normalise_survives_an_empty_and_a_constant_volume(volume):
     assert (cache.normalise(volume) == 0).all()
 
@@ -33,23 +38,37 @@ def _case(folder, volumes, labels=None, affine=None):
     return find_cases(folder, list(volumes))[0]
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (40, 33, 18), (1, 9, 4)])
-@pytest.mark.parametrize("affine", [np.eye(4), np.diag([-1.0, -1, 1, 1]), np.diag([2.0, 0.5, 3, 1])])
-def test_the_crop_maps_back_to_the_volume_exactly(tmp_path, shape, affine):
-    random = np.random.default_rng(0)
+AFFINES = {
+    "plain": np.eye(4),
+    "flipped": np.diag([-1.0, -1, 1, 1]),
+    "anisotropic": np.diag([2.0, 0.5, 3, 1]),
+    "axes swapped": np.eye(4)[[2, 0, 1, 3]] * [1, -1, 1, 1],
+    "oblique": np.array([[0.9, -0.1, 0, 5], [0.1, 0.9, 0.2, -3], [0, -0.2, 0.9, 0], [0, 0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (40, 33, 18), (1, 9, 4), (12, 9, 1), (211, 230, 4)])
+@pytest.mark.parametrize("at_the_border", [False, True])
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+def test_the_crop_maps_back_to_the_volume_exactly(tmp_path, shape, affine, at_the_border):
+    draw = np.random.default_rng(0)
     images = {name: np.zeros(shape, np.int16) for name in ("flair", "t1ce")}
     labels = np.zeros(shape, np.uint8)
-    inner = tuple(slice(n // 4, n - n // 5) for n in shape)
+    inner = tuple(slice(0 if at_the_border else n // 4, n if at_the_border else n - n // 5) for n in shape)
     for volume in images.values():
-        volume[inner] = random.integers(1, 500, volume[inner].shape)
-    labels[inner] = random.choice([0, 1, 2, 4], labels[inner].shape)
+        volume[inner] = draw.integers(1, 500, volume[inner].shape)
+    labels[inner] = draw.choice([0, 1, 2, 4], labels[inner].shape)
     labels[-1, -1, -1] = 2  # a tumour voxel outside the brain is kept
     case = _case(tmp_path, images, labels, affine)
-    packed = cache.pack(case)
-    np.testing.assert_array_equal(packed.to_volume(packed.labels), read_mask(case.seg))
-    for channel, name in enumerate(case.images):
-        expected = cache.normalise(read_image(case.images[name])[0])
+    (packed,) = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)
+    classes = np.array([0, 1, 2, 0, 3])[labels]
+    np.testing.assert_array_equal(packed.to_volume(packed.labels), classes)
+    for channel, volume in enumerate(images.values()):
+        brain = volume[volume != 0].astype(np.float64)
+        expected = np.where(volume != 0, (volume - brain.mean()) / brain.std(), 0)
         np.testing.assert_allclose(packed.to_volume(packed.images[:, channel]), expected, rtol=1e-3, atol=1e-3)
+    planes = classes.T[packed.origin[0] :][: len(packed.counts)]
+    assert packed.counts[:, 1:].tolist() == [[(plane == k).sum() for k in (1, 2, 3)] for plane in planes]
 
 
 def test_counts_are_voxels_of_each_class_per_slice(tmp_path):
@@ -60,58 +79,156 @@ def test_counts_are_voxels_of_each_class_per_slice(tmp_path):
     assert packed.counts.tolist() == [[16, 0, 0, 0], [13, 1, 1, 1]]
 
 
-def test_a_prepared_case_is_used_again_until_a_file_changes(tiny_patients, tmp_path):
-    source = shutil.copytree(tiny_patients, tmp_path / "data")
-    cases = find_cases(source)
-    cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+def _contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def data(tiny_patients, tmp_path):
+    return shutil.copytree(tiny_patients, tmp_path / "data")
+
+
+def test_a_prepared_case_is_used_again_until_a_file_changes(data, tmp_path):
+    cases = find_cases(data)
+    place = tmp_path / "cache"
+    cache.prepare(cases, cache_dir=place, workers=1)
+    made = {path: path.stat().st_mtime_ns for path in place.rglob("*.npy")}
     assert len(made) == 8
-    cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)
+    cache.prepare(cases, cache_dir=place, workers=1)
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
     seg = nib.load(cases[0].seg)
     emptied = np.zeros(seg.shape, np.uint8)
     emptied[24, 28, 10] = 1
     nib.save(nib.Nifti1Image(emptied, seg.affine), cases[0].seg)
-    again = cache.prepare(cases, cache_dir=tmp_path / "cache", workers=2)
+    again = cache.prepare(cases, cache_dir=place, workers=2)
     assert again[0].counts[:, 1:].sum() == 1
-    assert sum(path.stat().st_mtime_ns == made[path] for path in made) == 6
-    assert not list((tmp_path / "cache").rglob("outdated"))
+    assert sum(path.exists() and path.stat().st_mtime_ns == made[path] for path in made) == 6
+    assert len(list(place.iterdir())) == 4  # what was made from the old file is gone
 
 
-def test_the_same_id_in_two_data_sets_shares_a_cache(tiny_patients, tmp_path):
-    copies = [shutil.copytree(tiny_patients, tmp_path / name) for name in "ab"]
-    (first,), (second,) = ([find_cases(copy)[0]] for copy in copies)
-    cache.prepare([first, second], cache_dir=tmp_path / "cache", workers=1)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+def test_two_files_of_one_size_and_time_that_swap_names_are_noticed(tmp_path):
+    images = {name: np.full((4, 4, 2), 7, np.int16) for name in ("t1", "t2")}
+    images["t1"][0] = 9
+    case = _case(tmp_path, images)
+    for path in case.images.values():  # as unpacking leaves them: an archive knows full seconds
+        path.write_bytes(nib.Nifti1Image(images[path.name[2:4]], np.eye(4)).to_bytes())
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    before = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)[0].images.copy()
+    t1, t2 = case.images.values()
+    t1.rename(tmp_path / "t")
+    t2.rename(t1)
+    (tmp_path / "t").rename(t2)
+    after = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)[0].images
+    np.testing.assert_array_equal(after, before[:, ::-1])
+    assert (after != before).any()
 
 
-def test_killed_at_any_moment_and_started_again_it_ends_the_same(tiny_patients, tmp_path):
-    program = (
-        "import sys; from pathlib import Path; from brats_helpers.cache import prepare;"
-        "from brats_helpers.cases import find_cases;"
-        "print('go', flush=True); prepare(find_cases(sys.argv[1]), cache_dir=Path(sys.argv[2]), workers=1)"
-    )
+def test_other_modalities_and_no_segmentation_are_kept_apart(data, tmp_path):
+    kinds = [find_cases(data)[:1], find_cases(data, ["t1"])[:1]]
+    kinds.append([dataclasses.replace(kinds[0][0], seg=None)])
+    for _ in range(2):
+        opened = [cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)[0] for cases in kinds]
+        assert [packed.images.shape[1] for packed in opened] == [4, 1, 4]
+        assert [packed.labels is None for packed in opened] == [False, False, True]
+        assert len(list((tmp_path / "cache").iterdir())) == 3
 
-    def contents(folder):
-        return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "case.json"])
+@pytest.mark.parametrize("torn", ["gone", "empty", "short"])
+def test_a_file_torn_by_a_crash_is_never_read_but_made_again(data, tmp_path, name, torn):
+    cases = find_cases(data)[:2]
+    cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)
+    whole = _contents(tmp_path / "cache")
+    file = next((tmp_path / "cache").rglob(name))
+    content = file.read_bytes()
+    file.unlink()
+    if torn != "gone":
+        file.write_bytes(content[: 0 if torn == "empty" else len(content) - 10])
+    cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)
+    assert _contents(tmp_path / "cache") == whole
+
+
+def test_a_worker_is_sent_no_voxels(data, tmp_path):
+    case = find_cases(data)[0]
+    opened = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)[0]
+    assert len(pickle.dumps(opened)) < 1000 < opened.images.nbytes
+    for packed in (opened, cache.pack(case)):
+        received = pickle.loads(pickle.dumps(packed))
+        np.testing.assert_array_equal(received.images, packed.images)
+        assert received.counts.tolist() == packed.counts.tolist() and received.origin == packed.origin
+
+
+@pytest.fixture(scope="module")
+def many(tiny_patients, tmp_path_factory):
+    """Twelve patients, the cache that an undisturbed preparation makes of them, and the seconds that it takes."""
+    root = tmp_path_factory.mktemp("many")
+    for k in range(3):
+        shutil.copytree(tiny_patients, root / "data" / str(k))
+    _prepare_all(root / "data", root / "whole")
     started = time.perf_counter()
-    cache.prepare(find_cases(tiny_patients), cache_dir=whole, workers=1)
+    _prepare_all(root / "data", root / "again")
     seconds = time.perf_counter() - started
-    broken = tmp_path / "broken"
-    for share in (0.2, 0.5, 0.8):
-        process = subprocess.Popen([sys.executable, "-c", program, tiny_patients, broken], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(seconds * share)
-        process.kill()
-        process.wait()
-        for place in broken.glob("Tiny*"):  # what is there under its own name is whole
-            assert cache.load(place).images.shape == cache.load(whole / place.name).images.shape
-    (broken / f".part-{platform.node()}-{process.pid}-x").mkdir()
-    cache.prepare(find_cases(tiny_patients), cache_dir=broken, workers=1)
-    assert contents(broken) == contents(whole)
+    assert _contents(root / "again") == _contents(root / "whole")
+    return root / "data", root / "whole", seconds
+
+
+def _prepare_all(data, place, ready=None):
+    cases = [case for folder in sorted(data.iterdir()) for case in find_cases(folder)]
+    if ready:
+        ready.wait()
+    cache.prepare(cases, cache_dir=place, workers=2)
+
+
+def _start(data, place, ready):
+    """A process of its own that begins when all who wait for `ready` are there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tests.test_cache"])
+    process = context.Process(target=_prepare_all, args=(data, place, ready))
+    process.start()
+    return process
+
+
+def _barrier(parties):
+    return multiprocessing.get_context("forkserver").Barrier(parties)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("BRATS_HELPERS_KILLS", 4))))
+def test_killed_at_any_moment_and_started_again_it_ends_the_same(many, tmp_path, seed):
+    data, whole, seconds = many
+    ready = _barrier(2)
+    process = _start(data, tmp_path / "cache", ready)
+    ready.wait()
+    time.sleep(random.Random(seed).uniform(0, seconds))
+    process.kill()
+    process.join()
+    for place in (tmp_path / "cache").glob("Tiny*"):  # what is there under its own name is whole
+        assert _contents(place) == _contents(whole / place.name)
+    _prepare_all(data, tmp_path / "cache")
+    assert _contents(tmp_path / "cache") == _contents(whole)
+
+
+@pytest.mark.parametrize("before", ["nothing", "outdated"])
+def test_two_preparations_at_once_end_as_one(many, tmp_path, before):
+    data, whole, _ = many
+    place = tmp_path / "cache"
+    if before == "outdated":
+        for folder in whole.iterdir():
+            shutil.copytree(folder, place / f"{folder.name.rpartition('.')[0]}.{'0' * 12}")
+    ready = _barrier(2)
+    processes = [_start(data, place, ready) for _ in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert _contents(place) == _contents(whole)
+
+
+def test_what_a_dead_process_left_is_swept_away(many, tmp_path):
+    data, whole, _ = many
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / f".part-{platform.node()}-{int(process.stdout)}-x").mkdir()
+    _prepare_all(data, tmp_path)
+    assert _contents(tmp_path) == _contents(whole)
 
 
 def test_files_that_differ_in_shape_are_refused(tmp_path):

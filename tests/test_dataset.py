@@ -1,9 +1,14 @@
 """Batches: the right slices, the right neighbours, the same draw for the same seed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
-from brats_helpers.cache import Packed
+from brats_helpers import dataset
+from brats_helpers.cache import Packed, prepare
+from brats_helpers.cases import find_cases
 from brats_helpers.dataset import BalancedSampler, Slices, common_size, make_loader
 
 
@@ -85,6 +90,23 @@ def test_the_draw_follows_seed_and_epoch_alone():
     assert list(BalancedSampler(slices, n=50, foreground=0.5, seed=2)) != first
 
 
+@pytest.mark.parametrize("reach", [0, 2])
+def test_slices_kept_on_the_device_are_the_same(monkeypatch, reach):
+    cases = [_case(), _case("B", height=33, width=17, empty=[0, 5]), dataclasses.replace(_case("C"), labels=None)]
+    mapped, kept = (Slices(cases, context_slices=reach) for _ in range(2))
+    kept.keep_on(torch.device("cpu"))
+    assert not kept.kept  # a CPU needs no copy
+    n_bytes = (18 + 4 * reach) * (2 * 2 + 1) * 64 * 32  # slices with those of 0 around each case; size 64 x 32
+    for free, fits in ((4 * n_bytes - 1, False), (4 * n_bytes, True)):
+        monkeypatch.setattr(dataset, "_free_bytes", lambda device, free=free: free)
+        kept.keep_on(torch.device("cpu"))
+        assert kept.kept == fits
+    items = np.random.default_rng(0).permutation(len(mapped)).tolist()
+    for one, other in zip(mapped.__getitems__(items), kept.__getitems__(items), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert make_loader(kept, batch_size=2, workers=2, pin_memory=True).num_workers == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_whole_batches_in_order(workers):
     slices = Slices([_case(), _case("B")], context_slices=0)
@@ -92,7 +114,21 @@ def test_the_loader_gives_whole_batches_in_order(workers):
     assert [len(batch.images) for batch in batches] == [5, 5, 2]
     assert np.concatenate([batch.index.numpy() for batch in batches]).tolist() == slices.index.tolist()
     sampler = BalancedSampler(slices, n=12, foreground=0.5, seed=0)
-    assert [len(batch.images) for batch in make_loader(slices, batch_size=5, workers=workers, sampler=sampler)] == [
-        5,
-        5,
-    ]
+    sizes = [len(batch.images) for batch in make_loader(slices, batch_size=5, workers=workers, sampler=sampler)]
+    assert sizes == [5, 5]
+
+
+def test_the_batches_do_not_depend_on_the_number_of_workers(tiny_patients, tmp_path):
+    slices = Slices(prepare(find_cases(tiny_patients), cache_dir=tmp_path, workers=1), context_slices=1)
+    sampler = BalancedSampler(slices, n=24, foreground=0.5, seed=3)
+    epochs = []
+    for workers in (0, 2):
+        loader = make_loader(slices, batch_size=5, workers=workers, sampler=sampler)
+        batches = []
+        for sampler.epoch in (1, 2):
+            batches += loader
+        epochs.append(batches)
+    assert len(epochs[0]) == len(epochs[1]) == 8
+    for one, other in zip(*epochs, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert not torch.equal(epochs[0][0].index, epochs[0][4].index)  # each epoch is another draw
