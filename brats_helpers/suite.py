@@ -20,7 +20,7 @@ import textwrap
 import time
 import tokenize
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -413,10 +413,8 @@ def _prepare(plan: Plan) -> int:
 def _start_workers(plan: Plan, argv: list[str]) -> int:
     from brats_helpers.workers import start
 
-    at = argv.index("--workers")
-    own = argv[:at] + argv[at + 2 :]
     try:
-        return start(_work, own, workers=plan.workers, folder=plan.folder / "workers", job=plan.job)
+        return start(_work, argv, workers=plan.workers, folder=plan.folder / "workers", job=plan.job)
     except ImportError:
         fail("--workers needs submitit: pip install submitit. Or start the same command several times without it.")
         return 1
@@ -431,7 +429,10 @@ def _run(plan: Plan) -> int:
     run = Run(plan.folder)
     print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
     if plan.folds or any(plan.sweep):
-        finished = _share_out(plan, run)
+        from brats_helpers.folds import share_out
+
+        finished = share_out(plan, run, once=ONCE, per_fold=PER_FOLD, begin=_begin, run_stages=_run_stages)
+        finished = finished and _report(run)
     else:
         _begin(plan, run)
         for need in sorted(_before(plan.stages) - set(plan.stages)):
@@ -466,84 +467,6 @@ def _report(run: Run) -> bool:
         fail(f"the report failed: {_reason(error)}")
         return False
     return True
-
-
-def _share_out(plan: Plan, run: Run) -> bool:
-    """The run once for each fold and combination, whether all are finished; shared with all who do the same there."""
-    from brats_helpers import folds
-    from brats_helpers.splits import read_splits
-    from brats_helpers.workers import POLL_S, awaited, claimed
-
-    claims = run.folder / "claims"
-    with awaited(claims, "start"):
-        _begin(plan, run, shared=True)
-        if not _run_stages(plan, run, ONCE):
-            return False
-    parts = folds.shares(run) if plan.folds else [read_splits(run.splits)]
-    todo = [(name, number) for name in plan.sweep for number in range(len(parts))]
-    while todo:
-        elsewhere = []
-        for name, number in todo:
-            with claimed(claims, f"{name}-{number}") as held:
-                if not held:
-                    elsewhere.append((name, number))
-                    continue
-                own = folds.member(run, _place(plan, name, number), parts[number])
-                print(f"{own.folder.relative_to(run.folder)}:", flush=True)
-                if not _run_stages(_plan_of(plan, own, plan.sweep[name]), own, PER_FOLD):
-                    return False
-        if len(elsewhere) == len(todo):
-            time.sleep(POLL_S)
-        todo = elsewhere
-
-    with awaited(claims, "gather"):
-        for name, values in plan.sweep.items() if plan.folds else ():
-            own = folds.member(run, f"sweep/{name}", read_splits(run.splits)) if name else run
-            _gather(_plan_of(plan, own, values), own, [Run(own.folder / f"folds/{k}") for k in range(plan.folds)])
-        if any(plan.sweep):
-            places = {name: [run.folder / _place(plan, name, k) for k in range(len(parts))] for name in plan.sweep}
-            print(folds.compare_by_validation(run, places))
-        return _report(run)
-
-
-def _place(plan: Plan, name: str, number: int) -> str:
-    """Where in the run's folder the run of a combination and fold lies."""
-    return "/".join([f"sweep/{name}"] * bool(name) + [f"folds/{number}"] * bool(plan.folds))
-
-
-def _plan_of(plan: Plan, run: Run, values: dict) -> Plan:
-    """The plan for a run inside the run, with `values` in place of its own. Its place tells which these are."""
-    given = {
-        stage: own
-        | {key: value for key, value in values.items() if key in plan.values[stage]}
-        | {"run_dir": str(run.folder)}
-        for stage, own in plan.given.items()
-    }
-    own_values = {stage: plan.values[stage] | given[stage] for stage in NEEDS}
-    return replace(plan, folder=run.folder, given=given, values=own_values)
-
-
-def _gather(plan: Plan, run: Run, members: list[Run]) -> None:
-    """Put together what the folds of a run found, unless that is done; the run then counts as trained and evaluated."""
-    from brats_helpers.folds import gather
-
-    made = run.manifest["stages"]
-    if made.get(PER_FOLD[-1], {}).get("key") == plan.keys[PER_FOLD[-1]]:
-        return
-    how = plan.values["03_evaluate"]
-    gather(
-        run,
-        members,
-        device=how["device"],
-        flips=how["flips"],
-        convention=how["convention"],
-        numbering=how["labels"],
-    )
-    for stage in PER_FOLD:
-        seconds = sum(member.manifest["stages"][stage]["seconds"] for member in members)
-        entry = {"parameters": plan.values[stage], "key": plan.keys[stage], "status": "finished"}
-        made[stage] = entry | {"seconds": round(seconds, 1)}
-    run.record(stages=made)
 
 
 def _run_stages(plan: Plan, run: Run, stages: Iterable[str]) -> bool:

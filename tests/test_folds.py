@@ -246,7 +246,7 @@ def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):
         rules = {"component_voxels": 10 * k, "fill_holes": bool(k), "et_voxels": 5 * k}
         write_json(own.postprocess, {"rules": rules})
         members.append(own)
-    folds.gather(run, members, device="cpu", flips=False, convention="brats2020", numbering="2020")
+    folds.gather(run, members, device="cpu", flips=False, convention="brats2020", labels="2020")
 
     metrics = json.loads(run.metrics.read_text())
     assert list(metrics["cases"]) == ["Tiny_0", "Tiny_3"] and metrics["not_scored"] == {"Tiny_4": "unlabelled"}
