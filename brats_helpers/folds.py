@@ -93,7 +93,7 @@ def _place(name: str, fold: int | None) -> str:
     return "/".join([f"sweep/{name}"] * bool(name) + [f"folds/{fold}"] * (fold is not None))
 
 
-def _plan_of(plan: "Plan", run: Run, name: str) -> Plan:
+def _plan_of(plan: "Plan", run: Run, name: str) -> "Plan":
     """The plan for a run inside the run, with the values of a combination in place of its own."""
     own = plan.sweep[name] | {"run_dir": str(run.folder)}
     given = {

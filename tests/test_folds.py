@@ -41,8 +41,9 @@ FOLD_CELLS = {
         "tests = [ids[k::folds] for k in range(folds)] or [ids[:1]]\n"
         "rest = [[i for i in ids if i not in test] for test in tests]\n"
         "parts = [{'train': r[1:], 'val': r[:1], 'test': t} for r, t in zip(rest, tests)]\n"
-        "run.splits.write_text(json.dumps(parts[0] | {'unlabelled': [], 'folds': parts[:folds]}))\n"
-        "run.record(simulated=True, seed=0)",
+        "rest = {'unlabelled': [], 'folds': parts[:folds], 'contents': dict.fromkeys(ids)}\n"
+        "run.splits.write_text(json.dumps(parts[0] | rest))\n"
+        "run.record(simulated=True, seed=0, data='patients', modalities=['t2'], cache_dir='cache')",
     ],
     "01_explore": ['run_dir: str = ""  # folder of the run', "1"],
     "02_train": [
@@ -74,6 +75,8 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(HERE / "brats_helpers", root / "brats_helpers", ignore=shutil.ignore_patterns("__pycache__"))
     write_notebooks(root / "notebooks", FOLD_CELLS)
+    for k in range(2 * N):
+        write_tiny_case(root / "patients", f"P{k}", seed=k, modalities=["t2"])
     (root / "profiles").mkdir()
     (root / "profiles" / "demo.yaml").write_text("# a profile\n")
     (root / "requirements.txt").write_text("papermill\n")
@@ -226,7 +229,7 @@ def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):
     run = Run(tmp_path / "run")
     ids = [f"Tiny_{k}" for k in range(4)]
     parts = [{"train": ids[2:], "val": ids[1:2], "test": ids[:1]}, {"train": ids[:2], "val": ids[2:3], "test": ids[3:]}]
-    write_splits(run.splits, parts[0], folds=parts, unlabelled=["Tiny_4"])
+    write_splits(run.splits, parts[0], folds=parts, unlabelled=["Tiny_4"], contents=dict.fromkeys([*ids, "Tiny_4"]))
     cache = {"cache_dir": str(tmp_path / "cache"), "modalities": list(MODALITIES)}
     run.record(data=str(tmp_path / "data"), simulated=True, seed=0, **cache)
     members = []
