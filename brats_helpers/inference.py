@@ -27,8 +27,8 @@ from brats_helpers.metrics import collect, read_leakage, region_dice, score_file
 from brats_helpers.model import build_model
 from brats_helpers.postprocess import NO_RULES, Rules, gain
 
-BATCH_SIZE = 16
-"""Slices predicted at once."""
+BATCH_SIZE = {"cpu": 8, "cuda": 32}
+"""Slices predicted at once, by type of device: on a CPU, more no longer fit its caches."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _predict_slices(network: Network, case: Packed, flips: bool) -> np.ndarray:
     y, x = (slices.size[0] - height) // 2, (slices.size[1] - width) // 2
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
-    for batch in make_loader(slices, batch_size=BATCH_SIZE, workers=0):
+    for batch in make_loader(slices, batch_size=BATCH_SIZE[device.type], workers=0):
         images = batch.images.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
             soft = network.model(images).float().softmax(dim=1)
@@ -229,8 +229,9 @@ def predict_files(
     seen = leaked(networks, cases)
     if seen and not allow_leakage:
         raise DataError(
-            f"the network has seen {', '.join(seen)}: scores there would mean nothing. Leave them out, or set"
-            " allow_leakage, which every score then shows."
+            f"the network has seen {', '.join(seen)} in training: scores there would mean nothing. Leave them out, or"
+            " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true). Patients are told"
+            " by their IDs: where these are others that have the same, rename them."
         )
     _note_leakage(folder, {case.id for case in cases}, set(seen))
     for case in cases:
