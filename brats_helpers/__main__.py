@@ -1,9 +1,11 @@
-"""The command line: `python -m brats_helpers run | train | phantom | predict | score | compare`."""
+"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare`."""
 
 import argparse
 import json
 import os
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from brats_helpers import suite
@@ -43,6 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
     verb.set_defaults(verb=_train)
+
+    verb = verbs.add_parser(
+        "check",
+        help="look for faults in a folder of patients",
+        description="Look for faults in a folder of patients; nothing is written or renamed there."
+        " Exit code: 0 no errors, 1 errors, 2 it could not run.",
+    )
+    verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
+    verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
+    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
+    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    verb.set_defaults(verb=_check)
 
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
@@ -126,6 +140,36 @@ def _train(options: argparse.Namespace) -> None:
     from brats_helpers.runs import Run
 
     train_run(Run(options.run))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from brats_helpers.audit import audit, excluded, rows
+    from brats_helpers.cases import MODALITIES, DataError, survey
+    from brats_helpers.files import write_json
+
+    try:
+        found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
+        if not found.cases:
+            raise DataError(f"no patient below {options.data}.")
+        report = audit(found, found.cases, workers=options.workers, cache_dir=None)
+        if options.json:
+            write_json(options.json, report)
+    except (DataError, OSError) as error:
+        fail(str(error))
+        return 2
+    say = {"error": fail, "warning": warn, "note": print}
+    summary = report["summary"]
+    for (severity, code), listed in groupby(rows(report, each=3), key=itemgetter("severity", "code")):
+        say[severity](f"{severity} {code}: {summary['codes'][code]:,}")
+        for row in listed:
+            print("   " + ": ".join(text for text in (row["file"] or row["patient"], row["message"]) if text))
+    worst = summary["worst"]
+    line = (
+        f"{summary['patients']:,} patients: {worst['error']:,} with errors, {worst['warning']:,} with warnings,"
+        f" {worst['note']:,} with notes, {worst['clean']:,} with nothing to say"
+    )
+    (fail if worst["error"] else done)(line)
+    return 1 if excluded(report) else 0
 
 
 def _phantom(options: argparse.Namespace) -> None:

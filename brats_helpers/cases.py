@@ -7,15 +7,13 @@ numbers of labels and the sets of classes that make up a region; everything else
 import gzip
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
-
-from brats_helpers.log import warn
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 # File names end in one of these; BraTS 2023 renamed the modalities.
@@ -26,6 +24,8 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2w": "t2",
     "t2f": "flair",
 }
+_STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
+_AMBIGUOUS = ("two-files", "two-folders", "two-segmentations")
 
 CLASSES = ("background", "NCR", "ED", "ET")
 """Class indices 0 to 3 by name: what networks predict and caches hold."""
@@ -39,6 +39,10 @@ class DataError(Exception):
     """Something about the data on disk is wrong; the message says which case and file, and how to mend it."""
 
 
+class TruncatedError(DataError):
+    """A file ends before it should."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One patient: the files of its modalities and, where there is one, its segmentation."""
@@ -48,14 +52,117 @@ class Case:
     seg: Path | None = None
 
     @property
+    def files(self) -> dict[str, Path]:
+        """The files by modality, the segmentation last, as `seg`."""
+        return self.images | ({"seg": self.seg} if self.seg else {})
+
+    @property
     def folder(self) -> Path:
         """Where the patient's files lie."""
-        return next(iter(self.images.values()), self.seg).parent
+        return next(iter(self.files.values())).parent
 
 
-def find_cases(
-    root: Path | str, modalities: Sequence[str] = MODALITIES, *, skip_incomplete: bool = False
-) -> list[Case]:
+@dataclass(frozen=True)
+class Finding:
+    """One thing about the data that somebody should know.
+
+    Attributes:
+        code: a short name that stays, such as `missing-modality`.
+        severity: `error`, the patient cannot be used; `warning`, it can, and the message says what was done; `note`.
+        file: where, relative to the data's folder; empty where it is about no single file.
+        message: a sentence: what was found, what was expected, what was or is to be done.
+    """
+
+    code: str
+    severity: str
+    file: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What lies below a folder, by the names of the files alone.
+
+    Attributes:
+        root: the folder.
+        modalities: what every patient is expected to have.
+        cases: all patients, sorted by ID, with those of `modalities` that they have.
+        findings: by case ID; under the empty ID what belongs to no patient.
+        tables: CSV files.
+    """
+
+    root: Path
+    modalities: tuple[str, ...] = MODALITIES
+    cases: list[Case] = field(default_factory=list)
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+    tables: list[Path] = field(default_factory=list)
+
+    def complete(self, *, skip_incomplete: bool) -> list[Case]:
+        """The patients whose names leave no error.
+
+        Args:
+            skip_incomplete: leave out a patient that lacks a modality, as one with any other error, instead of raising.
+
+        Raises:
+            DataError: a patient lacks a modality, or none is left.
+        """
+        if not skip_incomplete:
+            self.refuse("missing-modality")
+        faulty = {case_id for case_id, findings in self.findings.items() if has_error(findings)}
+        cases = [case for case in self.cases if case.id not in faulty]
+        if not cases:
+            raise DataError(
+                f"No patient with {', '.join(self.modalities)} below {self.root}. Expected files such as"
+                " BraTS20_Training_001/BraTS20_Training_001_t1.nii or"
+                " BraTS-GLI-00001-000/BraTS-GLI-00001-000-t1n.nii.gz."
+            )
+        return cases
+
+    def refuse(self, *codes: str) -> None:
+        """Raise `DataError` naming every patient with a finding of one of `codes`."""
+        found = [(case_id, finding) for case_id in sorted(self.findings) for finding in self.findings[case_id]]
+        found = [(case_id, finding) for case_id, finding in found if finding.code in codes]
+        if not found:
+            return
+        lines = [f"{case_id}: {finding.message}" for case_id, finding in found] + [f"All of it below {self.root}."]
+        if "missing-modality" in {finding.code for _, finding in found}:
+            lines.append(
+                "Ask for modalities that every patient has (-p modalities flair,t1ce),"
+                " or go on without these patients (-p skip_incomplete true)."
+            )
+        raise DataError("\n".join(lines))
+
+    def relative(self, path: Path) -> str:
+        """A path as findings name it: from the data's folder."""
+        return path.relative_to(self.root).as_posix()
+
+    def _add(self, case_id: str, code: str, severity: str, path: Path | None, message: str) -> None:
+        file = self.relative(path) if path else ""
+        self.findings.setdefault(case_id, []).append(Finding(code, severity, file, message))
+
+    def _unused(self, path: Path) -> None:
+        self._add("", "unused-file", "note", path, "By its name no patient's scan or segmentation; it is not used.")
+
+    def _once(self, cases: Iterable[Case]) -> list[Case]:
+        """Sort by ID, with a finding where two patients share one."""
+        found: dict[str, Case] = {}
+        for case in cases:
+            if case.id in found:
+                places = " and ".join(self.relative(folder) for folder in (found[case.id].folder, case.folder))
+                self._add(
+                    case.id, "two-folders", "error", case.folder, f"Lies in two folders, {places}; keep one of them."
+                )
+            else:
+                found[case.id] = case
+        return [found[case_id] for case_id in sorted(found)]
+
+
+def has_error(findings: Iterable[Finding]) -> bool:
+    """Whether one of the findings makes the patient unusable."""
+    return any(finding.severity == "error" for finding in findings)
+
+
+def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list[Case]:
     """Find every patient below `root`, in the layouts of BraTS 2018 to 2023.
 
     Folders may be nested. Files end in `_t1.nii`, `-t1n.nii.gz` and the like; the
@@ -65,7 +172,6 @@ def find_cases(
     Args:
         root: a folder of patients, or one patient's folder.
         modalities: names from `MODALITIES` that every patient must have.
-        skip_incomplete: leave out a patient that lacks one, with a warning, instead of raising.
 
     Returns:
         The cases sorted by ID, each with exactly `modalities`, in that order.
@@ -74,34 +180,9 @@ def find_cases(
         DataError: nothing found, a modality missing, an ID found twice, or a folder in which
             the segmentation cannot be told from other files.
     """
-    check_modalities(modalities)
-    cases: list[Case] = []
-    incomplete: list[str] = []
-    for case in _scan(root):
-        if not case.images:
-            continue  # a segmentation alone, such as a folder of predictions
-        missing = [name for name in modalities if name not in case.images]
-        if missing:
-            incomplete.append(
-                f"{case.id}: no {case.id}_{missing[0]}.nii or .nii.gz in {case.folder}"
-                f" (missing: {', '.join(missing)}; found: {', '.join(case.images)})"
-            )
-        else:
-            cases.append(Case(case.id, {name: case.images[name] for name in modalities}, case.seg))
-
-    if incomplete and not skip_incomplete:
-        raise DataError(
-            "\n".join(incomplete) + "\nAsk for modalities that every patient has (-p modalities flair,t1ce),"
-            " or go on without these patients (-p skip_incomplete true)."
-        )
-    for line in incomplete:
-        warn(f"left out: {line}")
-    if not cases:
-        raise DataError(
-            f"No patient with {', '.join(modalities)} below {root}. Expected files such as"
-            " BraTS20_Training_001/BraTS20_Training_001_t1.nii or BraTS-GLI-00001-000/BraTS-GLI-00001-000-t1n.nii.gz."
-        )
-    return _sorted_once(cases)
+    found = survey(root, modalities)
+    found.refuse("missing-modality", *_AMBIGUOUS)
+    return found.complete(skip_incomplete=False)
 
 
 def find_segs(root: Path | str) -> dict[str, Path | None]:
@@ -115,61 +196,97 @@ def find_segs(root: Path | str) -> dict[str, Path | None]:
     Raises:
         DataError: as `find_cases`, but for modalities.
     """
-    segs = {case.id: case.seg for case in _sorted_once(_scan(root))}
+    found = _scan(Path(root))
+    segs = {case.id: case.seg for case in found._once(found.cases)}
+    found.refuse(*_AMBIGUOUS)
     if not segs:
         raise DataError(f"No segmentation below {root}. Expected files such as BraTS20_Training_001_seg.nii.gz.")
     return segs
 
 
-def _sorted_once(cases: Iterable[Case]) -> list[Case]:
-    """Sort by ID; raise `DataError` where two patients share one."""
-    found: dict[str, Case] = {}
-    for case in cases:
-        if case.id in found:
-            raise DataError(
-                f"{case.id} lies in two folders, {found[case.id].folder} and {case.folder}. Keep one of them."
-            )
-        found[case.id] = case
-    return [found[case_id] for case_id in sorted(found)]
+def survey(root: Path | str, modalities: Sequence[str] = MODALITIES) -> Survey:
+    """Look through the names of all files below `root`: no file is opened, and what is wrong becomes a finding.
+
+    Raises:
+        DataError: `root` is no folder, or `modalities` are none of `MODALITIES`.
+    """
+    check_modalities(modalities)
+    found = _scan(Path(root))
+    imaged = {case.id for case in found.cases if case.images}
+    patients, cases = [], []
+    for case in found.cases:
+        if case.images or (recognise(case.seg)[2] == "seg" and case.id not in imaged):
+            patients.append(case)
+        else:
+            found._unused(case.seg)
+    for case in found._once(patients):
+        images = {name: case.images[name] for name in modalities if name in case.images}
+        missing = [name for name in modalities if name not in images]
+        if not case.images:
+            found._add(case.id, "no-images", "error", case.seg, "A segmentation without an image beside it.")
+        elif missing:
+            path = _expected(case, missing[0])
+            found._add(
+                case.id, "missing-modality", "error", path,
+                f"No {path.name} in {found.relative(path.parent)}"
+                f" (missing: {', '.join(missing)}; found: {', '.join(case.images)}); put it there.",
+            )  # fmt: skip
+        if case.seg is None:
+            found._add(case.id, "no-segmentation", "note", None, "No segmentation: predicted, but never scored.")
+        elif recognise(case.seg)[2] != "seg":
+            found._add(
+                case.id, "unusual-name", "note", case.seg,
+                "Taken as the segmentation: it is the one file of its folder that is no modality.",
+            )  # fmt: skip
+        cases.append(Case(case.id, images, case.seg))
+    return replace(found, modalities=tuple(modalities), cases=cases)
 
 
-def _scan(root: Path | str) -> list[Case]:
+def _scan(root: Path) -> Survey:
     """Group the NIfTI files below `root` by patient; a label map without images is a case as well."""
-    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is no folder. Give the folder that holds the patients' folders.")
+    scan = Survey(root)
     found: dict[Path, dict[str, dict[str, Path]]] = {}
     strangers: dict[Path, list[Path]] = {}
+    strays: dict[Path, None] = {}
     for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if hidden or not path.name.lower().endswith((".nii", ".nii.gz")) or not path.is_file():
-            continue
-        case_id, kind = _recognise(path)
-        if kind is None:
-            strangers.setdefault(path.parent, []).append(path)
-            continue
-        files = found.setdefault(path.parent, {}).setdefault(case_id, {})
-        if kind in files:
-            raise DataError(
-                f"{case_id}: two files for {kind}, {files[kind].name} and {path.name} in {path.parent}."
-                " Keep one of them."
-            )
-        files[kind] = path
+        inside = path.relative_to(root).parts
+        stray = [k for k, part in enumerate(inside) if part.startswith(".") or part in _STRAYS]
+        if stray:
+            strays[root.joinpath(*inside[: stray[0] + 1])] = None
+        elif path.name.lower().endswith(".csv"):
+            scan.tables.append(path)
+        elif path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
+            case_id, _, kind = recognise(path)
+            files = found.setdefault(path.parent, {}).setdefault(case_id, {}) if kind else {}
+            if kind is None:
+                strangers.setdefault(path.parent, []).append(path)
+            elif kind in files:
+                names = f"{files[kind].name} and {path.name} in {scan.relative(path.parent)}"
+                scan._add(case_id, "two-files", "error", path, f"Two files for {kind}, {names}; keep one of them.")
+            else:
+                files[kind] = path
+    for path in strays:
+        scan._add("", "stray-file", "note", path, "Left by an operating system or a broken-off copy; it is not used.")
 
-    cases: list[Case] = []
     for folder, patients in found.items():
         others = strangers.pop(folder, [])
         for case_id, files in patients.items():
             seg = files.pop("seg", None)
             if seg is None and others and len(patients) == 1:
                 if len(others) > 1:
-                    names = ", ".join(path.name for path in others)
-                    raise DataError(
-                        f"{case_id}: which of {names} in {folder} is the segmentation? Keep one of them there."
-                    )
-                seg = others[0]
-            cases.append(Case(case_id, files, seg))
-    return cases + [Case(_stem(path), {}, path) for paths in strangers.values() for path in paths]
+                    names = f"{', '.join(path.name for path in others)} in {scan.relative(folder)}"
+                    scan._add(
+                        case_id, "two-segmentations", "error", others[0],
+                        f"Which of {names} is the segmentation? Keep one of them there.",
+                    )  # fmt: skip
+                seg, *others = others
+            scan.cases.append(Case(case_id, files, seg))
+        for path in others:
+            scan._unused(path)
+    scan.cases.extend(Case(_stem(path), {}, path) for paths in strangers.values() for path in paths)
+    return scan
 
 
 def check_modalities(modalities: Iterable[str]) -> None:
@@ -182,13 +299,23 @@ def check_modalities(modalities: Iterable[str]) -> None:
         )
 
 
-def _recognise(path: Path) -> tuple[str, str | None]:
-    """Split `BraTS20_Training_001_t1ce.nii` into its case ID and what it holds (None: unknown)."""
+def recognise(path: Path) -> tuple[str, str, str | None]:
+    """Split `BraTS20_Training_001_t1ce.nii` into its case ID, its ending, and what that stands for (None: unknown)."""
     stem = _stem(path)
-    for cut in range(len(stem) - 1, -1, -1):
-        if stem[cut] in "_-":
-            return stem[:cut], _SUFFIXES.get(stem[cut + 1 :].lower())
-    return path.parent.name, _SUFFIXES.get(stem.lower())  # `t1.nii` in the patient's folder
+    cut = max(stem.rfind("_"), stem.rfind("-"))
+    case_id = stem[:cut] if cut >= 0 else path.parent.name  # `t1.nii` in the patient's folder
+    ending = stem[cut + 1 :].lower()
+    return case_id, ending, _SUFFIXES.get(ending)
+
+
+def _expected(case: Case, modality: str) -> Path:
+    """The file that a patient lacks, named as its others are."""
+    like = next(iter(case.images.values()))
+    ending = recognise(like)[1]
+    names = [name for name, meaning in _SUFFIXES.items() if meaning == modality]  # the old one first
+    start = len(_stem(like)) - len(ending)
+    name = names[ending not in MODALITIES]
+    return like.with_name(like.name[:start] + name + like.name[start + len(ending) :])
 
 
 def _stem(path: Path) -> str:
@@ -200,18 +327,37 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
     """Read a NIfTI file, compressed or not: its first bytes decide, not its name.
 
     Raises:
-        DataError: the file is missing, truncated or not NIfTI.
+        TruncatedError: the file ends too early.
+        DataError: the file is missing, damaged or not NIfTI.
     """
+    return parse_nifti(read_bytes(path)[0], path)
+
+
+def read_bytes(path: Path) -> tuple[bytes, bool]:
+    """The bytes of a file, unpacked where they are gzip, and whether they were. Errors as `read_nifti`."""
     try:
         raw = Path(path).read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        packed = raw[:2] == b"\x1f\x8b"
+        return (gzip.decompress(raw) if packed else raw), packed
+    except EOFError as error:
+        raise TruncatedError(f"{path} is truncated: its gzip stream has no end. Fetch or copy it again.") from error
+    except (OSError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
+
+
+def parse_nifti(raw: bytes, path: Path) -> nib.Nifti1Image:
+    """Make an image of what `read_bytes` read from `path`; its voxels stay in `raw`. Errors as `read_nifti`."""
+    try:
         image = nib.Nifti1Image.from_bytes(raw)
-    except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError) as error:
+    except (OSError, EOFError, ValueError, HeaderDataError, WrapStructError) as error:
+        if len(raw) < 348:
+            raise TruncatedError(
+                f"{path} is truncated: {len(raw):,} bytes, its header alone has 348. Fetch or copy it again."
+            ) from error
         raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
     needed = image.dataobj.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
     if len(raw) < needed:
-        raise DataError(
+        raise TruncatedError(
             f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again."
         )
     return image

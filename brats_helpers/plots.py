@@ -794,3 +794,44 @@ def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapp
     detail = " · ".join(["validation Dice by epoch", *sorted({_convention(found) for found in metrics.values()})])
     _title(figure, f"Experiments compared · {', '.join(histories)}", detail, simulated)
     return figure
+
+
+# Parts of a split
+
+
+@_styled
+def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
+    """How alike the parts of a split are in grade and tumour size: shares of their patients and of their slices.
+
+    Args:
+        patients: a row a patient: `part`, `grade` (None where unknown), `tumour_ml` (whole tumour, ml), and `slices`,
+            its axial slices with tumour.
+    """
+    third = (patients["tumour_ml"].rank(method="first") - 1) * 3 // len(patients)
+    spans = patients["tumour_ml"].groupby(third).agg(["min", "max"])
+    sizes = {k: f"{span['min']:,.0f} to {span['max']:,.0f} ml" for k, span in spans.iterrows()}
+    kinds = {"Grade": patients["grade"].fillna("unknown"), "Whole tumour": third}
+    parts = list(patients["part"].unique())
+    figure = plt.figure(figsize=(_WIDTH, 6))
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, (name, kind) in zip(axes, kinds.items(), strict=True):
+        for ax, unit in zip(row, ("patients", "slices with tumour"), strict=True):
+            weights = patients["slices"] if unit != "patients" else 1
+            table = patients.assign(kind=kind, n=weights).pivot_table(
+                index="kind", columns="part", values="n", aggfunc="sum", fill_value=0
+            )
+            for place, (part, ink) in enumerate(zip(parts, _PART_INK, strict=False)):
+                at = np.arange(len(table)) + (place - (len(parts) - 1) / 2) * 0.8 / len(parts)
+                shares = 100 * table[part] / max(table[part].sum(), 1)
+                bars = ax.bar(at, shares, 0.74 / len(parts), color=ink, label=part)
+                ax.bar_label(bars, [f"{n:,}" for n in table[part]], fontsize=8, color=_SOFT)
+            ax.set_xticks(range(len(table)), [sizes.get(key, key) for key in table.index])
+            ax.tick_params(axis="x", length=0)
+            ax.margins(y=0.12)
+            ax.set_title(f"{name}, {unit}")
+            ax.grid(axis="y")
+        row[0].set_ylabel("share of the part (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(parts))
+    detail = "numbers above the bars: how many; sizes are thirds of all patients, by the reference segmentation"
+    _title(figure, f"Patients and slices by grade and tumour size · {', '.join(parts)}", detail, simulated)
+    return figure

@@ -22,6 +22,7 @@ class Run:
         self.folder = from_root(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = self.folder.resolve().name
+        self.audit = self.folder / "audit.json"
         self.splits = self.folder / "splits.json"
         self.history = self.folder / "history.csv"
         self.metrics = self.folder / "metrics.json"

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from brats_helpers.audit import examine
 from brats_helpers.cache import Packed, prepare
-from brats_helpers.cases import CLASSES, Case, DataError, find_cases
+from brats_helpers.cases import CLASSES, Case, DataError, survey
 from brats_helpers.files import write_json
 from brats_helpers.runs import Run
 
@@ -31,48 +32,119 @@ def pick_cases(cases: Sequence[Case], *, split: str, seed: int) -> list[Case]:
     return sorted(picked, key=lambda case: case.id)
 
 
-def split_cases(cases: Sequence[Packed], *, split: str, seed: int) -> dict[str, list[str]]:
+def split_cases(
+    cases: Sequence[Packed],
+    *,
+    split: str,
+    seed: int,
+    grades: Mapping[str, str | None] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> dict[str, list[str]]:
     """Share labelled patients out among train, val and test, each part alike in what is hard to find.
 
-    The patients are ranked by enhancing tumour (absent or present) and then by tumour volume, and
+    The patients are ranked by grade, then by enhancing tumour (absent or present), then by tumour volume, and
     val and test take theirs at even distances along that ranking, from a random start.
 
     Args:
         cases: the prepared cases of labelled patients, each once.
         split: three numbers whose proportions count, such as `0.8,0.1,0.1` or `10,2,2`.
         seed: the same seed and patients give the same parts, in whatever order they come.
+        grades: HGG or LGG by ID, where known.
+        groups: by ID; those with the same group, such as two names of one scan, land in one part.
 
     Returns:
         `{"train": [...], "val": [...], "test": [...]}`, IDs sorted, disjoint, none empty.
 
     Raises:
-        DataError: fewer than three patients.
+        DataError: fewer than three patients, or groups of them.
         ValueError: `split` is no such triple.
     """
     wanted = _parse(split)
-    if len(cases) < len(PARTS):
-        raise DataError(
-            f"{len(cases)} labelled patient{'s' * (len(cases) != 1)}: at least one each for train, val and test is"
-            " needed, so three or more."
-        )
     draw = random.Random(seed)
-    pool = draw.sample(sorted(cases, key=lambda case: case.id), len(cases))  # so that equals rank at random
-    pool.sort(key=lambda case: (case.counts[:, ENHANCING].any(), case.counts[:, 1:].sum()))
-    ids = [case.id for case in pool]
-    n_val, n_test = (max(1, round(len(ids) * number / sum(wanted))) for number in wanted[1:])
-    while n_val + n_test >= len(ids):  # a tiny set: training keeps at least one
+    ranked = _rank(cases, draw, grades=grades or {}, groups=groups or {})
+    _need(len(PARTS), ranked, "at least one each for train, val and test is needed")
+    n_val, n_test = (max(1, round(len(ranked) * number / sum(wanted))) for number in wanted[1:])
+    while n_val + n_test >= len(ranked):  # a tiny set: training keeps at least one
         n_val, n_test = (n_val - 1, n_test) if n_val > n_test else (n_val, n_test - 1)
-    test = _spread_out(ids, n_test, draw)
-    rest = [case_id for case_id in ids if case_id not in test]
-    val = _spread_out(rest, n_val, draw)
-    train = [case_id for case_id in rest if case_id not in val]
-    return {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
+    test, rest = _spread_out(ranked, n_test, draw)
+    val, train = _spread_out(rest, n_val, draw)
+    return _parts(train, val, test)
 
 
-def _spread_out(ranked: list[str], n: int, draw: random.Random) -> list[str]:
-    """`n` of a ranking at even distances, from a random start."""
+def fold_cases(
+    cases: Sequence[Packed],
+    *,
+    folds: int,
+    split: str,
+    seed: int,
+    grades: Mapping[str, str | None] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> list[dict[str, list[str]]]:
+    """Share labelled patients out for a cross-validation, as `split_cases` does for one training.
+
+    Each patient is tested in one fold; those that a fold does not test are its train and val, in the proportion of
+    `split`. Of each run of `folds` neighbours in the ranking every fold tests one.
+
+    Args:
+        folds: how many, two or more; the rest as for `split_cases`.
+
+    Returns:
+        For each fold what `split_cases` returns.
+
+    Raises:
+        DataError: fewer patients, or groups of them, than folds; four for two folds.
+        ValueError: `folds` is below two, or `split` is no such triple.
+    """
+    if folds < 2:
+        raise ValueError(f"folds {folds}: expected two or more.")
+    train_share, val_share, _ = _parse(split)
+    draw = random.Random(seed)
+    ranked = _rank(cases, draw, grades=grades or {}, groups=groups or {})
+    least = 4 if folds == 2 else folds
+    _need(least, ranked, f"each of {folds} folds needs one to test and two others to train and choose by")
+    tested_in = [fold for _ in range(0, len(ranked), folds) for fold in draw.sample(range(folds), folds)]
+    parts = []
+    for fold in range(folds):
+        test = [group for group, where in zip(ranked, tested_in, strict=False) if where == fold]
+        rest = [group for group, where in zip(ranked, tested_in, strict=False) if where != fold]
+        n_val = round(len(rest) * val_share / (train_share + val_share))
+        val, train = _spread_out(rest, min(max(1, n_val), len(rest) - 1), draw)
+        parts.append(_parts(train, val, test))
+    return parts
+
+
+def _rank(
+    cases: Sequence[Packed], draw: random.Random, *, grades: Mapping[str, str | None], groups: Mapping[str, str]
+) -> list[list[str]]:
+    """Groups of IDs by the grade, the enhancing tumour and the volume of their first; equals in random order."""
+    together: dict[str, list[Packed]] = {}
+    for case in sorted(cases, key=lambda case: case.id):
+        together.setdefault(groups.get(case.id, case.id), []).append(case)
+    pool = draw.sample(list(together.values()), len(together))
+    pool.sort(key=lambda group: _rarity(group[0], grades.get(group[0].id)))
+    return [[case.id for case in group] for group in pool]
+
+
+def _rarity(case: Packed, grade: str | None) -> tuple:
+    return grade or "", case.counts[:, ENHANCING].any(), case.counts[:, 1:].sum()
+
+
+def _need(n: int, ranked: list[list[str]], why: str) -> None:
+    if len(ranked) < n:
+        there = sum(map(len, ranked))
+        distinct = f", {len(ranked)} of them different" if len(ranked) < there else ""
+        raise DataError(f"{there} labelled patient{'s' * (there != 1)}{distinct}: {why}, so {n} or more.")
+
+
+def _parts(*parts: list[list[str]]) -> dict[str, list[str]]:
+    return {name: sorted(sum(groups, [])) for name, groups in zip(PARTS, parts, strict=True)}
+
+
+def _spread_out(ranked: list[list[str]], n: int, draw: random.Random) -> tuple[list[list[str]], list[list[str]]]:
+    """`n` of a ranking at even distances, from a random start; and the rest, still in order."""
     start = draw.random()
-    return [ranked[int((k + start) * len(ranked) / n)] for k in range(n)]
+    taken = {int((k + start) * len(ranked) / n) for k in range(n)}
+    return [ranked[k] for k in sorted(taken)], [group for k, group in enumerate(ranked) if k not in taken]
 
 
 def _parse(split: str) -> list[float]:
@@ -87,28 +159,35 @@ def _parse(split: str) -> list[float]:
     return numbers
 
 
-def fingerprint(cases: Sequence[Case]) -> str:
-    """16 hex digits that change when a patient, a file name or a file size does."""
-    lines = []
-    for case in sorted(cases, key=lambda case: case.id):
-        for path in [*case.images.values(), *([case.seg] if case.seg else [])]:
-            lines.append(f"{case.id}/{path.name}:{path.stat().st_size}")
+def fingerprint(contents: Mapping[str, str | None]) -> str:
+    """16 hex digits that change when a patient comes, goes or has other voxels, and not when files are packed anew.
+
+    Args:
+        contents: by ID the hash of the patient's voxels, or None for one that the run did not take.
+    """
+    lines = [f"{case_id}:{contents[case_id]}" for case_id in sorted(contents)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def write_splits(path: Path, parts: dict[str, list[str]], **facts) -> None:
-    """Write the parts and `facts` such as the seed to `splits.json`, after checking that no patient is in two."""
-    check_disjoint(parts)
-    write_json(path, parts | facts)
+def write_splits(path: Path, parts: dict[str, list[str]], *, folds: Sequence[dict] = (), **facts) -> None:
+    """Write the parts, `folds` and `facts` such as the seed to `splits.json`; first check that no patient is in two."""
+    for each in (parts, *folds):
+        check_disjoint(each)
+    write_json(path, parts | facts | ({"folds": list(folds)} if folds else {}))
 
 
-def read_splits(path: Path) -> dict[str, list[str]]:
-    """Read the parts of `splits.json`.
+def read_splits(path: Path, *, fold: int | None = None) -> dict[str, list[str]]:
+    """Read the parts of `splits.json`, or those of one of its folds, counted from 0.
 
     Raises:
-        DataError: a patient is in two parts, or a part is empty or missing.
+        DataError: a patient is in two parts, a part is empty or missing, or there is no such fold.
     """
     content = json.loads(path.read_text())
+    if fold is not None:
+        there = content.get("folds", [])
+        if fold >= len(there):
+            raise DataError(f"{path} has {len(there)} folds, none of number {fold}. Run 00_setup with more folds.")
+        content = there[fold]
     parts = {name: content.get(name, []) for name in PARTS}
     check_disjoint(parts)
     return parts
@@ -138,13 +217,24 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
     """
     content = json.loads(run.need(run.splits, "00_setup").read_text())
     parts = read_splits(run.splits) | {"unlabelled": content["unlabelled"]}
-    manifest = run.manifest
-    found = {case.id: case for case in find_cases(manifest["data"], manifest["modalities"], skip_incomplete=True)}
-    missing = [case_id for ids in parts.values() for case_id in ids if case_id not in found]
-    if missing or fingerprint(list(found.values())) != content["fingerprint"]:
-        changed = f"{missing[0]} is gone" if missing else "files came, went or changed size"
-        raise DataError(f"{manifest['data']} changed since {run.splits} was written: {changed}. Run 00_setup again.")
-    return {name: [found[case_id] for case_id in ids] for name, ids in parts.items()}
+    manifest, before = run.manifest, content.get("contents", {})
+    found = survey(manifest["data"], manifest["modalities"])
+    cases = {case.id: case for case in found.complete(skip_incomplete=True)}
+    read = [case for case in cases.values() if before.get(case.id)]
+    now = dict.fromkeys(cases) | {
+        case_id: facts["content"]
+        for case_id, facts in examine(found, read, workers=1, cache_dir=Path(manifest["cache_dir"])).items()
+    }
+    for what, ids in {
+        "is gone": before.keys() - now.keys(),
+        "is new": now.keys() - before.keys(),
+        "has other voxels": {case_id for case_id in before.keys() & now.keys() if before[case_id] != now[case_id]},
+    }.items():
+        if ids:
+            raise DataError(
+                f"{manifest['data']} changed since {run.splits} was written: {min(ids)} {what}. Run 00_setup again."
+            )
+    return {name: [cases[case_id] for case_id in ids] for name, ids in parts.items()}
 
 
 def load_prepared(run: Run, part: str) -> list[Packed]:

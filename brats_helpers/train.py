@@ -21,7 +21,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -251,9 +250,10 @@ def fit(
     start = time.perf_counter() - state["seconds"]
 
     def loss_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The loss of the whole batch, whichever process the slices are in."""
-        sums = criterion.sums(logits, masks)
-        return criterion.value(all_reduce(sums) if processes > 1 else sums)
+        """The loss of the whole batch; its gradients reach this process's slices, and are averaged over processes."""
+        own = criterion.sums(logits, masks)
+        whole = accelerator.reduce(own.detach(), reduction="sum")
+        return criterion.value(whole + processes * (own - own.detach()))
 
     def clock() -> float:
         """Seconds of training so far: the main process's, for all of them, so that they agree when to stop."""
@@ -279,10 +279,10 @@ def fit(
             ready(network, shares[epoch - 1])
             sampler.epoch = epoch
             waited, saved_at = 0.0, clock()
-            began = ready = time.perf_counter()
+            began = asked = time.perf_counter()
             batches = accelerator.skip_first_batches(train_loader, first)
             for step, batch in enumerate(_bar(batches, epoch, first, steps), first):
-                waited += time.perf_counter() - ready
+                waited += time.perf_counter() - asked
 
                 # How far the training is, by steps or by the clock, sets the learning rate.
                 progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
@@ -316,7 +316,7 @@ def fit(
                 if checkpoint_minutes and clock() - saved_at >= 60 * checkpoint_minutes:
                     save()
                     saved_at = clock()
-                ready = time.perf_counter()
+                asked = time.perf_counter()
             if not state["losses"] and state["history"]:
                 break  # the time was up before the first step
             trained = time.perf_counter() - began

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from brats_helpers import cases
-from brats_helpers.cases import DataError, find_cases, find_segs, read_image, read_mask
+from brats_helpers.cases import DataError, find_cases, find_segs, read_image, read_mask, survey
 
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 ALL = ("flair", "t1", "t1ce", "t2")
@@ -153,23 +153,23 @@ def test_a_stranger_is_no_segmentation_where_there_is_one(tmp_path):
 def test_two_candidates_for_the_segmentation(tmp_path):
     patient(tmp_path, "A", "A", kinds=ALL)
     touch(tmp_path, "A/one.nii", "A/two.nii")
-    with pytest.raises(DataError, match=r"A: which of one\.nii, two\.nii in .*Keep one"):
+    with pytest.raises(DataError, match=r"A: Which of one\.nii, two\.nii in A is the segmentation\? Keep one"):
         find_cases(tmp_path)
 
 
 def test_two_files_for_one_modality(tmp_path):
     patient(tmp_path, "A", "A")
     touch(tmp_path, "A/A_t1ce.nii")
-    with pytest.raises(DataError, match=r"A: two files for t1ce, A_t1ce\.nii and A_t1ce\.nii\.gz"):
+    with pytest.raises(DataError, match=r"A: Two files for t1ce, A_t1ce\.nii and A_t1ce\.nii\.gz"):
         find_cases(tmp_path)
 
 
 def test_the_same_patient_twice(tmp_path):
     patient(tmp_path, "copy1/A", "A")
     patient(tmp_path, "copy2/A", "A")
-    with pytest.raises(DataError, match="A lies in two folders, .*copy1.*copy2"):
+    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
         find_cases(tmp_path)
-    with pytest.raises(DataError, match="A lies in two folders, .*copy1.*copy2"):
+    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
         find_segs(tmp_path)
 
 
@@ -190,26 +190,65 @@ def test_a_missing_modality_names_patient_and_file(tmp_path):
     with pytest.raises(DataError) as error:
         find_cases(tmp_path)
     message = str(error.value)
-    assert f"B: no B_t1.nii or .nii.gz in {tmp_path / 'B'} (missing: t1, t2; found: flair, t1ce)" in message
-    assert "C: no C_t1.nii" in message and "A: no" not in message
+    assert "B: No B_t1.nii.gz in B (missing: t1, t2; found: flair, t1ce)" in message
+    assert "C: No C_t1.nii.gz" in message and "A: No" not in message
+    assert f"below {tmp_path}" in message
     assert "-p modalities flair,t1ce" in message and "-p skip_incomplete true" in message
 
 
-def test_incomplete_patients_are_left_out_aloud(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("has", "lacks"),
+    [
+        ("case_t1_001_t1.nii", "case_t1_001_t1ce.nii"),  # `t1` elsewhere in the name stays
+        ("case_t1_001_T1.NII.GZ", "case_t1_001_t1ce.NII.GZ"),
+        ("BraTS-GLI-00001-000-t1n.nii.gz", "BraTS-GLI-00001-000-t1c.nii.gz"),
+        ("t1.nii.gz", "t1ce.nii.gz"),
+    ],
+)
+def test_a_missing_file_is_named_as_its_neighbours_are(tmp_path, has, lacks):
+    touch(tmp_path, has)
+    with pytest.raises(DataError, match=f": No {lacks} in"):
+        find_cases(tmp_path, ("t1", "t1ce"))
+
+
+def test_incomplete_patients_can_be_left_out(tmp_path):
     patient(tmp_path, "A", "A")
     patient(tmp_path, "B", "B", kinds=("flair", "seg"))
-    assert [case.id for case in find_cases(tmp_path, skip_incomplete=True)] == ["A"]
-    assert "left out: B: no B_t1.nii" in capsys.readouterr().out
+    found = survey(tmp_path)
+    assert [case.id for case in found.complete(skip_incomplete=True)] == ["A"]
+    with pytest.raises(DataError, match="B: No B_t1"):
+        found.complete(skip_incomplete=False)
     assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["A", "B"]
-    assert capsys.readouterr().out == ""
+
+
+def test_a_survey_keeps_every_patient_and_says_what_is_wrong(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "seg"))
+    patient(tmp_path, "C", "C", kinds=ALL)
+    touch(tmp_path, "C/one.nii", "C/two.nii", "A/A_t1.nii", "A/brain_mask.nii", "D/D_seg.nii", "copy/A/A_flair.nii")
+    touch(tmp_path, ".DS_Store", "A/._A_t1.nii.gz", ".hidden/E/E_flair.nii", "predictions/A_seg.nii.gz", "info.csv")
+    found = survey(tmp_path)
+    assert [case.id for case in found.cases] == ["A", "B", "C", "D"]
+    assert list(found.cases[1].images) == ["flair"]
+    codes = {case_id: sorted(finding.code for finding in listed) for case_id, listed in found.findings.items()}
+    assert codes == {
+        "A": ["two-files", "two-folders"],
+        "B": ["missing-modality"],
+        "C": ["two-segmentations", "unusual-name"],
+        "D": ["no-images"],
+        "": ["stray-file"] * 3 + ["unused-file"] * 3,
+    }
+    files = {finding.file: finding.code for finding in found.findings[""]}
+    assert {file for file, code in files.items() if code == "stray-file"} == {".DS_Store", ".hidden", "A/._A_t1.nii.gz"}
+    assert files["predictions/A_seg.nii.gz"] == files["A/brain_mask.nii"] == files["C/two.nii"] == "unused-file"
+    assert found.tables == [tmp_path / "info.csv"]
+    with pytest.raises(DataError, match="No patient with"):
+        found.complete(skip_incomplete=True)
 
 
 def test_nothing_found(tmp_path):
     with pytest.raises(DataError, match="No patient with flair, t1, t1ce, t2 below .*BraTS20_Training_001_t1.nii"):
         find_cases(tmp_path)
-    patient(tmp_path, "A", "A", kinds=("flair",))
-    with pytest.raises(DataError, match="No patient with"):
-        find_cases(tmp_path, skip_incomplete=True)
     with pytest.raises(DataError, match="nowhere is no folder"):
         find_cases(tmp_path / "nowhere")
 
@@ -411,7 +450,7 @@ def test_real_patients_are_found(real_patients):
         "brats_2013_pat0002_1": True,
         "brats_2013_pat0003_1": True,
     }
-    with pytest.raises(DataError, match="brats_2013_pat0001_1: no brats_2013_pat0001_1_t1.nii"):
+    with pytest.raises(DataError, match="brats_2013_pat0001_1: No brats_2013_pat0001_1_t1.nii"):
         find_cases(real_patients)
     assert [path.name for path in found[0].images.values()] == [
         "BraTS-GLI-00001-000-t2f.nii.gz",

@@ -372,3 +372,45 @@ def test_importing_leaves_backend_and_nilearn_alone():
         " assert matplotlib.get_backend() == 'svg'; assert 'nilearn' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_strata_count_patients_and_slices_by_grade_and_size():
+    table = pd.DataFrame(
+        {
+            "part": ["train"] * 4 + ["test"] * 2,
+            "grade": ["HGG", "HGG", "LGG", None, "HGG", "LGG"],
+            "tumour_ml": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0],
+            "slices": [5, 15, 25, 35, 45, 55],
+        }
+    )
+    figure = plots.strata(table, simulated=True)
+    read = {}
+    for title, ax in panels(figure).items():
+        ticks = [label.get_text() for label in ax.get_xticklabels()]
+        read[title] = {
+            part: dict(zip(ticks, [round(bar.get_height(), 1) for bar in bars], strict=True))
+            for part, bars in zip(("train", "test"), ax.containers, strict=True)
+        }
+    assert read["Grade, patients"] == {
+        "train": {"HGG": 50, "LGG": 25, "unknown": 25},
+        "test": {"HGG": 50, "LGG": 50, "unknown": 0},
+    }
+    assert read["Grade, slices with tumour"]["train"] == {"HGG": 25, "LGG": 31.2, "unknown": 43.8}  # of 80
+    thirds = ["10 to 20 ml", "30 to 40 ml", "50 to 60 ml"]
+    assert read["Whole tumour, patients"] == {
+        "train": dict(zip(thirds, (50, 50, 0), strict=True)),
+        "test": dict(zip(thirds, (0, 0, 100), strict=True)),
+    }
+    numbers = [text.get_text() for text in panels(figure)["Whole tumour, slices with tumour"].texts]
+    assert numbers == ["20", "60", "0", "0", "0", "100"]
+    assert "simulated" in everything_said(figure)
+
+
+def test_strata_of_one_patient_a_part():
+    table = pd.DataFrame({"part": ["train", "val"], "grade": [None] * 2, "tumour_ml": [3.0, 3.0], "slices": [1, 2]})
+    assert list(panels(plots.strata(table, simulated=False))) == [
+        "Grade, patients",
+        "Grade, slices with tumour",
+        "Whole tumour, patients",
+        "Whole tumour, slices with tumour",
+    ]

@@ -10,7 +10,7 @@ import pytest
 from brats_helpers import inference
 from brats_helpers.__main__ import main
 from brats_helpers.cache import pack, prepare
-from brats_helpers.cases import DataError, find_cases
+from brats_helpers.cases import DataError, find_cases, survey
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
@@ -72,7 +72,7 @@ def test_a_network_of_other_patients_predicts_them_all_and_score_prints_their_fi
 
 
 def test_four_modalities_are_asked_for_where_two_are(real_patients):
-    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: no brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match=r"brats_2013_pat0001_1: No brats_2013_pat0001_1_t1\.nii.*missing: t1, t2"):
         find_cases(real_patients)
-    found = find_cases(real_patients, skip_incomplete=True)
+    found = survey(real_patients).complete(skip_incomplete=True)
     assert [case.id for case in found] == ["BraTS-GLI-00001-000"]

@@ -421,7 +421,8 @@ def test_score_prints_and_writes_what_metrics_holds(tmp_path, capsys):
         case = folder[-1] if "/" in folder else "a"
         nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / folder / f"{case}_seg.nii.gz")
     file = tmp_path / "scores.json"
-    assert main(["score", str(tmp_path / "pred"), str(tmp_path / "truth"), "--json", str(file)]) == 1  # b has no prediction
+    folders = [str(tmp_path / name) for name in ("pred", "truth")]
+    assert main(["score", *folders, "--json", str(file)]) == 1  # b has no prediction
     printed = capsys.readouterr().out
     assert "⚠️ b is not scored: missing" in printed
     assert [line.split()[1] for line in printed.splitlines() if line.startswith(("a ", "mean "))] == ["0.667", "0.667"]

@@ -2,23 +2,26 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shutil
-import signal
+import signal  # noqa: F401, of the programs below
 import subprocess
 import sys
-import time
+import time  # noqa: F401
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
-from brats_helpers import train
+from brats_helpers import machine, train
 from brats_helpers.cache import prepare
 from brats_helpers.cases import find_cases
 from brats_helpers.model import PACKAGED_ENCODER, build_model
-from brats_helpers.train import Settings, fit, lr_factor
+from brats_helpers.steps import gradients
+from brats_helpers.train import Settings, Stopped, fit, lr_factor
 
 SETTINGS = Settings(
     modalities="flair,t1,t1ce,t2",
@@ -45,11 +48,6 @@ SETTINGS = Settings(
 )
 
 
-@pytest.fixture(scope="module")
-def prepared(tiny_patients, tmp_path_factory):
-    return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
-
-
 HOW = {
     "device": torch.device("cpu"),
     "workers": 0,
@@ -57,6 +55,11 @@ HOW = {
     "deterministic": False,
     "tracker": "none",
 }
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_patients, tmp_path_factory):
+    return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
 
 
 def _fit(prepared, folder, how=None, **changes):
@@ -98,20 +101,14 @@ def test_the_seed_decides_whatever_the_number_of_workers(prepared, whole, tmp_pa
     assert not _same(_weights(other)["model"], _weights(whole)["model"])
 
 
-def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(prepared, whole, tmp_path, monkeypatch):
-    saved = []
-
-    def stop_after_two(path, content):
-        _original(path, content)
-        saved.append(path.name)
-        if saved.count("last.pt") == 2:
+def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(prepared, whole, tmp_path):
+    def stop_after_two(history):
+        if len(history) == 2:
             raise KeyboardInterrupt
 
-    _original = train.save_file
-    monkeypatch.setattr(train, "save_file", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        _fit(prepared, tmp_path)
-    monkeypatch.setattr(train, "save_file", _original)
+    with pytest.raises(Stopped, match=r"stopped in epoch 3; run this again and it goes on from .*last\.pt") as stopped:
+        _fit(prepared, tmp_path, {"follow": stop_after_two})
+    assert stopped.value._render_traceback_() == [str(stopped.value)]  # all that a notebook shows
     history = _fit(prepared, tmp_path)
     assert [row["epoch"] for row in history] == [1, 2, 3]
     first, second = _weights(tmp_path), _weights(whole)
@@ -119,26 +116,160 @@ def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(pr
     assert _fit(prepared, tmp_path) == history  # finished: nothing more is done
 
 
-def test_killed_at_any_moment_it_ends_to_the_bit_the_same(tiny_patients, whole, tmp_path):
-    program = f"""
+def _program(text, *arguments, processes=None):
+    """Run a Python program that has this module's names, in one process or in several of torchrun; its output."""
+    head = f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-from pathlib import Path
-from test_train import SETTINGS, _fit, find_cases, prepare
+from test_train import *
+from test_train import _fit
+torch.set_num_threads(1)
 prepared = prepare(find_cases(sys.argv[1]), cache_dir=Path(sys.argv[2]) / "cache", workers=1)
-print("go", flush=True)
-_fit(prepared, Path(sys.argv[2]))
 """
-    command = [sys.executable, "-c", program, str(tiny_patients), str(tmp_path)]
-    for wait in (0.6, 1.2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-        process.stdout.readline()
-        time.sleep(wait)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "checkpoints" / "last.pt").exists():
-            _weights(tmp_path)  # readable
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert _same(_weights(tmp_path)["model"], _weights(whole)["model"])
+    place = Path(arguments[1])
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "program.py").write_text(head + text)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    command = [sys.executable, *start, place / "program.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+KILLED = """
+import random
+kills, seconds, random = int(sys.argv[3]), [], random.Random(0)
+
+def child(folder):
+    process = os.fork()
+    if not process:
+        _fit(prepared, Path(sys.argv[2]) / folder, {"checkpoint_minutes": 1e-6}, epochs=4)
+        os._exit(0)
+    return process
+
+started = time.monotonic()
+assert os.waitpid(child("whole"), 0)[1] == 0
+whole_s = time.monotonic() - started
+for k in range(kills):
+    process = child("killed")
+    time.sleep(random.uniform(0, whole_s / 2))
+    os.kill(process, signal.SIGKILL)
+    print("killed", os.waitpid(process, 0)[1] == signal.SIGKILL)
+    last = Path(sys.argv[2], "killed", "checkpoints", "last.pt")
+    if last.exists():
+        torch.load(last, weights_only=True)
+assert os.waitpid(child("killed"), 0)[1] == 0
+"""
+
+
+def test_killed_at_random_moments_it_ends_to_the_bit_the_same(tiny_patients, tmp_path):
+    """The moments fall into steps, validations and the writing of checkpoints, one of which follows every step."""
+    kills = int(os.environ.get("TEST_KILLS", 4))
+    said = _program(KILLED, tiny_patients, tmp_path, str(kills))
+    assert "killed True" in said
+    whole, killed = (_weights(tmp_path / name) for name in ("whole", "killed"))
+    assert whole["state"]["epoch"] == killed["state"]["epoch"] == 4
+    assert _same(whole["model"], killed["model"]) and _same(whole["averaged"], killed["averaged"])
+    losses = [[row["train_loss"] for row in saved["state"]["history"]] for saved in (whole, killed)]
+    assert losses[0] == losses[1]
+
+
+SHARED_OUT = """
+from brats_helpers import machine
+machine.choose_precision = lambda device: "no"
+train.train_mode = lambda model, frozen_statistics: model.eval()
+changes = {"class_weights": "1,2,3,4", "epochs": 3, "batch_size": 6, "slices_per_epoch": 24}
+_fit(prepared, Path(sys.argv[2]), **changes, frozen_epochs=1, unfreeze_epochs=1)
+"""
+
+
+def test_two_processes_train_as_one(tiny_patients, tmp_path):
+    """With the same batch, shared out: the same losses and validation figures, within rounding.
+
+    BatchNorm keeps its statistics here: what makes it see the whole batch, SyncBatchNorm, exists on GPUs only.
+    """
+    for folder, processes in ("one", None), ("two", 2):
+        _program(SHARED_OUT, tiny_patients, tmp_path / folder, processes=processes)
+    one, two = (_weights(tmp_path / folder)["state"]["history"] for folder in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        for name in ("train_loss", "val_loss", "lr", *(f"dice_{name}" for name in train.STRUCTURES)):
+            assert second[name] == pytest.approx(first[name], rel=2e-3, abs=2e-3), (first["epoch"], name)
+    assert one[-1]["dice_WT"] > 0.2  # it did learn
+
+
+def test_synchronised_batchnorm_is_the_same_network(prepared):
+    network = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).eval()
+    image = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(image)
+        synchronised = train.convert_sync_batchnorm(network)
+        assert torch.equal(synchronised(image), before)
+    kinds = {type(module) for module in synchronised.modules()}
+    assert torch.nn.SyncBatchNorm in kinds and torch.nn.BatchNorm2d not in kinds
+
+
+def _stop(history):
+    raise KeyboardInterrupt
+
+
+def _needs_memory(monkeypatch, fits):
+    """Let every network run out of memory when it gets more than `fits` slices; the batches that it got."""
+    seen = []
+
+    def build(**kwargs):
+        network = build_model(**kwargs)
+        network.register_forward_pre_hook(remember)
+        return network
+
+    def remember(network, inputs):
+        if network.training:
+            seen.append(len(inputs[0]))
+            if seen[-1] > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(train, "build_model", build)
+    return seen
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(prepared, tmp_path, monkeypatch, capsys):
+    seen = _needs_memory(monkeypatch, fits=3)
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path, {"follow": _stop}, batch_size=8, epochs=2)
+    assert capsys.readouterr().out.count("⚠️ out of memory: going on with 2 slices at a time") == 1
+    assert seen[:3] == [8, 4, 2] and set(seen[2:]) == {2}
+    # Two steps of 8 slices in four pieces each, and before them four steps that were measured.
+    assert len(seen) == 2 + 4 * 4 + 2 * 4
+    assert len(_weights(tmp_path)["optimizer"]["state"]) and _weights(tmp_path)["optimizer"]["state"][0]["step"] == 2
+    assert list(_weights(tmp_path)["state"]["pieces"].values()) == [2]
+    assert json.loads((tmp_path / "preflight.json").read_text())["slices_at_a_time"] == 2
+
+    seen.clear()  # on the same device it is not tried again
+    _fit(prepared, tmp_path, batch_size=8, epochs=2)
+    assert set(seen) == {2}
+
+
+def test_gradients_in_pieces_are_those_of_the_batch():
+    """For a loss that is a mean over slices, to rounding."""
+    model = torch.nn.Conv2d(2, 4, 3, padding=1)
+    images, masks = torch.randn(6, 2, 8, 8), torch.randint(0, 4, (6, 8, 8))
+    accelerator = Accelerator(cpu=True, mixed_precision=machine.choose_precision(torch.device("cpu")))
+
+    def loss_of(logits, masks):
+        return torch.nn.functional.cross_entropy(logits.float(), masks)
+
+    found = []
+    for piece in (6, 4, 1):
+        loss = gradients(model, loss_of, images, masks, accelerator, piece)
+        found.append((loss, model.weight.grad.clone()))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(gradient, found[0][1], rtol=2e-2, atol=1e-3)
+
+
+def test_a_slice_that_does_not_fit_is_a_clear_error(prepared, tmp_path, monkeypatch):
+    _needs_memory(monkeypatch, fits=0)
+    with pytest.raises(MemoryError, match="one slice alone.*smaller encoder"):
+        _fit(prepared, tmp_path)
 
 
 def test_other_settings_start_afresh_and_say_what_differs(prepared, whole, tmp_path, capsys):
