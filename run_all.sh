@@ -10,5 +10,5 @@ for argument; do
   [[ $argument == -h || $argument == --help ]] && exec "$python" -m brats_helpers run --help
 done
 "$python" -m brats_helpers run --check "$@" # a wrong argument stops before anything is installed
-install_missing ""
+install_missing
 exec "$python" -m brats_helpers run "$@"

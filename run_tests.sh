@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test, after the same set-up as run_all.sh. Arguments go to pytest: ./run_tests.sh tests/test_cases.py -x
+# Lints and runs every test, after the same set-up as run_all.sh. With arguments, pytest alone gets them:
+# ./run_tests.sh tests/test_cases.py -x
 set -euo pipefail
 # shellcheck source=setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -7,4 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 find_python
 install_missing test
 cd "$root"
+if [[ $# == 0 ]]; then
+  "$python" -m ruff check --quiet
+  "$python" -m ruff format --check --quiet --exclude '*.ipynb'
+fi
 exec "$python" -m pytest "$@"

@@ -2,7 +2,8 @@
 # The Python of the suite. Sourced by run_all.sh and run_tests.sh.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-active=${VIRTUAL_ENV:-}${CONDA_PREFIX:-}${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-}
+hosted=${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-}
+active=${VIRTUAL_ENV:-}${CONDA_PREFIX:-}$hosted
 
 # Sets $python: that of the active environment, of .venv, or one that can make .venv.
 find_python() {
@@ -15,19 +16,14 @@ find_python() {
   exit 1
 }
 
-# Installs what is missing, with what the extra $1 needs unless that is empty. A torch that is there stays.
+# Installs what is missing, with what the extra $1 needs unless there is none.
 install_missing() {
-  local missing torch editable=(-e)
   if [[ -z $active && $python != "$root/.venv/bin/python" ]]; then
     "$python" -m venv --clear "$root/.venv"
     python=$root/.venv/bin/python
   fi
-  missing=$("$python" -P "$root/brats_helpers/environment.py" "$1")
-  [[ -z $missing ]] && return
-  echo "installing (torch alone takes minutes and gigabytes): ${missing//$'\n'/, }"
-  torch=$("$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null) || true
   # A kernel that is already running, as on Colab and Kaggle, cannot import an editable install.
-  [[ -n ${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-} ]] && editable=()
-  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
-  "$python" -m pip install --quiet --no-input ${torch:+"$torch"} ${editable[@]+"${editable[@]}"} "$root${1:+[$1]}"
+  local editable=(--editable)
+  [[ -n $hosted ]] && editable=()
+  "$python" -P "$root/brats_helpers/environment.py" ${editable[@]+"${editable[@]}"} "$@"
 }

@@ -1,4 +1,4 @@
-"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare`."""
+"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare | report`."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
     verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
-    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
     verb.set_defaults(verb=_check)
 
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
@@ -132,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("b", metavar="RUN_B", type=Path, help="the other one")
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, every structure and metric")
     verb.set_defaults(verb=_compare)
+
+    verb = verbs.add_parser(
+        "report",
+        help="write a run's report again",
+        description="Write report/index.html and validation.md of a run from what is in its folder now.",
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
+    verb.set_defaults(verb=_report)
     return parser
 
 
@@ -151,7 +159,7 @@ def _check(options: argparse.Namespace) -> int:
         found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
         if not found.cases:
             raise DataError(f"no patient below {options.data}.")
-        report = audit(found, found.cases, workers=options.workers, cache_dir=None)
+        report = audit(found, found.cases, workers=max(1, options.workers), cache_dir=None)
         if options.json:
             write_json(options.json, report)
     except (DataError, OSError) as error:
@@ -219,7 +227,12 @@ def _score(options: argparse.Namespace) -> int:
     if scores["leakage"]:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
     rows = scores["cases"] | {
-        "mean": {region: {m: v["mean"] for m, v in scores["summary"][region].items()} for region in REGIONS}
+        name: {region: {m: pick(v) for m, v in scores["summary"][region].items()} for region in REGIONS}
+        for name, pick in (
+            ("mean", lambda found: found["mean"]),
+            ("95 % from", lambda found: found["ci95"][0]),
+            ("95 % to", lambda found: found["ci95"][1]),
+        )
     }
     width = max(map(len, rows))
     print(f"{'':{width}}" + "".join(f"{region + ' Dice':>11}{region + ' HD95 mm':>13}" for region in REGIONS))
@@ -261,6 +274,15 @@ def _compare(options: argparse.Namespace) -> None:
     if options.json:
         write_json(options.json, result)
         done(str(options.json))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from brats_helpers.report import build_report
+    from brats_helpers.runs import Run, RunError
+
+    if not (options.run / "manifest.json").exists():
+        raise RunError(f"{options.run} is no run: there is no manifest.json in it. Give the folder runs/NAME.")
+    done(str(build_report(Run(options.run))))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
@@ -48,8 +47,8 @@ def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path
     Args:
         found: all patients by the names of their files.
         cases: those of them whose files are read.
-        workers: processes that read; 1 reads in this one.
-        cache_dir: where to remember what was read, by path, size and time of change; None remembers nothing.
+        workers: cases read at once, each by a thread (numpy, zlib and hashlib let them run side by side).
+        cache_dir: where to remember what was read, by name, size and times of change; None remembers nothing.
 
     Returns:
         `{"cases": {ID: {"findings": [{"code", "severity", "file", "message"}, ...], ...}}, "summary": {...}}`. A case
@@ -169,12 +168,8 @@ def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Pa
     place = cache_dir and _memory(found, Path(cache_dir))
     remembered = json.loads(place.read_text()) if place and place.exists() else {}
     todo = [case for case in cases if remembered.get(case.id, {}).get("stamp") != stamps[case.id]]
-    work = partial(_examine, root=found.root)
-    if workers > 1 and len(todo) > 1:
-        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
-            results = list(pool.map(work, todo))
-    else:
-        results = list(map(work, todo))
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(partial(_examine, root=found.root), todo))
     read = {case.id: {"stamp": stamps[case.id]} | result for case, result in zip(todo, results, strict=True)}
     if place and read:
         with part_folder(place.parent) as part:
@@ -189,15 +184,16 @@ def _memory(found: Survey, cache_dir: Path) -> Path:
 
 
 def _stamp(path: Path) -> list:
+    """What tells cheaply that a file changed; the last, ctime, that two of one size and time have swapped names."""
     facts = path.stat()
-    return [path.name, facts.st_size, facts.st_mtime_ns]
+    return [path.name, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def _examine(case: Case, root: Path) -> dict:
     """Read every file of a patient once, and ask everything of it that is asked."""
     findings: list[Finding] = []
     files: dict[str, dict] = {}
-    brain = None
+    brains: list[np.ndarray] = []
     for kind, path in case.files.items():
         name = path.relative_to(root).as_posix()
         try:
@@ -205,27 +201,30 @@ def _examine(case: Case, root: Path) -> dict:
             image = parse_nifti(raw, path)
         except DataError as error:
             code = "truncated" if isinstance(error, TruncatedError) else "unreadable"
-            findings.append(Finding(code, "error", name, str(error).replace(str(path), path.name)))
+            message = str(error).removeprefix(f"{path} ")
+            findings.append(Finding(code, "error", name, message[0].upper() + message[1:]))
             continue
         facts = files[kind] = _header_facts(image)
         problems = [*_packing_problems(path, packed), *_header_problems(image)]
         if not any(severity == "error" for _, severity, _ in problems):
             volume, slope, inter = _stored(image, raw)
-            filled = volume != _background(volume.dtype, slope, inter)
+            zero = _background(volume.dtype, slope, inter)
+            filled = volume != zero
             box = _box(filled)
-            inside = volume[box]  # all that is not 0
-            ends = volume.min(), volume.max()
+            inside = np.ascontiguousarray(volume[box])  # all that is not 0; the rest need not be looked at again
+            whole = inside.size == volume.size
+            ends = [end(**({} if whole else {"initial": zero})) for end in (inside.min, inside.max)]
             facts["range"] = [float(end) * slope + inter if np.isfinite(end) else None for end in ends]
             facts["content"] = _content(inside, ends, f"{volume.shape} {box} {slope} {inter}")
             if kind == "seg":
-                values, counts = np.unique(inside[filled[box]] * slope + inter, return_counts=True)
+                values, counts = np.unique(inside[inside != zero] * slope + inter, return_counts=True)
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
                 problems += _label_problems(values, case)
-                if brain is not None and brain.shape == filled.shape:
-                    problems += _place_problems(filled[box], brain[box])
+                if brains and all(brain.shape == filled.shape for brain in brains):
+                    problems += _place_problems(filled[box], [brain[box] for brain in brains])
             else:
-                problems += _image_problems(inside, filled[box], ends, whole=inside.size == volume.size)
-                brain = filled if brain is None or brain.shape != filled.shape else brain | filled
+                problems += _image_problems(inside, ends, zero, whole=whole)
+                brains.append(filled)
         findings += [Finding(code, severity, name, message) for code, severity, message in problems]
     names = {kind: case.files[kind].relative_to(root).as_posix() for kind in files}
     problems = [*_geometry_problems(files), *_likeness_problems(files)]
@@ -266,15 +265,15 @@ def _box(filled: np.ndarray) -> tuple[slice, slice, slice]:
     return tuple(slice(int(side[0]), int(side[-1]) + 1) if len(side) else slice(0) for side in sides)
 
 
-def _content(inside: np.ndarray, ends: tuple[np.generic, np.generic], frame: str) -> str:
+def _content(inside: np.ndarray, ends: Sequence, frame: str) -> str:
     """A hash of the voxels that does not depend on the type that they are stored in."""
     voxels = None
     if ends[0] >= -(2**15) and ends[1] < 2**15:  # not so with NaN
-        voxels = inside.astype("<i2", order="C")
+        voxels = inside.astype("<i2", copy=False)
         if inside.dtype.kind == "f" and not np.array_equal(voxels, inside):
             voxels = None
     if voxels is None:
-        voxels = inside.astype("<f8" if inside.dtype.kind == "f" else "<i8", order="C")
+        voxels = inside.astype("<f8" if inside.dtype.kind == "f" else "<i8")
     return _hash(f"{frame} {voxels.dtype}", voxels)
 
 
@@ -306,18 +305,20 @@ def _header_problems(image: nib.Nifti1Image) -> Iterator[_Problem]:
         yield "dtype", "error", f"Voxels of type {dtype}, expected one real number each; convert or replace it."
 
 
-def _image_problems(
-    inside: np.ndarray, filled: np.ndarray, ends: tuple[np.generic, np.generic], *, whole: bool
-) -> Iterator[_Problem]:
+def _image_problems(inside: np.ndarray, ends: Sequence, zero: int | float, *, whole: bool) -> Iterator[_Problem]:
     if not np.isfinite(ends).all():
         bad = inside.size - np.count_nonzero(np.isfinite(inside))
-        yield "non-finite", "error", f"{bad:,} voxels are NaN or infinite; fetch the file again or mend them."
+        yield "non-finite", "error", f"NaN or infinite voxels: {bad:,}; fetch the file again or mend them."
     elif not inside.size:
         yield "empty-image", "error", "Every voxel is 0, expected a brain; fetch the file again."
-    elif np.array_equal(inside == inside.flat[filled.argmax()], filled):
+    elif ends[0] == ends[1] or (zero in ends and _only(ends, inside[len(inside) // 2]) and _only(ends, inside)):
         yield "constant-image", "error", "All voxels of the brain have one value, expected a scan; fetch it again."
-    elif whole and filled.all():
+    elif whole and not (inside == zero).any():
         yield "no-background", "warning", "No voxel is 0, so all count as brain in normalising; was the skull stripped?"
+
+
+def _only(values: Sequence, voxels: np.ndarray) -> bool:
+    return bool(((voxels == values[0]) | (voxels == values[1])).all())
 
 
 def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
@@ -340,8 +341,8 @@ def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 
-def _place_problems(labelled: np.ndarray, brain: np.ndarray) -> Iterator[_Problem]:
-    outside = np.count_nonzero(labelled & ~brain)
+def _place_problems(labelled: np.ndarray, brains: list[np.ndarray]) -> Iterator[_Problem]:
+    outside = np.count_nonzero(labelled & ~np.logical_or.reduce(brains))
     if outside:
         share = outside / np.count_nonzero(labelled)
         text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0; they are kept. Is it this patient's?"
@@ -394,7 +395,7 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _brief(numbers: Sequence) -> str:
-    return np.array2string(np.round(numbers, 3), separator=", ", suppress_small=True).replace("\n", "")
+    return " | ".join(" ".join(f"{number:g}" for number in row) for row in np.atleast_2d(np.round(numbers, 3))[:3])
 
 
 # --- who belongs together -----------------------------------------------------------------------------------------
@@ -406,13 +407,13 @@ def _together(entries: dict[str, dict]) -> Iterator[tuple[str, str, Finding]]:
     shared: dict[tuple[str, str], list[str]] = defaultdict(list)
     for case_id, entry in entries.items():
         for kind, facts in entry["files"].items():
-            if kind != "seg" and _varies(facts):
+            if _varies(facts):  # masks too, but for empty ones: no two tumours are alike
                 owner, as_kind = scans.setdefault(facts["content"], (case_id, kind))
                 if owner != case_id:
                     shared[case_id, owner].append(kind)
                     shared[owner, case_id].append(as_kind)
     for (case_id, other), kinds in shared.items():
-        text = f"{', '.join(kinds)}: voxel for voxel a scan of {other} too; both go into one part of a split."
+        text = f"{', '.join(kinds)}: voxel for voxel a file of {other} too; both go into one part of a split."
         yield case_id, other, Finding("same-scan", "warning", entries[case_id]["files"][kinds[0]]["file"], text)
 
     people: dict[str, str] = {}

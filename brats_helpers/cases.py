@@ -24,6 +24,7 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2w": "t2",
     "t2f": "flair",
 }
+_HEADER_BYTES = 348
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
 _AMBIGUOUS = ("two-files", "two-folders", "two-segmentations")
 
@@ -223,7 +224,7 @@ def survey(root: Path | str, modalities: Sequence[str] = MODALITIES) -> Survey:
         images = {name: case.images[name] for name in modalities if name in case.images}
         missing = [name for name in modalities if name not in images]
         if not case.images:
-            found._add(case.id, "no-images", "error", case.seg, "A segmentation without an image beside it.")
+            found._add(case.id, "no-images", "error", case.seg, "No image beside this segmentation; put them there.")
         elif missing:
             path = _expected(case, missing[0])
             found._add(
@@ -347,13 +348,15 @@ def read_bytes(path: Path) -> tuple[bytes, bool]:
 
 def parse_nifti(raw: bytes, path: Path) -> nib.Nifti1Image:
     """Make an image of what `read_bytes` read from `path`; its voxels stay in `raw`. Errors as `read_nifti`."""
+    if len(raw) < _HEADER_BYTES:
+        raise TruncatedError(
+            f"{path} is truncated: {len(raw):,} bytes, a header alone has {_HEADER_BYTES}. Fetch or copy it again."
+        )
     try:
+        if raw[344:347] != b"n+1":
+            raise HeaderDataError("it does not begin as such a file does")
         image = nib.Nifti1Image.from_bytes(raw)
     except (OSError, EOFError, ValueError, HeaderDataError, WrapStructError) as error:
-        if len(raw) < 348:
-            raise TruncatedError(
-                f"{path} is truncated: {len(raw):,} bytes, its header alone has 348. Fetch or copy it again."
-            ) from error
         raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
     needed = image.dataobj.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
     if len(raw) < needed:

@@ -108,7 +108,9 @@ class Slices(Dataset):
             images[row, low - z + reach : high - z + reach, :, rows, columns] = case.images[low:high]
             if case.labels is not None:
                 masks[row, rows, columns] = case.labels[z]
-        channels = torch.from_numpy(images).flatten(1, 2).float()  # several times faster than numpy's conversion
+        # torch converts several times faster than numpy; numpy's memory lies in large pages, which spares page faults.
+        channels = torch.from_numpy(np.empty((len(items), self.channels, *self.size), np.float32))
+        channels.copy_(torch.from_numpy(images).flatten(1, 2))
         return Batch(channels, torch.from_numpy(masks), index)
 
     def _middle(self, case: Packed) -> tuple[slice, slice]:

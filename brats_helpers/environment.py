@@ -1,12 +1,17 @@
 """What is installed, against what requirements.txt asks for; the standard library alone, as nothing else may be there.
 
-    python -P brats_helpers/environment.py [EXTRA]
+    python -P brats_helpers/environment.py [--editable] [EXTRA]
 
-prints what is missing, with what pyproject.toml lists for EXTRA, one requirement a line.
+installs into this Python what is missing, with what pyproject.toml lists for EXTRA. What is there and meets the
+requirements stays as it is, above all torch.
 """
 
+import importlib.util
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +22,10 @@ PACKAGE = "brats-helpers"
 
 def required(root: Path, extra: str | None = None) -> list[str]:
     """The lines of `root/requirements.txt`, and of `extra` in `root/pyproject.toml`: `torch>=2.4`."""
-    lines = [line.partition("#")[0].strip() for line in (root / "requirements.txt").read_text().splitlines()]
+    lines = [line.partition("#")[0].strip() for line in (root / "requirements.txt").read_text("utf-8").splitlines()]
     if extra:
-        lines += tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+        project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+        lines += project["optional-dependencies"][extra]
     return [line for line in lines if line]
 
 
@@ -55,5 +61,37 @@ def missing(root: Path, extra: str | None = None) -> list[str]:
     return [line for line in [*required(root, extra), PACKAGE] if not is_met(line)]
 
 
+def install(root: Path, extra: str | None, *, editable: bool) -> int:
+    """Install what is missing into the Python that runs this, and return pip's exit code.
+
+    Args:
+        root: a checkout, which may be read-only unless `editable`.
+        extra: an extra of `pyproject.toml`, or None.
+        editable: let imports read `root`. A kernel that is already running can import a plain install only.
+    """
+    lacking = missing(root, extra)
+    if not lacking:
+        return 0
+    torch = installed("torch")
+    print(f"installing{'' if torch else ' (torch takes minutes and gigabytes)'}: {', '.join(lacking)}", flush=True)
+    if importlib.util.find_spec("pip") is None:
+        subprocess.run([sys.executable, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input"]
+    if is_met("setuptools>=70.1"):
+        pip.append("--no-build-isolation")  # which would fetch setuptools again, and fail without a network
+    if torch:
+        pip.append(f"torch=={torch}")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = root
+        if not editable:  # pip builds beside the sources
+            place = Path(scratch)
+            for name in ("pyproject.toml", "requirements.txt"):
+                shutil.copy(root / name, place)
+            shutil.copytree(root / "brats_helpers", place / "brats_helpers")
+        what = f"{place}[{extra}]" if extra else str(place)
+        return subprocess.run(pip + ["-e"] * editable + [what]).returncode
+
+
 if __name__ == "__main__":
-    print("\n".join(missing(ROOT, *sys.argv[1:])))
+    extras = [word for word in sys.argv[1:] if word != "--editable"]
+    sys.exit(install(ROOT, *extras or [None], editable="--editable" in sys.argv))

@@ -27,8 +27,8 @@ from brats_helpers.model import build_model
 from brats_helpers.patches import patients
 from brats_helpers.postprocess import NO_RULES, Rules, gain
 
-BATCH_SIZE = 16
-"""Slices predicted at once by a network of slices."""
+BATCH_SIZE = {"cpu": 8, "cuda": 32}
+"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
     seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
-    for batch in patients([case], **seen, batch_size=BATCH_SIZE, workers=0):
+    for batch in patients([case], **seen, batch_size=BATCH_SIZE[device.type], workers=0, device=device):
         images = batch.images.to(device)
         y, x = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
@@ -234,8 +234,9 @@ def predict_files(
     seen = leaked(networks, cases)
     if seen and not allow_leakage:
         raise DataError(
-            f"the network has seen {', '.join(seen)}: scores there would mean nothing. Leave them out, or set"
-            " allow_leakage, which every score then shows."
+            f"the network has seen {', '.join(seen)} in training: scores there would mean nothing. Leave them out, or"
+            " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true). Patients are told"
+            " by their IDs: where these are others that have the same, rename them."
         )
     _note_leakage(folder, {case.id for case in cases}, set(seen))
     for case in cases:

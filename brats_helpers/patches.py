@@ -81,7 +81,7 @@ class Patches(Dataset):
         has_tumour: bool, whether a patch was drawn about tumour.
     """
 
-    kept = False  # on a device, see `dataset.Slices`: a copy costs little beside what a network does with a patch
+    kept = False
 
     def __init__(self, cases: Sequence[Packed], edge: int):
         self.cases = list(cases)
@@ -100,6 +100,9 @@ class Patches(Dataset):
     def once(self) -> int:
         """Patches that hold as many voxels as the boxes do."""
         return -(-sum(case.images[:, 0].size for case in self.cases) // self.size[0] ** 3)
+
+    def keep_on(self, device: torch.device) -> None:
+        """Nothing is copied ahead: to fetch a patch costs little beside what a network does with it."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -173,14 +176,16 @@ def patients(
     patch_size: int,
     batch_size: int,
     workers: int,
+    device: torch.device,
     processes: int = 1,
-    pin_memory: bool = False,
 ) -> DataLoader:
     """Every slice with brain once, in order, in batches for a network in `eval()`.
 
     A network of slices gets `batch_size` of them at a time, one of patches a whole patient (in each process).
     """
     if patch_size:
-        return make_loader(Volumes(cases), batch_size=processes, workers=workers, pin_memory=pin_memory)
-    slices = Slices(cases, context_slices=context_slices)
-    return make_loader(slices, batch_size=batch_size, workers=workers, pin_memory=pin_memory)
+        data, batch_size = Volumes(cases), processes
+    else:
+        data = Slices(cases, context_slices=context_slices)
+        data.keep_on(device)
+    return make_loader(data, batch_size=batch_size, workers=workers, pin_memory=device.type == "cuda")

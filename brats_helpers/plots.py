@@ -45,7 +45,8 @@ _MEANINGS = {
     "WT": "whole tumour",
     "TC": "tumour core",
 }
-_PRINTED = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
+PRINTED = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
+"""The modalities as people write them."""
 _PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 _INK, _SOFT = "#222222", "#696969"
@@ -241,13 +242,13 @@ def modalities(case: Case, *, simulated: bool) -> Figure:
     for place, ax in enumerate(axes.flat):
         name, marked = names[place % len(names)], place >= len(names)
         image = scan.cut(scan.volumes[name], "axial", at)
-        title = _PRINTED[name] + ", segmentation" * marked
+        title = PRINTED[name] + ", segmentation" * marked
         _show(ax, image, scan.window(name), title, scan.aspect("axial"))
         if marked:
             _overlay(ax, scan.cut(scan.mask, "axial", at))
     if scan.mask is not None:
         _class_legend(figure)
-    printed = ", ".join(_PRINTED[name] for name in names)
+    printed = ", ".join(PRINTED[name] for name in names)
     _title(figure, f"{case.id} · {printed} · axial slice {at}", _intensities(case), simulated)
     return figure
 
@@ -272,7 +273,7 @@ def montage(case: Case, modality: str, *, count: int = 12, simulated: bool) -> F
             _overlay(ax, scan.cut(scan.mask, "axial", at))
     if scan.mask is not None:
         _class_legend(figure)
-    headline = f"{case.id} · {_PRINTED[modality]} · axial slices {picks[0]} to {picks[-1]}"
+    headline = f"{case.id} · {PRINTED[modality]} · axial slices {picks[0]} to {picks[-1]}"
     _title(figure, headline, _intensities(case), simulated)
     return figure
 
@@ -305,11 +306,11 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
         picture = Image.fromarray(np.round(frame * 255).astype(np.uint8))
         draw = ImageDraw.Draw(picture)
         draw.text((4, 2), name, "white", font)
-        draw.text((4, 17), f"{_PRINTED[modality]} · axial slice {at}", "white", font)
+        draw.text((4, 17), f"{PRINTED[modality]} · axial slice {at}", "white", font)
         frames.append(np.asarray(picture))
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.imwrite(
-        path, frames, duration=100, loop=0, comment=f"{name} · {_PRINTED[modality]} · axial slices".encode()
+        path, frames, duration=100, loop=0, comment=f"{name} · {PRINTED[modality]} · axial slices".encode()
     )
     return path
 
@@ -333,7 +334,7 @@ def planes(case: Case, modality: str, *, simulated: bool) -> Figure:
         display.add_overlay(mask, threshold=0.5, cmap=colours, vmin=1, vmax=3, transparency=0.6)
         _class_legend(figure)
     x, y, z = (f"{value:.0f}" for value in centre)
-    headline = f"{case.id} · {_PRINTED[modality]} · three planes through x = {x}, y = {y}, z = {z} mm"
+    headline = f"{case.id} · {PRINTED[modality]} · three planes through x = {x}, y = {y}, z = {z} mm"
     _title(figure, headline, _intensities(case), simulated)
     return figure
 
@@ -356,7 +357,7 @@ def interactive_view(case: Case, modality: str, *, simulated: bool):
         threshold=0.5 if np.any(mask.dataobj) else 0, cmap=colours, vmin=0, vmax=3, symmetric_cmap=False,
         colorbar=False, opacity=0.6, resampling_interpolation="nearest", black_bg=True, dim=0, width_view=900,
     )  # fmt: skip
-    headline = f"{case.id} · {_PRINTED[modality]}{' · simulated' * simulated} · here the patient's left is on the left"
+    headline = f"{case.id} · {PRINTED[modality]}{' · simulated' * simulated} · here the patient's left is on the left"
     view.html = view.html.replace("<body>", f"<body><p>{html.escape(headline)}</p>", 1)
     view.html = re.sub(r"<link rel=\"icon\".*?>", "", view.html, flags=re.DOTALL)  # nilearn's, from the network
     return view.resize(view.width, view.height + 50)
@@ -377,6 +378,64 @@ def _nilearn_input(case: Case, modality: str) -> tuple[nib.Nifti1Image, nib.Nift
 def _fullest(volume: np.ndarray, axis: int) -> int:
     """Index along `axis` of the slice with most true voxels."""
     return int(volume.sum(axis=tuple({0, 1, 2} - {axis})).argmax())
+
+
+def viewer_tiles(case: Case, prediction: Path) -> dict[str, object]:
+    """A patient's brain for the report's viewer: pictures that a page can carry and a browser can cut in three planes.
+
+    Axial slices lie side by side as tiles, from left to right and top to bottom. Axes run right to left, front to
+    back, feet to head, as in every figure here.
+
+    Args:
+        case: a labelled patient.
+        prediction: its `<case>_seg.nii.gz`.
+
+    Returns:
+        `shape`, `spacing` (mm) and `origin` (of the brain's box in the volume), each along X, Y, Z; `columns` of tiles;
+        `start`, a voxel of the box in the slices with most tumour; `images`, by modality a lossy WebP of grey values
+        between `window()`'s ends; `labels`, a PNG whose grey values are 64 x predicted + 16 x reference class + 8.
+    """
+    scan = _load(case, tuple(case.images))
+    image = read_image(next(iter(case.images.values())))[1]
+    predicted = _upright(nib.Nifti1Image(read_mask(prediction), image.affine))[0]
+    box = _around(scan.focus | (predicted > 0) | np.any([volume != 0 for volume in scan.volumes.values()], axis=0))
+    focus = scan.focus[tuple(box)]
+    shape = focus.shape
+    columns = int(np.ceil(np.sqrt(shape[2])))
+    images = {}
+    for name, volume in scan.volumes.items():
+        low, high = scan.window(name)
+        grey = np.clip((volume[tuple(box)] - low) / max(high - low, 1e-6), 0, 1) * 255
+        images[name] = _encoded(_tiles(grey.astype(np.uint8), columns), "WEBP", quality=80, method=2)
+    both = (64 * predicted + 16 * scan.mask + 8)[tuple(box)].astype(np.uint8)
+    return {
+        "shape": list(shape),
+        "spacing": [float(size) for size in scan.spacing_mm],
+        "origin": [int(side.start) for side in box],
+        "columns": columns,
+        "start": [_fullest(focus, axis) for axis in range(3)],
+        "images": images,
+        "labels": _encoded(_tiles(both, columns), "PNG", optimize=True),
+    }
+
+
+def _tiles(volume: np.ndarray, columns: int) -> np.ndarray:
+    """The axial slices of (X, Y, Z) side by side, `columns` in a row."""
+    width, height, depth = volume.shape
+    rows = -(-depth // columns)
+    padded = np.zeros((rows * columns, height, width), volume.dtype)
+    padded[:depth] = volume.transpose(2, 1, 0)
+    return padded.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+
+
+def _encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
 
 
 @_styled
@@ -400,7 +459,7 @@ def histograms(case: Case, *, simulated: bool) -> Figure:
                     heights, bins, color=COLOURS[tissue], fill=index == 0, alpha=0.35 if index == 0 else 1,
                     linestyle=_DASHES[tissue], linewidth=1.6, label=names[index],
                 )  # fmt: skip
-        ax.set_title(_PRINTED[name])
+        ax.set_title(PRINTED[name])
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
     for ax in axes.flat[len(scan.volumes) :]:
@@ -411,7 +470,7 @@ def histograms(case: Case, *, simulated: bool) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4)
     detail = "normalised intensity of each tissue; every curve encloses the same area"
-    _title(figure, f"{case.id} · {', '.join(_PRINTED[name] for name in scan.volumes)}", detail, simulated)
+    _title(figure, f"{case.id} · {', '.join(PRINTED[name] for name in scan.volumes)}", detail, simulated)
     return figure
 
 
@@ -483,12 +542,12 @@ def batch(images, masks, *, modalities: Sequence[str], count: int = 6, simulated
     figure, axes = _panels(len(modalities), len(images), images.shape[2:])
     for row, name in enumerate(modalities):
         for column, (image, mask) in enumerate(zip(images, masks, strict=True)):
-            _show(axes[row, column], image[row], _Z_WINDOW, _PRINTED[name] if column == 0 else "")
+            _show(axes[row, column], image[row], _Z_WINDOW, PRINTED[name] if column == 0 else "")
             for index, tissue in enumerate(CLASSES[1:], start=1):
                 _outline(axes[row, column], mask == index, COLOURS[tissue])
     _class_legend(figure)
     height, width = images.shape[2:]
-    headline = f"A training batch · {', '.join(_PRINTED[name] for name in modalities)}"
+    headline = f"A training batch · {', '.join(PRINTED[name] for name in modalities)}"
     _title(figure, headline, f"{_z_window()} · {height} × {width} pixels", simulated)
     return figure
 
@@ -507,7 +566,7 @@ def augmentation(
             for index, tissue in enumerate(CLASSES[1:], start=1):
                 _outline(axes[row, column], mask == index, COLOURS[tissue])
     _class_legend(figure)
-    headline = f"Slices before and after augmentation · {_PRINTED[modalities[0]]}"
+    headline = f"Slices before and after augmentation · {PRINTED[modalities[0]]}"
     _title(figure, headline, _z_window(), simulated)
     return figure
 
@@ -592,7 +651,7 @@ def overlays(
         scores: `cases` of `metrics.json`; patients are ranked by their mean Dice of WT, TC and ET.
     """
     by_id = {case.id: case for case in cases}
-    picks = _best_median_worst(scores)
+    picks = best_median_worst(scores)
     figure = plt.figure(figsize=(_WIDTH, 3.9 * len(picks) + 0.8))
     rows = figure.subfigures(len(picks), 1, squeeze=False)[:, 0]
     for row, (rank, case_id) in zip(rows, picks.items(), strict=True):
@@ -619,7 +678,7 @@ def overlays(
         Line2D([], [], color=_INK, linestyle=_DASHED, label="prediction"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-    headline = f"Prediction against reference · {_PRINTED[modality]} · {len(scores)} test patients"
+    headline = f"Prediction against reference · {PRINTED[modality]} · {len(scores)} test patients"
     _title(figure, headline, "slices with most reference tumour, zoomed to it · patient's right on the left", simulated)
     return figure
 
@@ -633,7 +692,7 @@ def _cube(inside: np.ndarray) -> list[slice]:
     return [slice(start, start + side) for start in starts]
 
 
-def _best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
+def best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
     """IDs by rank; of fewer than three patients, as many as there are."""
     ranked = sorted(scores, key=lambda case_id: -_mean_dice(scores[case_id]))
     picks = {"Best": ranked[0], "Median": ranked[len(ranked) // 2], "Worst": ranked[-1]}
@@ -695,13 +754,13 @@ def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
 def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
     """How often a region is where the network gives it a probability; `metrics` is `metrics.json`."""
     found = metrics["uncertainty"]["calibration"]
-    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4), sharey=True)
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 4.3), sharey=True)
     for ax, (region, curve) in zip(axes, found.items(), strict=True):
         ax.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
         predicted, observed = ([row[name] for row in curve["bins"]] for name in ("predicted", "observed"))
         ax.plot(predicted, observed, color=COLOURS[region], marker=_MARKERS[region], markersize=6)
         error = "no voxel" if curve["ece"] is None else f"calibration error {curve['ece']:.3f}"
-        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
     axes[0].set_ylabel("share that is the region")
     detail = "brain voxels given the region with 0.01 or more · dotted: perfect · above it the network says too little"
@@ -730,7 +789,7 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
     axes[0, 2].set_title("entropy: 0 sure, 1 all classes alike")
     figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
     _class_legend(figure)
-    headline = f"{case.id} · errors and doubt · {_PRINTED[modality]} · axial slice {case.origin[0] + at}"
+    headline = f"{case.id} · errors and doubt · {PRINTED[modality]} · axial slice {case.origin[0] + at}"
     _title(figure, headline, f"the slice with most errors · {_z_window()}", simulated)
     return figure
 
@@ -753,6 +812,42 @@ def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
     figure.legend(loc="outside lower left", ncols=len(REGIONS))
     detail = f"{_convention(metrics)} · ordered by the mean of the three regions"
     _title(figure, f"Dice of {len(ranked)} test patients", detail, simulated)
+    return figure
+
+
+@_styled
+def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
+    """Predicted minus reference volume over the mean of the two, per region, a point a patient.
+
+    The lines are the mean difference and the limits of agreement, 1.96 standard deviations to either side of it
+    (Bland and Altman, Lancet 327, 1986). `metrics` is `metrics.json`.
+    """
+    cases = metrics["cases"]
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(_WIDTH, 3.9))
+    for ax, region in zip(axes, REGIONS, strict=True):
+        predicted, true = (
+            np.array([_number(scores, region, metric) for scores in cases.values()])
+            for metric in ("volume_ml", "volume_ml_truth")
+        )
+        difference = predicted - true
+        style = {"color": COLOURS[region], "marker": _MARKERS[region], "markersize": 6}
+        ax.plot((predicted + true) / 2, difference, linestyle="none", **style)
+        mean = np.nanmean(difference)
+        spread = 1.96 * np.nanstd(difference, ddof=1) if len(cases) > 1 else 0
+        lines = {mean: "-"} | ({mean - spread: "--", mean + spread: "--"} if len(cases) > 1 else {})
+        for at, dash in lines.items():
+            ax.axhline(at, color=_INK, linewidth=1, linestyle=dash)
+            ax.annotate(
+                f"{at:+.1f}", (1, at), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", fontsize=9,
+            )  # fmt: skip
+        ax.axhline(0, color=_SOFT, linewidth=0.8, linestyle=":")
+        ax.margins(x=0.12, y=0.15)
+        ax.set(title=_named(region), xlabel="mean of the two volumes (ml)")
+        ax.grid(axis="y")
+    axes[0].set_ylabel("predicted minus reference (ml)")
+    detail = "a point is a patient · line: mean difference, dashed: limits of agreement (1.96 standard deviations)"
+    _title(figure, f"Volume agreement of {len(cases)} test patients", detail, simulated)
     return figure
 
 

@@ -241,11 +241,11 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _clients() -> list[str]:
     in_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
-    account = ["kaggle"] * bool(_credentials())
+    account = ["kaggle"] * bool(credentials())
     return ["kagglehub", *account] if in_colab else account or ["kagglehub"]
 
 
-def _credentials() -> str | None:
+def credentials() -> str | None:
     """Where the Kaggle packages will find credentials: a variable's name or a file, never what it holds."""
     if os.environ.get("KAGGLE_API_TOKEN"):
         return "KAGGLE_API_TOKEN"
@@ -374,7 +374,7 @@ def _run_client(client: str, short: str, place: Path) -> dict:
 
 def _explain(facts: dict, client: str, wanted: KaggleSet, place: Path, arrived: int) -> str:
     """What happened and what to do, in words; never the client's own, which may quote signed addresses."""
-    status, found = facts.get("status"), _credentials()
+    status, found = facts.get("status"), credentials()
     if status == 401 and found:
         return (f"the credentials in {found} were not accepted (401). Put a new token there, from"
                 " https://www.kaggle.com/settings, or remove them: a public data set needs none.")  # fmt: skip
@@ -451,9 +451,9 @@ def _obey(go: threading.Event) -> None:
     os._exit(1)
 
 
-def _with_kaggle(handle: str, archive: str, agree: Callable[[int], object]) -> str:
+def kaggle_api():
+    """Kaggle's own client, authenticated; it exits where it can use none of the credentials."""
     import kagglesdk.kaggle_client as sdk
-    from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
     from kagglesdk.kaggle_env import KaggleEnv, get_env
 
     if get_env() is not KaggleEnv.PROD:  # kaggle 2.2 asks for PROD whatever KAGGLE_API_ENVIRONMENT says
@@ -463,6 +463,13 @@ def _with_kaggle(handle: str, archive: str, agree: Callable[[int], object]) -> s
 
     api = KaggleApi()
     api.authenticate()
+    return api
+
+
+def _with_kaggle(handle: str, archive: str, agree: Callable[[int], object]) -> str:
+    from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+
+    api = kaggle_api()
     request = ApiDownloadDatasetRequest()
     request.owner_slug, request.dataset_slug = handle.split("/")
     with api.build_kaggle_client() as kaggle:

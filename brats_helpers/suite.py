@@ -6,16 +6,19 @@ anything is installed or written.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import tokenize
@@ -23,6 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from brats_helpers.environment import ROOT, installed, name_of, required
 from brats_helpers.log import done, duration, fail, timing, warn
@@ -38,11 +42,15 @@ NEEDS = {
 """The notebooks in their order, each with those whose files it reads."""
 
 EXIT_CODES = {
-    0: "it is finished",
-    1: "a notebook or the report failed",
+    0: "it is finished; where --time-limit came first, it is scored all the same",
+    1: "a notebook, the report or Kaggle failed, or --time-limit came before the scores",
     2: "wrong arguments; nothing ran",
     130: "stopped",
 }
+TRAINING_SHARE, RESERVED_SHARE = 0.7, 0.2
+"""Of a time limit: what notebook 02 may train for, and what it must leave where the set-up took long."""
+KAGGLE_MINUTES = 690
+"""The time limit on Kaggle unless one is given; after 12 hours Kaggle ends a notebook, results and all."""
 DATA_NAMES = ("phantom", "kaggle", "brats2020", "brats2021", "brats2020-slices")
 """What `--data` takes beside a folder, see `sources.find_data`."""
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -82,7 +90,11 @@ class Notebook:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run."""
+    """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run.
+
+    `on_kaggle` holds the arguments for `run_all.sh` there, or is empty for a run here; `time_limit` is in minutes,
+    0 for none.
+    """
 
     root: Path
     folder: Path
@@ -93,6 +105,10 @@ class Plan:
     given: dict[str, dict]
     keys: dict[str, str]
     prepare_only: bool
+    time_limit: float
+    log: Path | None
+    on_kaggle: list[str]
+    agreed: bool
 
 
 # --- what there is: notebooks, parameters, profiles ---------------------------------------------------------------
@@ -170,7 +186,9 @@ def _arguments() -> _Arguments:
     parser.add_argument(
         "--data", metavar="PATH|phantom|kaggle", help="a folder of patients, simulated ones, or Kaggle's"
     )
-    parser.add_argument("--run", metavar="NAME", help="folder runs/NAME; default: the profile's name")
+    parser.add_argument(
+        "--run", metavar="NAME|FOLDER", help="folder runs/NAME, or any, as on a drive; default: the profile's name"
+    )
     parser.add_argument("--only", metavar="02,03", help="these notebooks alone, on what the run has so far")
     parser.add_argument(
         "-p",
@@ -184,6 +202,18 @@ def _arguments() -> _Arguments:
     parser.add_argument(
         "--prepare-only", action="store_true", help="write the notebooks with their parameters, run none"
     )
+    parser.add_argument(
+        "--time-limit",
+        metavar="MINUTES",
+        type=float,
+        default=0.0,
+        help="of the whole run: training ends in time to be scored, and what runs when it comes is stopped",
+    )
+    parser.add_argument("--log", metavar="FILE", type=Path, help="write what is printed to FILE too, after what it has")
+    parser.add_argument(
+        "--on", choices=["kaggle"], help="run it as a private notebook on Kaggle's GPUs and bring back what it leaves"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --on: upload without asking")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -211,9 +241,7 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
     if profile not in profiles(root):
         raise UsageError(f"unknown profile {profile}; {_nearest(profile, profiles(root))}")
     name = options.run or profile
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UsageError(f"--run {name!r}: the name of a folder in runs/, of letters, digits, '.', '_' and '-'")
-    folder = root / "runs" / name
+    folder = _folder(name, root)
     manifest = Run(folder).manifest if folder.exists() else {}
     before = manifest.get("profile", profile)
     if options.profile is None and before != profile:
@@ -221,8 +249,25 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
 
     notebooks = read_notebooks(root)
     stages = _picked(options.only) if options.only else list(NEEDS)
-    values, given = _values(options, root / "profiles" / f"{profile}.yaml", folder, notebooks)
-    made = manifest.get("stages", {})
+    values, given = _values(options, root, root / "profiles" / f"{profile}.yaml", folder, notebooks)
+    made = {} if options.on else manifest.get("stages", {})  # there, nothing of an earlier run is left
+    if options.log and not options.log.parent.is_dir():
+        raise UsageError(f"--log {options.log}: there is no folder {options.log.parent}")
+    if options.time_limit:
+        if options.time_limit < 0:
+            raise UsageError(f"--time-limit {options.time_limit:g}: minutes, more than 0")
+        share = TRAINING_SHARE * options.time_limit
+        for kind in (values, given):
+            kind["02_train"]["minutes"] = min(values["02_train"]["minutes"] or share, share)
+    on_kaggle = []
+    if options.on:
+        _check_for_kaggle(options, values["00_setup"]["data"])
+        on_kaggle = ["--profile", profile, "--time-limit", f"{options.time_limit or KAGGLE_MINUTES:g}"]
+        for option, text in (("--data", options.data), ("--only", options.only)):
+            on_kaggle += [option, text] if text else []
+        on_kaggle += [word for pair in options.pairs for word in ("-p", *pair)]
+    elif options.yes:
+        raise UsageError("--yes agrees to the upload of --on kaggle; without that there is nothing to agree to")
     if options.prepare_only:
         for stage in stages:
             if stage in made:
@@ -240,7 +285,44 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
         asked = stage in stages or stage not in made
         keys[stage] = hashlib.sha256(content.encode()).hexdigest()[:16] if asked else made[stage]["key"]
     command = shlex.join([parser.prog, *(word for word in argv if word != "--check")])
-    return Plan(root, folder, profile, command, stages, values, given, keys, options.prepare_only)
+    return Plan(
+        root,
+        folder,
+        profile,
+        command,
+        stages,
+        values,
+        given,
+        keys,
+        options.prepare_only,
+        options.time_limit,
+        options.log,
+        on_kaggle,
+        options.yes,
+    )
+
+
+def _folder(name: str, root: Path) -> Path:
+    if "/" in name:  # a typing error, or a drive that is not mounted, must not make folders
+        folder = Path(name).resolve()
+        if not folder.parent.is_dir():
+            raise UsageError(f"--run {name}: there is no folder {folder.parent}; make it, or mount its drive, first")
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(
+            f"--run {name!r}: the name of a folder in runs/, of letters, digits, '.', '_' and '-', or a path with '/'"
+        )
+    return (root if os.access(root, os.W_OK) else Path.cwd()) / "runs" / name
+
+
+def _check_for_kaggle(options, data: str) -> None:
+    if options.prepare_only:
+        raise UsageError("--prepare-only prepares notebooks here; without it, --on kaggle runs them there")
+    if data not in DATA_NAMES:
+        raise UsageError(f"--on kaggle has Kaggle's data sets and simulated patients: --data kaggle, not {data}")
+    for key, _ in options.pairs:
+        if key.endswith(("_dir", "_weights")):
+            raise UsageError(f"-p {key}: a place on this machine, which --on kaggle does not reach")
 
 
 def _picked(only: str) -> list[str]:
@@ -252,8 +334,10 @@ def _picked(only: str) -> list[str]:
     return [stage for stage in NEEDS if stage in picked]
 
 
-def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
+def _values(options, root: Path, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
     """Each notebook's parameters as resolved, and those of them that are not its own defaults."""
+    # A suite that is attached, as on Kaggle, is read-only; what can be made again does not go to Kaggle's results.
+    home = root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())
     asked = read_profile(profile)
     declared = {name for notebook in notebooks.values() for name in notebook.parameters}
     for key in asked:
@@ -269,7 +353,7 @@ def _values(options, profile: Path, folder: Path, notebooks: dict[str, Notebook]
     given = {}
     for stage, notebook in notebooks.items():
         own = notebook.parameters
-        folders = {name: str(folder.parents[1] / p.default) for name, p in own.items() if name.endswith("_dir")}
+        folders = {name: str(home / p.default) for name, p in own.items() if name.endswith("_dir")}
         read = {key: own[key].read(text) for key, text in asked.items() if key in own}
         given[stage] = folders | read | {"run_dir": str(folder)}
     values = {
@@ -325,11 +409,32 @@ def main(argv: list[str], root: Path = ROOT) -> int:
     if "--check" in argv:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _prepare(plan) if plan.prepare_only else _run(plan)
-    except KeyboardInterrupt:
-        warn(f"stopped; this picks up: {plan.command}")
-        return 130
+    with contextlib.ExitStack() as stack:
+        if plan.log:
+            log = stack.enter_context(open(plan.log, "a", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(_Both(sys.stdout, log)))
+        try:
+            if plan.on_kaggle:
+                from brats_helpers.kaggle_run import run_on_kaggle
+
+                return run_on_kaggle(plan)
+            return _prepare(plan) if plan.prepare_only else _run(plan)
+        except KeyboardInterrupt:
+            warn(f"stopped; this picks up: {plan.command}")
+            return 130
+
+
+class _Both(io.TextIOBase):
+    """What is written to it goes to both files."""
+
+    def __init__(self, *files: TextIO):
+        self.files = files
+
+    def write(self, text: str) -> int:
+        for file in self.files:
+            file.write(text)
+            file.flush()
+        return len(text)
 
 
 def _prepare(plan: Plan) -> int:
@@ -353,9 +458,24 @@ def _run(plan: Plan) -> int:
     print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
     for need in sorted(_before(plan.stages) - set(plan.stages)):
         _warn_of_change(run, need, plan.values[need])
-    for stage in plan.stages:
-        if not _run_stage(plan, run, stage):
+    if plan.time_limit:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 60 * plan.time_limit)
+    try:
+        for stage in plan.stages:
+            if stage == "02_train" and plan.time_limit:
+                _fit_training(plan, time.monotonic() - start)
+            if not _run_stage(plan, run, stage):
+                return 1
+    except KeyboardInterrupt:
+        if not plan.time_limit or time.monotonic() - start < 60 * plan.time_limit:
+            raise
+        if "03_evaluate" in plan.stages and run.manifest["stages"].get("03_evaluate", {}).get("status") != "finished":
+            fail(f"the time limit, {plan.time_limit:g} minutes, came in {stage}; this picks up: {plan.command}")
             return 1
+        warn(f"the time limit, {plan.time_limit:g} minutes, came in {stage}; the report shows what is there")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     from brats_helpers.report import build_report
 
@@ -369,6 +489,16 @@ def _run(plan: Plan) -> int:
     done(f"notebooks {run.notebooks}")
     timing(f"run {run.name}", time.monotonic() - start)
     return 0
+
+
+def _fit_training(plan: Plan, elapsed_s: float) -> None:
+    """Cut the minutes of notebook 02 to what the set-up has left of the time limit."""
+    left = plan.time_limit * (1 - RESERVED_SHARE) - elapsed_s / 60
+    planned = plan.given["02_train"]["minutes"]
+    if left < planned:
+        warn(f"training gets {max(left, 0.1):.1f} minutes, not {planned:g}: the set-up took {duration(elapsed_s)}")
+        for kind in (plan.values, plan.given):
+            kind["02_train"]["minutes"] = max(left, 0.1)
 
 
 def _run_stage(plan: Plan, run: Run, stage: str) -> bool:

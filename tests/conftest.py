@@ -1,21 +1,42 @@
 """What every test may use."""
 
 import os
+import socket
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from brats_helpers import sources
 from brats_helpers.cases import MODALITIES
+from brats_helpers.files import write_json
+from brats_helpers.suite import _revision
+from tests.kaggle_server import PORT, TOKEN, FakeKaggle, serve
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """After the whole suite, note how it went at which revision: the validation of later runs cites it."""
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        stats = config.pluginmanager.get_plugin("terminalreporter").stats
+        n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}
+        record = {"passed": n["passed"], "failed": n["failed"] + n["error"], "skipped": n["skipped"]}
+        write_json(ROOT / "runs" / "tests.json", {"revision": _revision(ROOT)} | record)
 
 
 @pytest.fixture(scope="session")
 def real_patients() -> Path:
     """The folder of real patients beside the checkout; a test that needs it is skipped where it is not."""
-    folder = Path(__file__).parents[2] / "shared" / "real"
+    folder = ROOT.parent / "shared" / "real"
     if not folder.is_dir():
         pytest.skip(f"no real patients at {folder}")
     return folder
@@ -55,3 +76,56 @@ def tiny_patients(tmp_path_factory) -> Path:
     for k in range(4):
         write_tiny_case(folder, f"Tiny_{k}", seed=k)
     return folder
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine without credentials or mounts, whose Kaggle is port 7777 and which can reach nothing else."""
+    for name in [name for name in os.environ if name.startswith(("KAGGLE", "COLAB", "TBE_", "JPY_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "localhost,127.0.0.1")
+    monkeypatch.setattr(sources, "MOUNT", tmp_path / "input")
+    monkeypatch.setattr(sources, "_PAUSE_S", 0.1)
+    small = {short: replace(one, unpacked_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
+    monkeypatch.setattr(sources, "KAGGLE_SETS", small)
+
+
+@pytest.fixture
+def account(machine, monkeypatch):
+    """Credentials for Kaggle."""
+    monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def port():
+    """Port 7777, the only one that Kaggle's clients take for a test, for this test alone."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(Path(tempfile.gettempdir()) / "brats-tests-port-7777.lock", "a") as lock:
+        for _ in range(300):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        else:
+            pytest.skip("other tests have held port 7777 for 30 seconds")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+                pytest.skip("port 7777 is taken by something else")
+        yield
+
+
+@pytest.fixture
+def kaggle(machine, port):
+    """Kaggle on loopback."""
+    fake = FakeKaggle()
+    server = serve(fake)
+    yield fake
+    server.shutdown()
+    server.server_close()

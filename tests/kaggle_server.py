@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PORT = 7777
+TOKEN = "KGAT_never-to-be-seen-4711"
 ETAG = '"version-1"'
 
 
@@ -21,6 +22,11 @@ class FakeKaggle:
         stall_after: after how many bytes of the archive the server falls silent.
         silent: accept connections and never answer.
         token_status: answer to the question whether a token is good.
+        pushed: the notebooks that were pushed, as their requests said.
+        push_answer: answer to a push.
+        states: status of the pushed notebook, one for each question, the last one for good; a number is an HTTP error.
+        outputs: the files that the notebook leaves, by name; listed three a page.
+        output_log: its log.
         requests: (method, path, Range header, Authorization header), as they came.
     """
 
@@ -30,6 +36,11 @@ class FakeKaggle:
     stall_after: int | None = None
     silent: bool = False
     token_status: int = 200
+    pushed: list[dict] = field(default_factory=list)
+    push_answer: dict = field(default_factory=lambda: {"url": "https://kaggle/code/tester/it", "versionNumber": 1})
+    states: list[str | int] = field(default_factory=lambda: ["COMPLETE"])
+    outputs: dict[str, bytes] = field(default_factory=dict)
+    output_log: str = ""
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
 
     def paths(self) -> list[str]:
@@ -51,7 +62,7 @@ def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
             pass
 
         def _note(self):
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fake.requests.append(
                 (self.command, self.path, self.headers.get("Range"), self.headers.get("Authorization"))
             )
@@ -84,6 +95,23 @@ def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
                 self._json({"code": fake.token_status, "message": "no"}, fake.token_status)
             elif fake.status != 200:
                 self._json({"code": fake.status, "message": "no"}, fake.status)
+            elif call == "SaveKernel":
+                fake.pushed.append(json.loads(self.body))
+                self._json(fake.push_answer)
+            elif call == "GetKernelSessionStatus":
+                state = fake.states.pop(0) if len(fake.states) > 1 else fake.states[0]
+                if isinstance(state, int):
+                    self._json({"code": state, "message": "no"}, state)
+                else:
+                    self._json({"status": state})
+            elif call == "ListKernelSessionOutput":
+                start = int(json.loads(self.body).get("pageToken") or 0)
+                files = [
+                    {"url": f"http://localhost:{PORT}/output/{name}?signature=signed", "fileName": name}
+                    for name in list(fake.outputs)[start : start + 3]
+                ]
+                more = str(start + 3) if start + 3 < len(fake.outputs) else None
+                self._json({"files": files, "log": fake.output_log, "nextPageToken": more})
             elif call == "GetDataset":
                 self._json({"id": 1, "currentVersionNumber": 3})
             elif call == "DownloadDataset":
@@ -97,12 +125,14 @@ def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
         def do_GET(self):
             if self._note():
                 return
+            name = self.path.partition("?")[0].removeprefix("/output/")
+            content = fake.outputs.get(name, fake.archive)
             span = self.headers.get("Range")
             start = int(span.removeprefix("bytes=").removesuffix("-")) if span else 0
-            body = fake.archive[start:]
+            body = content[start:]
             self.send_response(206 if span else 200)
             if span:
-                self.send_header("Content-Range", f"bytes {start}-{len(fake.archive) - 1}/{len(fake.archive)}")
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Type", "application/zip")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Accept-Ranges", "bytes")

@@ -1,5 +1,6 @@
 """Every kind of fault, made on purpose, and the code that names it."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -14,8 +15,14 @@ from brats_helpers import audit as audit_module
 from brats_helpers.__main__ import main
 from brats_helpers.audit import audit, excluded, leave_out, rows
 from brats_helpers.cases import DataError, labels_to_classes, survey
+from brats_helpers.environment import ROOT
+from brats_helpers.runs import Run
+from brats_helpers.splits import load_prepared
+from brats_helpers.suite import read_notebooks
+from brats_helpers.train import fit
 
 from .conftest import write_tiny_case
+from .test_train import HOW, SETTINGS
 
 
 @pytest.fixture
@@ -200,6 +207,15 @@ def test_images(patient, how, code, severity):
     assert findings(check(patient.parent))[code] == severity
 
 
+def test_one_flat_slice_makes_no_constant_image(patient):
+    def how(voxels):
+        voxels[:, :, 8:12] = (voxels[:, :, 8:12] != 0) * voxels.max()
+        return voxels
+
+    change(patient / "A_t1.nii.gz", how)
+    assert findings(check(patient.parent)) == {}
+
+
 def test_modalities_of_different_types(patient):
     change(patient / "A_t1.nii.gz", dtype=np.float32)
     assert findings(check(patient.parent)) == {"mixed-dtypes": "note"}
@@ -292,8 +308,16 @@ def test_the_same_scan_under_two_names(tmp_path):
     assert findings(report, "A") == {"same-scan": "warning"}
     assert findings(report, "C") == {"same-scan": "warning", "mixed-dtypes": "note"}
     finding = report["cases"]["C"]["findings"][0]
-    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith("t2: voxel for voxel a scan of A too")
+    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith("t2: voxel for voxel a file of A too")
     assert [entry["group"] for entry in report["cases"].values()] == ["A", "B", "A"]
+
+
+def test_a_mask_of_another_patient_is_noticed(tmp_path):
+    folders = [write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("AB")]
+    shutil.copy(folders[0] / "A_seg.nii.gz", folders[1] / "B_seg.nii.gz")
+    report = check(tmp_path)
+    assert findings(report, "A") == findings(report, "B") == {"same-scan": "warning"}
+    assert report["cases"]["B"]["findings"][0]["file"] == "B/B_seg.nii.gz"
 
 
 def test_empty_images_and_masks_are_nobodys_scan(tmp_path):
@@ -307,11 +331,11 @@ def test_empty_images_and_masks_are_nobodys_scan(tmp_path):
 
 
 def test_pairs_that_share_a_member_are_one_group(tmp_path):
-    folders = [write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("ABCD")]
-    shutil.copy(folders[3] / "D_t1.nii.gz", folders[1] / "B_t1.nii.gz")
-    shutil.copy(folders[3] / "D_t2.nii.gz", folders[2] / "C_t2.nii.gz")
+    folders = {case_id: write_tiny_case(tmp_path, case_id, seed=k) for k, case_id in enumerate("ABCDE")}
+    for one, kind, other in (("A", "t1", "B"), ("C", "t1", "D"), ("B", "t2", "D")):
+        shutil.copy(folders[one] / f"{one}_{kind}.nii.gz", folders[other] / f"{other}_{kind}.nii.gz")
     report = check(tmp_path)
-    assert [entry["group"] for entry in report["cases"].values()] == ["A", "B", "B", "B"]
+    assert [entry["group"] for entry in report["cases"].values()] == ["A", "A", "A", "A", "E"]
 
 
 def test_one_patient_by_time_points_and_by_the_tables(tmp_path):
@@ -464,3 +488,84 @@ def test_the_verb_as_a_command(tiny_patients):
     command = [sys.executable, "-m", "brats_helpers", "check", tiny_patients, "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "4 patients" in done.stdout, done.stderr
+
+
+# --- all of it at once
+
+ERRORS = {
+    "missing-modality": lambda p: (p / f"{p.name}_t1.nii.gz").unlink(),
+    "two-files": lambda p: shutil.copy(p / f"{p.name}_t2.nii.gz", p / f"{p.name}_t2.nii"),
+    "two-segmentations": lambda p: [shutil.move(p / f"{p.name}_seg.nii.gz", p / "one.nii"), (p / "two.nii").touch()],
+    "two-folders": lambda p: shutil.copytree(p, p.parent / "again" / p.name),
+    "no-images": lambda p: [path.unlink() for path in p.iterdir() if "seg" not in path.name],
+    "truncated": lambda p: (p / f"{p.name}_t2.nii.gz").write_bytes((p / f"{p.name}_t2.nii.gz").read_bytes()[:-999]),
+    "unreadable": lambda p: (p / f"{p.name}_t2.nii.gz").write_bytes(bytes(999)),
+    "shape-mismatch": lambda p: change(p / f"{p.name}_t2.nii.gz", lambda voxels: voxels[:-1]),
+    "spacing-mismatch": lambda p: change(p / f"{p.name}_t2.nii.gz", affine=np.diag([2, 2, 2, 1])),
+    "affine-mismatch": lambda p: change(p / f"{p.name}_seg.nii.gz", affine=np.eye(4)),
+    "not-3d": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels[..., None]),
+    "dtype": lambda p: change(p / f"{p.name}_t1.nii.gz", dtype=np.complex64),
+    "non-finite": lambda p: change(p / f"{p.name}_t1.nii.gz", set_voxel(np.nan)),
+    "empty-image": lambda p: change(p / f"{p.name}_t1.nii.gz", np.zeros_like),
+    "constant-image": lambda p: change(p / f"{p.name}_t1.nii.gz", np.ones_like),
+    "same-image": lambda p: shutil.copy(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t1ce.nii.gz"),
+    "fractional-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 0.5),
+    "unknown-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 2),
+    "labels-3-and-4": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 1, 3, voxels)),
+}
+OTHERS = {
+    "gzip-as-nii": lambda p: shutil.move(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t1.nii"),
+    "nii-as-gzip": lambda p: (p / f"{p.name}_t1.nii.gz").write_bytes(nib.load(p / f"{p.name}_t1.nii.gz").to_bytes()),
+    "no-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels + np.int16(500)),
+    "label-3": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 4, 3, voxels)),
+    "no-tumour": lambda p: change(p / f"{p.name}_seg.nii.gz", np.zeros_like),
+    "outside-brain": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.maximum(voxels, 1)),
+    "same-scan": lambda p: shutil.copy(p.parent / "label-3" / "label-3_t2.nii.gz", p / f"{p.name}_t2.nii.gz"),
+    "table": lambda p: (p.parent / "survival_info.csv").write_text(f"Brats20ID,Age\n{p.name},very old\n"),
+    "stray-file": lambda p: (p / f"._{p.name}_t1.nii.gz").touch(),
+    "unused-file": lambda p: (p / "brain_mask.nii.gz").touch(),
+    "unusual-name": lambda p: shutil.move(p / f"{p.name}_seg.nii.gz", p / "W39_1998.09.19_Segm.nii.gz"),
+    "no-segmentation": lambda p: (p / f"{p.name}_seg.nii.gz").unlink(),
+    "no-enhancing": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 4, 1, voxels)),
+    "mixed-dtypes": lambda p: change(p / f"{p.name}_t1.nii.gz", dtype=np.float32),
+    "same-patient": lambda p: (p.parent / "name_mapping.csv").write_text(
+        f"Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\nHGG,no-enhancing,{p.name}\n"
+    ),
+}
+
+
+def test_a_set_with_every_fault_at_once_trains_on_what_is_left(tmp_path, capsys):
+    """Through the cells of notebook 00 as they stand, then a training."""
+    data = tmp_path / "data"
+    for k, code in enumerate([*ERRORS, *OTHERS, "good"]):
+        write_tiny_case(data, code, seed=k)
+    for code, spoil in (ERRORS | OTHERS).items():
+        spoil(data / code)
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+
+    notebook = read_notebooks(ROOT)["00_setup"]
+    names = {name: parameter.default for name, parameter in notebook.parameters.items()}
+    names |= {f"{name}_dir": str(tmp_path / name) for name in ("run", "data", "cache")}
+    names |= {"data": str(data), "skip_incomplete": True, "folds": 3, "workers": 1, "device": "cpu"}
+    for source in notebook.code:
+        exec(source, names)
+
+    run = Run(tmp_path / "run")
+    report = json.loads(run.audit.read_text())
+    assert set(report["summary"]["codes"]) == ERRORS.keys() | OTHERS.keys()
+    for code in ERRORS:
+        assert findings(report, code)[code] == "error"
+    assert run.manifest["excluded"].keys() == ERRORS.keys() == excluded(report).keys()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in printed if "left out" in line] == sorted(ERRORS)
+
+    splits = json.loads(run.splits.read_text())
+    used = [*splits["train"], *splits["val"], *splits["test"], *splits["unlabelled"]]
+    assert sorted(used) == sorted([*OTHERS, "good"]) and splits["unlabelled"] == ["no-segmentation"]
+    for parts in (splits, *splits["folds"]):
+        part_of = {case_id: name for name in ("train", "val", "test") for case_id in parts[name]}
+        assert part_of["same-scan"] == part_of["label-3"] and part_of["same-patient"] == part_of["no-enhancing"]
+    train, val = load_prepared(run, "train"), load_prepared(run, "val")
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    assert len(fit(settings, train, val, run.folder, **HOW)) == 1
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before

@@ -193,7 +193,7 @@ def _barrier(parties):
     return multiprocessing.get_context("forkserver").Barrier(parties)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("BRATS_HELPERS_KILLS", 4))))
+@pytest.mark.parametrize("seed", range(20))
 def test_killed_at_any_moment_and_started_again_it_ends_the_same(many, tmp_path, seed):
     data, whole, seconds = many
     ready = _barrier(2)
@@ -221,6 +221,20 @@ def test_two_preparations_at_once_end_as_one(many, tmp_path, before):
         process.join()
         assert process.exitcode == 0
     assert _contents(place) == _contents(whole)
+
+
+def test_a_case_that_another_run_made_meanwhile_is_not_replaced(data, tmp_path, monkeypatch):
+    cases, place, pack, made = find_cases(data)[:1], tmp_path / "cache", cache.pack, []
+
+    def overtaken(case):
+        monkeypatch.setattr(cache, "pack", pack)
+        cache.prepare(cases, cache_dir=place, workers=1)
+        made.extend(file.stat().st_ino for file in place.glob("Tiny*/*"))
+        return pack(case)
+
+    monkeypatch.setattr(cache, "pack", overtaken)
+    cache.prepare(cases, cache_dir=place, workers=1)
+    assert len(made) == 3 and [file.stat().st_ino for file in place.glob("Tiny*/*")] == made
 
 
 def test_what_a_dead_process_left_is_swept_away(many, tmp_path):

@@ -131,7 +131,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 
 def test_a_patient_without_the_networks_modalities_is_refused(checkpoint, tmp_path):
     write_tiny_case(tmp_path, "Two", seed=1, modalities=("flair", "t1ce"))
-    with pytest.raises(DataError, match="Two: no Two_t1.nii.*missing: t1, t2"):
+    with pytest.raises(DataError, match="Two: No Two_t1.nii.*missing: t1, t2"):
         inference.predict_folders([checkpoint], [tmp_path / "Two"], tmp_path / "out", device="cpu", flips=False)
 
 
@@ -194,7 +194,7 @@ def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patien
     network = inference.load_network(checkpoint, device=CPU)
     new = find_cases(write_tiny_case(tmp_path, "New", seed=9))
     for seen, name in ((find_cases(tiny_patients)[:1], "Tiny_0"), (find_cases(tiny_patients)[3:], "Tiny_3")):
-        with pytest.raises(DataError, match=f"has seen {name}: .*allow_leakage"):
+        with pytest.raises(DataError, match=f"has seen {name} in training: .*allow_leakage"):
             inference.evaluate([network], new + seen, tmp_path / "out", **RULES)
     assert not (tmp_path / "out").exists()
     # Of several networks it is enough that one has seen the patient.

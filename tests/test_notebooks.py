@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nibabel as nib
@@ -47,17 +48,33 @@ def test_a_notebook_reads_as_prose_with_small_cells(stage):
     tree = [node for source in code for node in ast.walk(ast.parse(source))]
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree)
     assert not re.search(r"sys\.path|^%|^!|import \*", "\n".join(code), re.MULTILINE)
-    assert max(len(source.splitlines()) for source in code) <= 25
+    assert max(len(source.splitlines()) for source in code[3:]) <= 25  # but for parameters, bootstrap and imports
     imports = [k for k, source in enumerate(code) if re.search(r"^(import|from) ", source, re.MULTILINE)]
-    assert imports == [1]  # one cell, right after the parameters
+    assert imports == [1, 2]  # two cells, right after the parameters: the bootstrap's and the notebook's own
     assert _source(_cells(stage, "markdown")[0]).startswith(f"# {stage[:2]} · ")
+
+
+def test_every_notebook_opens_by_itself():
+    """The same bootstrap in each, which fetches what pyproject.toml names, and badges that lead to this file there."""
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    assert len({_source(_cells(stage)[1]) for stage in STAGES}) == 1
+    assert f'"{home}"' in _source(_cells("00_setup")[1])
+    name = home.removeprefix("https://github.com/")
+    for stage in STAGES:
+        assert _cells(stage)[1]["id"] == f"{stage[:2]}-bootstrap"
+        file = f"blob/main/notebooks/{stage}.ipynb"
+        links = re.findall(r"\)\]\(([^)]+)\)", _source(_cells(stage, "markdown")[0]))
+        assert f"https://colab.research.google.com/github/{name}/{file}" in links
+        assert f"https://kaggle.com/kernels/welcome?src={home}/{file}" in links
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_outputs_are_stored_where_a_test_compares_them_and_nowhere_else(stage):
     for cell in _cells(stage):
         assert bool(cell["outputs"]) == ("NBVAL_CHECK_OUTPUT" in _source(cell)), _source(cell)
-        assert (cell["execution_count"] is None) == (not cell["outputs"])  # nbval takes a cell without for one not run
+        # nbstripout keeps the outputs of cells with this tag, and nbval takes a cell without a count for one not run.
+        assert bool(cell["outputs"]) == ("keep_output" in cell["metadata"].get("tags", ())), _source(cell)
+        assert not cell["outputs"] or cell["execution_count"]
 
 
 def test_every_parameter_has_a_type_and_a_meaning():

@@ -1,5 +1,6 @@
 """Every figure: what it shows, in which colours, under which title."""
 
+import io
 import subprocess
 import sys
 from itertools import combinations
@@ -414,3 +415,59 @@ def test_strata_of_one_patient_a_part():
         "Whole tumour, patients",
         "Whole tumour, slices with tumour",
     ]
+
+
+# --- the report's
+
+
+def untiled(content, shape, columns):
+    """The volume (X, Y, Z) that a picture of tiles holds."""
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+    width, height, depth = shape
+    corners = [(z // columns * height, z % columns * width) for z in range(depth)]
+    return np.stack([pixels[y : y + height, x : x + width].T for y, x in corners], axis=2)
+
+
+def test_viewer_tiles_hold_the_brain_and_both_segmentations(case, tmp_path):
+    volume, image = read_image(case.images["t1ce"])
+    truth = read_mask(case.seg)
+    pred = np.roll(truth, 2, axis=1)
+    write_mask(tmp_path / "p_seg.nii.gz", pred, image)
+    tiles = plots.viewer_tiles(case, tmp_path / "p_seg.nii.gz")
+    assert set(tiles["images"]) == set(case.images) and tiles["spacing"] == [1, 1, 1]
+
+    box = tuple(slice(start, start + side) for start, side in zip(tiles["origin"], tiles["shape"], strict=True))
+    outside = volume.astype(bool)
+    outside[box] = False
+    assert not outside.any()
+    held = untiled(tiles["labels"], tiles["shape"], tiles["columns"])
+    assert np.array_equal(held // 64, pred[box]) and np.array_equal(held // 16 % 4, truth[box])
+
+    low, high = np.percentile(volume[volume != 0], (1, 99.5))
+    grey = np.clip((volume[box] - low) / (high - low), 0, 1) * 255
+    shown = untiled(tiles["images"]["t1ce"], tiles["shape"], tiles["columns"])
+    assert np.abs(shown - grey).mean() < 6  # lossy
+    fullest = [(truth > 0).sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1))]
+    assert [a + b for a, b in zip(tiles["start"], tiles["origin"], strict=True)] == fullest
+
+
+def test_volume_agreement_draws_the_limits_of_bland_and_altman():
+    # Differences of 2 and 6 ml: mean 4, sample deviation sqrt(8) = 2.828, limits 4 -+ 5.544.
+    cases = {
+        name: {region: {"volume_ml": predicted, "volume_ml_truth": true} for region in ("WT", "TC", "ET")}
+        for name, predicted, true in (("A", 12.0, 10.0), ("B", 26.0, 20.0))
+    }
+    figure = plots.volume_agreement({"cases": cases}, simulated=True)
+    for ax, region in zip(figure.axes, ("WT", "TC", "ET"), strict=True):
+        points, *lines = ax.lines
+        assert points.get_xdata().tolist() == [11, 23] and points.get_ydata().tolist() == [2, 6]
+        assert to_rgb(points.get_color()) == to_rgb(plots.COLOURS[region])
+        assert [line.get_ydata()[0] for line in lines[:3]] == pytest.approx([4, -1.544, 9.544], abs=1e-3)
+    assert {"+4.0", "-1.5", "+9.5"} <= set(everything_said(figure).split()) and "simulated" in everything_said(figure)
+
+
+def test_volume_agreement_of_one_patient_has_no_limits():
+    volumes = {region: {"volume_ml": 3.0, "volume_ml_truth": 4.0} for region in ("WT", "TC", "ET")}
+    figure = plots.volume_agreement({"cases": {"A": volumes}}, simulated=False)
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines[1:]] == [-1, 0]
+    assert "simulated" not in everything_said(figure)

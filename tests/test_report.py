@@ -1,20 +1,21 @@
 """The report: what it says, what it refuses to load, and that it stands on whatever a run has so far."""
 
 import base64
+import hashlib
 import io
 import json
+import re
 from html.parser import HTMLParser
 
-import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from brats_helpers.report import SECTIONS, build_report
+from brats_helpers.report import build_report
 from brats_helpers.runs import Run
+from brats_helpers.suite import NEEDS
 
-HOSTILE = "<img src=x onerror=alert(1)>"
+from .tiny_run import HOSTILE, write_tiny_run
 
 
 class Page(HTMLParser):
@@ -22,192 +23,227 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.loads, self.links, self.text, self.scripts, self.rows, self.cell = [], [], "", 0, [], False
+        self.loads, self.links, self.text, self.handlers, self.rows, self.cell = [], [], "", [], [], False
+        self.scripts, self.places = [], []
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.loads += [attributes[name] for name in ("src", "srcset", "poster", "data") if name in attributes]
+        self.loads += [attributes[name] for name in ("src", "srcset", "srcdoc", "poster", "data") if name in attributes]
+        self.places += [attributes["id"]] if "id" in attributes else []
         if tag == "link":
             self.loads.append(attributes["href"])
-        if tag == "a":
+        if tag == "a" and "href" in attributes:
             self.links.append(attributes["href"])
         if tag == "tr":
             self.rows.append([])
         if tag in ("th", "td"):
             self.rows[-1].append("")
             self.cell = True
-        self.scripts += tag == "script" or any(name.startswith("on") for name in attributes)
+        if tag == "script":
+            self.scripts.append("")
+        self.handlers += [name for name in attributes if name.startswith("on")]
 
     def handle_endtag(self, tag):
+        if tag in ("script", "style"):
+            self.lasttag = ""
         if tag in ("th", "td"):
             self.cell = False
 
     def handle_data(self, data):
-        if self.lasttag != "style":
+        if self.lasttag == "script":
+            self.scripts[-1] += data
+        elif self.lasttag != "style":
             self.text += data
-        if self.cell:
-            self.rows[-1][-1] += data.strip()
+            if self.cell:
+                self.rows[-1][-1] += " ".join(data.split())
 
 
-def png(title=None):
-    from PIL.PngImagePlugin import PngInfo
-
-    info, file = PngInfo(), io.BytesIO()
-    if title:
-        info.add_text("Title", title)
-    Image.new("RGB", (3, 2)).save(file, "PNG", pnginfo=info)
-    return file.getvalue()
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = write_tiny_run(tmp_path_factory.mktemp("report"))
+    build_report(run)
+    return run
 
 
-def gif():
-    file = io.BytesIO()
-    Image.new("L", (2, 2)).save(file, "GIF", comment=b"A_1 \xc2\xb7 slices")
-    return file.getvalue()
-
-
-def encoded(content):
-    return base64.b64encode(content).decode()
+@pytest.fixture(scope="module")
+def pages(run):
+    return {path.stem: Page(path) for path in run.report.parent.glob("*.html")}
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run of simulated patients in which everything but 04_advanced is finished, and 01_explore failed."""
-    run = Run(tmp_path / "runs" / "demo")
-    stages = {
-        stage: {"status": "finished", "seconds": 61.0, "parameters": {"epochs": 6, "modalities": "flair,t1"}}
-        for stage in SECTIONS
-        if stage != "04_advanced"
-    }
-    stages["01_explore"]["status"] = "failed"
-    run.record(simulated=True, data={"place": HOSTILE}, device="cpu", seed=3, versions={"torch": "2.4"}, stages=stages)
+def bare(tmp_path):
+    """A run without patients' files: fast to report on."""
+    run = Run(tmp_path / "runs" / "bare")
+    run.record(stages={stage: {"status": "finished", "seconds": 61.0} for stage in NEEDS if stage != "04_advanced"})
+    wt = {"mean": 0.8512, "median": 0.9, "std": 0.05, "q1": 0.8, "q3": 0.95, "ci95": [0.7, 0.91], "n": 2}
 
     def case(wt, et, hd95):
         return {"WT": {"dice": wt, "hd95_mm": hd95}, "TC": {"dice": 0.7, "hd95_mm": 2.0}, "ET": {"dice": et}}
 
-    wt = {"mean": 0.8512, "median": 0.9, "std": 0.05, "q1": 0.8, "q3": 0.95, "ci95": [0.7, 0.91], "n": 2}
     metrics = {
         "convention": "brats2020: the rules in full",
-        "simulated": True,
-        "cases": {"A_1": case(0.9, 0.8, 3.04), HOSTILE: case(0.8, None, 373.13)},
+        "simulated": False,
+        "cases": {"A_1": case(0.9, 0.8, 3.04), "B_1": case(0.8, None, 373.13)},
         "summary": {"WT": {"dice": wt, "hd95_mm": {"mean": 188.1, "median": 3.0}}, "ET": {"dice": {"mean": 0.8}}},
-        "not_scored": {"B_1": f"unlabelled {HOSTILE}"},
+        "not_scored": {"C_1": "unlabelled"},
     }
     run.metrics.write_text(json.dumps(metrics))
-
-    run.figures.mkdir()
-    (run.figures / "03_scores.png").write_bytes(png(f"Scores of {HOSTILE}"))
-    (run.figures / "02_curves.png").write_bytes(png())
-    (run.figures / "01_scroll.gif").write_bytes(gif())
-    (run.figures / "01_view 1.html").write_text("a viewer")
-
-    run.notebooks.mkdir()
-    outputs = [
-        new_output("stream", text=f"case {HOSTILE}\n"),
-        new_output("display_data", data={"image/png": encoded(png()), "text/plain": "<Figure>"}),
-        new_output("display_data", data={"image/gif": encoded(gif()), "text/plain": "<Image>"}),
-        new_output("error", ename="DataError", evalue=HOSTILE, traceback=[f"\x1b[31m{HOSTILE}\x1b[0m"]),
-    ]
-    cells = [new_markdown_cell("# Explore\n\nWhat there is."), new_code_cell("print(1)", outputs=outputs)]
-    nbformat.write(new_notebook(cells=cells), run.notebooks / "01_explore.ipynb")
     return run
 
 
-def test_nothing_is_loaded_from_elsewhere_and_every_image_is_there(run):
-    index = build_report(run)
-    assert index == run.report
-    pages = {path.name: Page(path) for path in index.parent.glob("*.html")}
-    assert set(pages) == {"index.html", "01_explore.html"}
+def rewrite(run, **entries):
+    run.metrics.write_text(json.dumps(json.loads(run.metrics.read_text()) | entries))
+    return Page(build_report(run))
+
+
+def test_nothing_is_loaded_from_elsewhere_and_every_image_is_there(run, pages):
+    assert set(pages) == {"index", "validation", *NEEDS}
     for page in pages.values():
         for source in page.loads:
             kind, _, content = source.partition(";base64,")
             assert kind in ("data:image/png", "data:image/gif")
             Image.open(io.BytesIO(base64.b64decode(content, validate=True))).load()
-        assert page.scripts == 0
-    assert len(pages["index.html"].loads) == 3 and len(pages["01_explore.html"].loads) == 2
-    for path in index.parent.glob("*.html"):
-        assert "http://" not in path.read_text("utf-8") and "https://" not in path.read_text("utf-8")
+    assert len(pages["index"].loads) == 7  # five figures, an animation, and the volumes that the report draws
+    assert len(pages["01_explore"].loads) == 2
+    for path in run.report.parent.glob("*.html"):
+        assert not re.search(r"https?://|@import|url\(", path.read_text("utf-8"))
 
 
-def test_links_lead_somewhere(run):
-    index = build_report(run)
-    page = Page(index)
-    assert "01_explore.html" in page.links and "../figures/01_view%201.html" in page.links
-    for link in page.links:
-        if link.startswith("#"):
-            assert f'id="{link[1:]}"' in index.read_text("utf-8")
-        else:
-            assert (index.parent / link.replace("%20", " ")).exists()
-    assert "index.html" in Page(index.parent / "01_explore.html").links
+def test_the_one_script_is_the_one_that_the_policy_names(run, pages):
+    source = run.report.read_text("utf-8")
+    data, script = pages["index"].scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\">" in source
+    assert json.loads(data)["regions"][0]["name"] == "WT"
+    for name, page in pages.items():
+        assert page.handlers == []
+        if name != "index":
+            assert page.scripts == [] and "script-src" not in (run.report.parent / f"{name}.html").read_text("utf-8")
 
 
-def test_names_from_the_data_are_text(run):
-    index = build_report(run)
-    page, source = Page(index), index.read_text("utf-8")
-    assert "<img src=x" not in source and "alert(1)>" not in source
-    assert [HOSTILE, "0.800", "0.700", "–", "373.1", "2.0", "–"] in page.rows
-    assert ["B_1", f"unlabelled {HOSTILE}"] in page.rows
-    assert ["data", f"place: {HOSTILE}"] in page.rows
-    assert f"Scores of {HOSTILE}" in page.text
-    assert "<img src=x" not in (index.parent / "01_explore.html").read_text("utf-8")
-    assert Page(index.parent / "01_explore.html").text.count(HOSTILE) == 2  # printed, and in the traceback
+def test_links_lead_somewhere(run, pages):
+    from urllib.parse import unquote
+
+    links = pages["index"].links
+    assert {"01_explore.html", "validation.html", "../predictions/NoET_0_seg.nii.gz"} <= set(links)
+    assert "../figures/01_view%201.html" in pages["01_explore"].links
+    for page in pages.values():
+        for link in page.links:
+            if link.startswith("#"):
+                assert link[1:] in page.places
+            else:
+                assert (run.report.parent / unquote(link)).exists(), link
+    assert all("index.html" in pages[stage].links for stage in (*NEEDS, "validation"))
 
 
-def test_figures_of_the_run_are_stated(run):
-    page = Page(build_report(run))
-    verdict = "Mean Dice over 2 simulated test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
-    assert verdict in page.text and "brats2020: the rules in full" in page.text
+def test_names_from_the_data_are_text(run, pages):
+    for path in run.report.parent.glob("*.html"):
+        assert "<img src=x" not in path.read_text("utf-8") and "alert(1)>" not in path.read_text("utf-8")
+    page = pages["index"]
+    assert any(row[0] == HOSTILE for row in page.rows)
+    assert ["Unlabelled_0", f"unlabelled {HOSTILE}"] in page.rows
+    assert ["place", HOSTILE] in page.rows
+    assert f"tiny patients of {HOSTILE}." in page.text
+    assert HOSTILE in [patient["id"] for patient in json.loads(page.scripts[0])["patients"]]
+    assert f"case {HOSTILE}" in pages["01_explore"].text
+
+
+def test_the_verdict_comes_first_with_its_intervals(bare):
+    page = Page(build_report(bare))
+    text = " ".join(page.text.split())
+    verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
+    assert f"Run bare {verdict} Scored by brats2020: the rules in full." in text
     assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "188.1", "3.0", "2"] in page.rows
     assert ["ET", "0.800", "–", "–", "– to –", "–", "–", "–", "–"] in page.rows
-    patients = [row[0] for row in page.rows if row[0] in ("A_1", HOSTILE)]
-    assert patients == [HOSTILE, "A_1"]  # 1.5 and 2.4 in sum: the lowest first
+    assert [row[0] for row in page.rows if row[0] in ("A_1", "B_1")] == ["B_1", "A_1"]  # 1.5 and 2.4 in sum
+    assert ["A_1", "0.900", "0.700", "0.800", "3.0", "2.0", "–", "–", ""] in page.rows
     assert ["02_train", "finished", "1 min 01 s"] in page.rows
-    assert ["epochs", "6"] in page.rows and ["torch", "2.4"] in page.rows and ["seed", "3"] in page.rows
-    assert "02_curves" in page.text and "A_1 · slices" in page.text
 
 
-def test_stages_that_lack_are_named(run):
-    text = Page(build_report(run)).text
-    assert "04_advanced has not run yet: ./run_all.sh --run demo --only 04" in text
+def test_failures_conventions_and_validation_are_told(pages):
+    rows = pages["index"].rows
+    assert ["missed enhancing tumour", "NoET_0", "ET", "0.000"] in [row[:4] for row in rows]
+    assert any(row[0].startswith("brats2023: mean over patients") and len(row) == 4 for row in rows)
+    checks = pages["validation"].rows
+    shared = "splits.json: train ∩ val 0, train ∩ test 0, val ∩ test 0"
+    assert ["✅ held", "No patient is in two parts", shared] in checks
+    headings = ["Data set integration", "Data pipeline", "Model architecture", "Training loop", "Evaluation metrics"]
+    places = [pages["validation"].text.index(name) for name in [*headings, "Visualisation", "Code quality"]]
+    assert places == sorted(places)
+
+
+def test_the_viewer_gets_the_worst_the_median_and_the_best_patient(pages):
+    patients = json.loads(pages["index"].scripts[0])["patients"]
+    assert [(patient["rank"], patient["id"]) for patient in patients] == [
+        ("Worst", "NoET_0"), ("Median", HOSTILE), ("Best", "Exact_0"),
+    ]  # fmt: skip
+    for patient in patients:
+        assert set(patient["images"]) == {"flair", "t1ce"} and patient["modality"] == "t1ce"
+        assert all(uri.startswith("data:image/webp;base64,") for uri in patient["images"].values())
+
+
+def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
+    plain = Page(build_report(bare))
+    for word in ("Audit", "Uncertainty", "post-processing", "measured over predicted", "Left out"):
+        assert word not in plain.text
+    finding = {"code": "nan", "severity": "warning", "file": "A_1_t1.nii", "message": f"12 voxels of {HOSTILE}"}
+    report = {"cases": {"A_1": {"findings": [finding]}, "B_1": {"findings": []}}, "summary": {}}
+    (bare.folder / "audit.json").write_text(json.dumps(report))
+    bare.record(excluded={"D_1": ["flat"]}, preflight={"predicted": {"seconds": 100}, "measured": {"seconds": 150.0}})
+    dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
+    post = {"rules": {"et_voxels": 30}, "test": {"n": 2, "before": dice, "after": dice | {"ET": 0.65}}}
+    uncertainty = {"auc": 0.9312, "auc_tumour": 0.75}
+    page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
+    assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
+    assert ["D_1", "flat"] in page.rows and ["seconds", "100", "150", "1.50"] in page.rows
+    assert ["test", "2", "0.900", "0.900", "0.800", "0.800", "0.700", "0.650"] in page.rows
+    assert "0.931 of all pairs" in page.text and "in 0.750" in page.text
+    assert "These figures mean nothing: the network has seen A_1" in page.text
+
+
+def test_stages_that_lack_are_named(bare):
+    bare.record(stages={"01_explore": {"status": "failed"}, "02_train": {"status": "finished"}})
+    text = Page(build_report(bare)).text
+    assert "04_advanced has not run yet: ./run_all.sh --run bare --only 04" in text
     assert "01_explore is not finished (failed)" in text
     assert "02_train has not run" not in text and "02_train is not finished" not in text
 
 
-def test_simulated_is_marked_on_every_page_or_on_none(run):
-    pages = [build_report(run), run.report.parent / "01_explore.html"]
-    assert all("Simulated patients." in Page(path).text for path in pages)
-    assert all("(simulated)</title>" in path.read_text("utf-8") for path in pages)
-    run.record(simulated=False)
-    run.metrics.write_text(json.dumps(json.loads(run.metrics.read_text()) | {"simulated": False}))
-    build_report(run)
-    assert not any("simulated" in Page(path).text.lower().replace("simulatedfalse", "") for path in pages)
+def test_simulated_is_marked_on_every_page_or_on_none(run, bare):
+    paths = list(run.report.parent.glob("*.html"))
+    assert all("Simulated patients." in Page(path).text for path in paths)
+    assert all("(simulated)</title>" in path.read_text("utf-8") for path in paths)
+    assert "(simulated patients)" in (run.folder / "validation.md").read_text("utf-8")
+    build_report(bare)
+    real = [*bare.report.parent.glob("*.html"), bare.folder / "validation.md"]
+    assert not any(re.search(r"Simulated patients\.|[(]simulated", path.read_text("utf-8")) for path in real)
 
 
 def test_an_empty_run_has_a_report(tmp_path):
     page = Page(build_report(Run(tmp_path / "new")))
-    assert "Not scored yet." in page.text
-    for stage in SECTIONS:
+    assert "Not scored yet." in page.text and page.loads == []
+    for stage in NEEDS:
         assert f"{stage} has not run yet" in page.text
-    assert page.loads == []
 
 
 @pytest.mark.parametrize("key", ["convention", "simulated", "cases", "summary", "not_scored"])
-def test_any_key_of_the_metrics_may_lack(run, key):
-    metrics = json.loads(run.metrics.read_text())
+def test_any_key_of_the_metrics_may_lack(bare, key):
+    metrics = json.loads(bare.metrics.read_text())
     del metrics[key]
-    run.metrics.write_text(json.dumps(metrics))
-    assert ("Not scored yet." in Page(build_report(run)).text) == (key == "summary")
+    bare.metrics.write_text(json.dumps(metrics))
+    assert ("Not scored yet." in Page(build_report(bare)).text) == (key == "summary")
 
 
 @pytest.mark.parametrize("value", [None, np.nan])
-def test_figures_that_do_not_exist_are_dashes(run, value):
-    metrics = json.loads(run.metrics.read_text())
+def test_figures_that_do_not_exist_are_dashes(bare, value):
+    metrics = json.loads(bare.metrics.read_text())
     metrics["cases"]["A_1"]["WT"]["hd95_mm"] = value
-    run.metrics.write_text(json.dumps(metrics))
-    assert ["A_1", "0.900", "0.700", "0.800", "–", "2.0", "–"] in Page(build_report(run)).rows
+    page = rewrite(bare, cases=metrics["cases"])
+    assert ["A_1", "0.900", "0.700", "0.800", "–", "2.0", "–", "–", ""] in page.rows
 
 
-def test_entries_of_the_manifest_may_lack(run):
-    run.record(versions={}, stages={"02_train": {}, "03_evaluate": {"status": "running", "seconds": None}})
-    page = Page(build_report(run))
+def test_entries_of_the_manifest_may_lack(bare):
+    bare.record(versions={}, stages={"02_train": {}, "03_evaluate": {"status": "running", "seconds": None}})
+    page = Page(build_report(bare))
     assert ["02_train", "–", "–"] in page.rows and ["03_evaluate", "running", "–"] in page.rows

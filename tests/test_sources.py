@@ -4,16 +4,12 @@ import errno
 import gzip
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -23,9 +19,9 @@ import pytest
 from brats_helpers import sources
 from brats_helpers.cases import DataError, find_cases
 from brats_helpers.sources import KAGGLE_SETS, Source, find_data
-from tests.kaggle_server import PORT, FakeKaggle, serve
+from tests.kaggle_server import TOKEN
 
-TOKEN = "KGAT_never-to-be-seen-4711"
+pytestmark = pytest.mark.usefixtures("machine")
 MIB = 1 << 20
 NAME = "brats20-dataset-training-validation"
 KINDS = ("flair", "t1", "t1ce", "t2", "seg")
@@ -91,56 +87,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-@pytest.fixture(autouse=True)
-def machine(tmp_path, monkeypatch):
-    """A machine without credentials or mounts, whose Kaggle is port 7777 and which can reach nothing else."""
-    for name in [name for name in os.environ if name.startswith(("KAGGLE", "COLAB", "TBE_", "JPY_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "localhost,127.0.0.1")
-    monkeypatch.setattr(sources, "MOUNT", tmp_path / "input")
-    monkeypatch.setattr(sources, "_PAUSE_S", 0.1)
-    small = {short: replace(one, unpacked_bytes=0) for short, one in KAGGLE_SETS.items()}
-    monkeypatch.setattr(sources, "KAGGLE_SETS", small)
-
-
 @pytest.fixture
-def account(monkeypatch):
-    monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
-
-
-@pytest.fixture
-def port():
-    """Port 7777, the only one that Kaggle's clients take for a test, for this test alone."""
-    fcntl = pytest.importorskip("fcntl")
-    with open(Path(tempfile.gettempdir()) / "brats-tests-port-7777.lock", "a") as lock:
-        for _ in range(300):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        else:
-            pytest.skip("other tests have held port 7777 for 30 seconds")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-                pytest.skip("port 7777 is taken by something else")
-        yield
-
-
-@pytest.fixture
-def kaggle(machine, port):
-    """The loopback server."""
-    fake = FakeKaggle(archive=pack_zip(brats2020()))
-    server = serve(fake)
-    yield fake
-    server.shutdown()
-    server.server_close()
+def kaggle(kaggle):
+    """The loopback server, with a data set."""
+    kaggle.archive = pack_zip(brats2020())
+    return kaggle
 
 
 def find(data: str, tmp_path: Path) -> Source:

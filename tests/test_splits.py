@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -114,15 +113,15 @@ def test_parts_are_alike_in_enhancing_tumour_and_size(seed):
         assert enhancing[0] < 20 <= enhancing[-1]  # small tumours and large ones
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_parts_are_alike_in_grade(seed):
-    """40 patients, 8 of them LGG, of whom half lack enhancing tumour."""
-    patients = [_patient(k, volume=k + 1, enhancing=k % 10 > 0) for k in range(40)]
-    grades = {case.id: "LGG" if k % 5 == 0 else "HGG" for k, case in enumerate(patients)}
-    parts = split_cases(patients, split="0.5,0.25,0.25", seed=seed, grades=grades)
-    for part, expected in (("train", 4), ("val", 2), ("test", 2)):
-        found = Counter(grades[case_id] for case_id in parts[part])
-        assert abs(found["LGG"] - expected) <= 1, parts
+def test_parts_are_alike_in_grade():
+    """40 patients, 8 of them LGG, whatever their tumours: 2 of 10 in every part of 10."""
+    patients = [_patient(k, volume=k + 1, enhancing=k % 4 > 0) for k in range(40)]
+    for seed in range(20):
+        low = set(np.random.default_rng(seed).choice(40, 8, replace=False))
+        grades = {case.id: "LGG" if k in low else "HGG" for k, case in enumerate(patients)}
+        parts = split_cases(patients, split="0.5,0.25,0.25", seed=seed, grades=grades)
+        for part in ("val", "test"):
+            assert 1 <= sum(grades[case_id] == "LGG" for case_id in parts[part]) <= 3
 
 
 def test_names_of_one_scan_stay_together():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ CELLS = {
         'run_dir: str = "runs/demo"  # folder of the run\n'
         "epochs: int = 3  # passes over the training slices\n"
         "lr: float = 0.001  # learning rate\n"
+        "minutes: float = 0.0  # of training; 0: no limit\n"
         'wait_for: str = ""  # a file that must be there before the training ends',
         "from pathlib import Path\nimport os, sys, time",
         "for epoch in range(epochs):\n    print(f'epoch {epoch + 1} lr {lr}')\n    print('noise', file=sys.stderr)",
@@ -135,7 +137,13 @@ def manifest(checkout, name):
         (["-p", "lr", "fast"], "lr takes a float (learning rate), got 'fast'"),
         (["-p", "skip", "perhaps"], "skip takes true or false"),
         (["-p", "run_dir", "x"], "--run"),
-        (["--run", "../elsewhere"], "--run '../elsewhere'"),
+        (["--run", ".elsewhere"], "--run '.elsewhere'"),
+        (["--run", "/no/such/drive/first"], "there is no folder /no/such/drive; make it, or mount its drive, first"),
+        (["--log", "/no/such/folder/log"], "--log /no/such/folder/log: there is no folder /no/such/folder"),
+        (["--time-limit", "soon"], "--time-limit: invalid float value: 'soon'"),
+        (["--time-limit", "-3"], "minutes, more than 0"),
+        (["--yes"], "--yes agrees to the upload of --on kaggle"),
+        (["--on", "colab"], "invalid choice: 'colab'"),
         (["--data", "phantm"], "--data phantm: no such folder; did you mean phantom?"),
         (["--only", "03"], "03_evaluate needs 02_train, which has not finished in run demo"),
     ],
@@ -321,6 +329,56 @@ def test_a_stopped_run_goes_on_where_it_stopped(checkout):
     assert "00_setup: finished before" in answer.stdout and "02_train: started" in answer.stdout
 
 
+def test_a_run_may_lie_anywhere_and_its_log_too(checkout, tmp_path):
+    drive = tmp_path / "drive" / "first"
+    drive.parent.mkdir()
+    plan = suite.make_plan(["--run", str(drive)], checkout)
+    assert plan.values["00_setup"]["cache_dir"] == str(checkout / "cache")  # not on the slow drive
+    arguments = ["--run", str(drive), "--only", "00,01", "--log", str(tmp_path / "log.txt")]
+    printed = run(checkout, *arguments).stdout
+    assert (drive / "notebooks" / "01_explore.ipynb").exists() and "explored" in printed
+    again = run(checkout, *arguments).stdout
+    assert again.count("finished before") == 2
+    assert (tmp_path / "log.txt").read_text() == printed + again
+
+
+def test_an_attached_suite_that_is_read_only_writes_elsewhere(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != checkout)  # a root user may write to any folder
+    monkeypatch.chdir(tmp_path)
+    plan = suite.make_plan([], checkout)
+    assert plan.folder == tmp_path / "runs" / "demo"
+    assert plan.values["00_setup"]["cache_dir"] == str(Path(tempfile.gettempdir()) / "cache")
+
+
+def test_a_time_limit_shortens_the_training(checkout):
+    plan = suite.make_plan(["--time-limit", "100", "--run", "limited", "-p", "minutes", "5"], checkout)
+    assert plan.given["02_train"]["minutes"] == 5  # shorter as it is
+    plan = suite.make_plan(["--time-limit", "100", "--run", "limited"], checkout)
+    assert plan.given["02_train"]["minutes"] == 70  # 0.7 of the whole
+    suite._fit_training(plan, elapsed_s=10 * 60)
+    assert plan.given["02_train"]["minutes"] == 70  # 100 less 10 for the set-up, less 20 for the scores
+    suite._fit_training(plan, elapsed_s=30 * 60)
+    assert plan.given["02_train"]["minutes"] == 50
+
+
+def test_a_time_limit_ends_the_run_where_it_is(checkout):
+    late = run(checkout, "--run", "late", "--time-limit", "0.1", "-p", "wait_for", str(checkout / "never"))
+    assert late.returncode == 1, late.stdout
+    assert "❌ the time limit, 0.1 minutes, came in 02_train" in late.stdout
+    assert manifest(checkout, "late")["stages"]["02_train"]["status"] == "stopped"
+
+    notebook = checkout / "notebooks" / "04_advanced.ipynb"
+    before = notebook.read_text()
+    notebook.write_text(before.replace("print('compared', minutes)", "import time; time.sleep(60)"))
+    try:
+        scored = run(checkout, "--run", "scored", "--time-limit", "0.25")
+    finally:
+        notebook.write_text(before)
+    assert scored.returncode == 0, scored.stdout
+    assert "⚠️ the time limit, 0.25 minutes, came in 04_advanced" in scored.stdout
+    assert (checkout / "runs" / "scored" / "report" / "index.html").exists()
+
+
 def wait(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
@@ -360,17 +418,10 @@ def test_requirements_are_held_against_what_is_installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("system, editable", [({}, ["-e"]), ({"COLAB_RELEASE_TAG": "release"}, [])])
 def test_run_all_installs_what_is_missing_into_the_active_environment(checkout, tmp_path, system, editable):
-    pip = tmp_path / "pip.log"
-    python = tmp_path / "bin" / "python"  # this Python, but for its pip, which only writes down what it is told
-    python.parent.mkdir()
-    python.write_text(
-        f"""#!/bin/bash
-        if [[ "$1 $2 $3" == "-m pip install" ]]; then echo "$@" >> "{pip}"; exit; fi
-        exec "{sys.executable}" "$@"
-        """
-    )
-    python.chmod(0o755)
-    environ = os.environ | {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{python.parent}:{os.environ['PATH']}"} | system
+    log = tmp_path / "pip.log"  # written by a pip that does nothing but write down what it is told
+    (tmp_path / "pip.py").write_text(f"import sys\nwith open({str(log)!r}, 'a') as log: print(*sys.argv[1:], file=log)")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": path, "PYTHONPATH": str(tmp_path)} | system
 
     def run_all(*arguments):
         command = [checkout / "run_all.sh", "--run", f"shell-{len(editable)}", "--only", "01", *arguments]
@@ -379,21 +430,14 @@ def test_run_all_installs_what_is_missing_into_the_active_environment(checkout, 
         )
 
     wrong = run_all("--prepare", "--data", "phantm")
-    assert (wrong.returncode, pip.exists()) == (2, False), wrong.stdout + wrong.stderr
+    assert (wrong.returncode, log.exists()) == (2, False), wrong.stdout + wrong.stderr
     right = run_all("--prepare-only")
     assert right.returncode == 0, right.stdout + right.stderr
     assert "no-such-package" in right.stdout and "papermill>=2.6" not in right.stdout
-    *flags, root = pip.read_text().split()
-    assert root == str(checkout)
-    assert flags == [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-input",
-        f"torch=={environment.installed('torch')}",
-        *editable,
-    ]
+    command, *flags, place = log.read_text().split()
+    assert command == "install" and f"torch=={environment.installed('torch')}" in flags
+    assert [flag for flag in flags if flag == "-e"] == editable
+    assert (place == str(checkout)) == bool(editable)  # elsewhere from a copy, as the checkout may be read-only
 
 
 # --- the other verbs ----------------------------------------------------------------------------------------------

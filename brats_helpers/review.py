@@ -1,0 +1,179 @@
+"""The written predictions, read again beside their references: why patients fail, and whether the scores repeat."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+
+from brats_helpers.cases import REGIONS, Case, DataError, read_nifti, read_seg, spacing_mm
+from brats_helpers.metrics import conventions_table
+from brats_helpers.runs import Run, RunError
+from brats_helpers.splits import load_parts
+
+LOW_DICE = 0.7
+SMALL_ML = 5.0
+FAR_MM = 10.0
+CAUSES = {
+    "missed enhancing tumour": "the reference has ET, and the prediction overlaps none of it",
+    "false enhancing tumour": "the prediction has ET, and the reference has none",
+    "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
+    "far false positive": f"predicted tumour that lies more than {FAR_MM:g} mm from any reference tumour",
+    "other low score": f"a Dice below {LOW_DICE:g} for none of these reasons",
+}
+"""What counts as a failure, by cause, in the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of one patient: its cause (of `CAUSES`), the region, its Dice, and what was seen."""
+
+    cause: str
+    case: str
+    region: str
+    dice: float
+    seen: str
+
+
+@dataclass
+class Review:
+    """What reading a run's scored predictions again has shown.
+
+    Attributes:
+        cases: the scored patients by ID, as found on disk; empty where their files are not to be had.
+        problem: why they are not to be had, or empty.
+        failures: in the order of `CAUSES`, the lowest Dice first.
+        conventions: see `metrics.conventions_table`.
+        reference_labels, predicted_labels: numbers of tumour labels on disk.
+        off_grid: IDs whose prediction has not the shape and affine of the patient's own first modality.
+        largest_difference: between the figures of `metrics.json` and the same counted here (Dice under
+            brats2020, volumes in ml).
+    """
+
+    cases: dict[str, Case] = field(default_factory=dict)
+    problem: str = ""
+    failures: list[Failure] = field(default_factory=list)
+    conventions: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    reference_labels: set[int] = field(default_factory=set)
+    predicted_labels: set[int] = field(default_factory=set)
+    off_grid: list[str] = field(default_factory=list)
+    largest_difference: float = 0.0
+
+
+def review(run: Run, metrics: Mapping) -> Review:
+    """Read every scored prediction of a run and its reference once; `metrics` is the run's `metrics.json`."""
+    result = Review()
+    scores = metrics.get("cases", {})
+    if not scores:
+        return result
+    try:
+        parts = load_parts(run)
+    except (DataError, RunError, KeyError) as error:
+        result.problem = f"the patients' files could not be read again: {error}"
+        return result
+    result.cases = {case.id: case for cases in parts.values() for case in cases if case.id in scores and case.seg}
+    try:
+        result.conventions = conventions_table(_pairs(run, metrics, result))
+    except DataError as error:
+        return Review(problem=f"the predictions could not be read again: {error}")
+    order = list(CAUSES)
+    result.failures.sort(key=lambda failure: (order.index(failure.cause), failure.dice))
+    return result
+
+
+def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Prediction and reference of each patient in turn, what they show noted in `result` on the way."""
+    plain_dice = str(metrics.get("convention", "")).startswith("brats2020")
+    for case_id, case in result.cases.items():
+        pred, pred_image = read_seg(run.predictions / f"{case_id}_seg.nii.gz")
+        truth, truth_image = read_seg(case.seg)
+        if pred.shape != truth.shape:
+            raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
+        result.reference_labels |= _labels(truth, truth_image)
+        result.predicted_labels |= _labels(pred, pred_image)
+        own = read_nifti(next(iter(case.images.values())))
+        if own.shape != pred.shape or not np.allclose(own.affine, pred_image.affine, atol=1e-3):
+            result.off_grid.append(case_id)
+        result.failures += find_failures(case_id, pred, truth, spacing_mm(truth_image))
+
+        voxel_ml = float(np.prod(spacing_mm(truth_image))) / 1000
+        for region, classes in REGIONS.items():
+            p, t = np.isin(pred, classes), np.isin(truth, classes)
+            found = {"volume_ml": np.count_nonzero(p) * voxel_ml, "volume_ml_truth": np.count_nonzero(t) * voxel_ml}
+            if plain_dice:
+                found["dice"] = _dice(p, t)
+            stored = metrics["cases"][case_id].get(region, {})
+            differences = [abs(value - stored[name]) for name, value in found.items() if stored.get(name) is not None]
+            result.largest_difference = max([result.largest_difference, *differences])
+        yield pred, truth
+
+
+def _labels(classes: np.ndarray, image) -> set[int]:
+    """The numbers on disk of the voxels that are tumour."""
+    return {int(number) for number in np.unique(np.asanyarray(image.dataobj)[classes > 0])}
+
+
+def find_failures(
+    case_id: str, pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> list[Failure]:
+    """Why a patient's scores are low, if they are; see `CAUSES`.
+
+    Args:
+        case_id: the patient.
+        pred, truth: class indices 0 to 3, uint8, shape (X, Y, Z).
+        spacing_mm: voxel size along X, Y, Z.
+    """
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    failures = []
+    for region, classes in REGIONS.items():
+        p, t = np.isin(pred, classes), np.isin(truth, classes)
+        dice = _dice(p, t)
+        predicted_ml, true_ml = np.count_nonzero(p) * voxel_ml, np.count_nonzero(t) * voxel_ml
+        seen = f"predicted {_ml(predicted_ml)}, reference {_ml(true_ml)}"
+        if region == "ET" and true_ml and not (p & t).any():
+            cause = "missed enhancing tumour"
+        elif region == "ET" and predicted_ml and not true_ml:
+            cause = "false enhancing tumour"
+        elif dice < LOW_DICE:
+            cause = "small tumour" if true_ml < SMALL_ML else "other low score"
+        else:
+            continue
+        failures.append(Failure(cause, case_id, region, dice, seen))
+
+    tumour, reference = pred > 0, truth > 0
+    count, ml, mm = _far(tumour, reference, spacing_mm)
+    if count:
+        away = f"up to {mm:.0f} mm away" if reference.any() else "the reference has no tumour"
+        seen = f"{count} piece{'s' * (count > 1)}, {_ml(ml)} together, {away}"
+        failures.append(Failure("far false positive", case_id, "WT", _dice(tumour, reference), seen))
+    return failures
+
+
+def _far(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[int, float, float]:
+    """Predicted pieces (26 neighbours) farther than `FAR_MM` from the reference: how many, ml, the farthest in mm."""
+    sides = [np.flatnonzero((pred | truth).any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    if not pred.any():
+        return 0, 0.0, 0.0
+    box = tuple(slice(side[0], side[-1] + 1) for side in sides)
+    pred, truth = pred[box], truth[box]
+    pieces, count = ndimage.label(pred, np.ones((3, 3, 3)))
+    if truth.any():
+        distance = ndimage.distance_transform_edt(~truth, sampling=spacing_mm)
+    else:
+        distance = np.full(pred.shape, np.inf)
+    nearest = ndimage.minimum(distance, pieces, range(1, count + 1))
+    far = np.flatnonzero(np.asarray(nearest) > FAR_MM)
+    if not far.size:
+        return 0, 0.0, 0.0
+    voxels = np.bincount(pieces.ravel(), minlength=count + 1)[1:][far].sum()
+    return far.size, float(voxels * np.prod(spacing_mm) / 1000), float(np.max(np.asarray(nearest)[far]))
+
+
+def _dice(p: np.ndarray, t: np.ndarray) -> float:
+    """Dice of two boolean masks; 1 where both are empty."""
+    masses = np.count_nonzero(p) + np.count_nonzero(t)
+    return float(2 * np.count_nonzero(p & t) / masses) if masses else 1.0
+
+
+def _ml(volume_ml: float) -> str:
+    return f"{volume_ml:.1f} ml" if volume_ml >= 0.1 else f"{volume_ml:.3f} ml"

@@ -1,0 +1,542 @@
+"""The validation report: what can be said of a run line by line, each computed from its files, evidence beside it."""
+
+import csv
+import hashlib
+import html
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+from brats_helpers.cases import CLASSES, LABELS, REGIONS
+from brats_helpers.log import FAIL, OK, WARN, duration
+from brats_helpers.review import Review
+from brats_helpers.runs import Run
+from brats_helpers.suite import NEEDS
+
+NOT_APPLICABLE = "not applicable"
+MEANINGS = {OK: "held", WARN: "partly", FAIL: "not", NOT_APPLICABLE: "not applicable"}
+"""The marks of a line, and how they are read."""
+
+_ENOUGH_PATIENTS = 10
+_ALIKE = 0.5  # cosine of trained and pretrained filters; filters that have nothing to do with each other have 0.00
+_CLOSE, _FAR = 1.25, 2.0  # how far measured and predicted may be apart, as a factor
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the validation report; `mark` is a key of `MEANINGS`."""
+
+    heading: str
+    check: str
+    mark: str
+    evidence: str
+
+
+def validate(run: Run, review: Review) -> list[Line]:
+    """Every line of a run's validation, in order of its headings.
+
+    Args:
+        run: its folder, in whatever state.
+        review: its predictions read again, see `review.review`.
+    """
+    facts, lines = _Facts(run, review), []
+    for heading, check, compute in _CHECKS:
+        try:
+            mark, evidence = compute(facts)
+        except _NotDone as reason:
+            mark, evidence = NOT_APPLICABLE, str(reason)
+        except KeyError as key:
+            mark, evidence = NOT_APPLICABLE, f"the run's files have no entry {key}"
+        lines.append(Line(heading, check, mark, evidence))
+    return lines
+
+
+def tally(lines: list[Line]) -> str:
+    """How many lines have which mark."""
+    counts = Counter(line.mark for line in lines)
+    marks = [f"{mark} {counts[mark]} {meaning}" for mark, meaning in MEANINGS.items() if mark != NOT_APPLICABLE]
+    return ", ".join([*marks, f"{counts[NOT_APPLICABLE]} {NOT_APPLICABLE}"])
+
+
+def write_markdown(path: Path, name: str, lines: list[Line], *, simulated: bool) -> None:
+    """Write the lines as `validation.md`: a table under each heading."""
+    text = [f"# Validation of run {_literal(name)}{' (simulated patients)' * simulated}", "", f"{tally(lines)}.", ""]
+    text += ["Every line was computed from the run's own files; none was written by hand. There is no total score."]
+    for heading in dict.fromkeys(line.heading for line in lines):
+        text += ["", f"## {heading}", "", "| held? | check | evidence |", "| --- | --- | --- |"]
+        own = [line for line in lines if line.heading == heading]
+        text += [f"| {line.mark} | {_literal(line.check)} | {_literal(line.evidence)} |" for line in own]
+    path.write_text("\n".join(text) + "\n", "utf-8")
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def predicted_and_measured(manifest: Mapping) -> dict[str, tuple[float, float]]:
+    """By name, what the preflight predicted and what was measured, of what is known both ways."""
+    preflight = manifest.get("preflight", {})
+    predicted, measured = preflight.get("predicted", {}), preflight.get("measured", {})
+    return {
+        name: (float(value), float(measured[name]))
+        for name, value in predicted.items()
+        if isinstance(value, int | float) and isinstance(measured.get(name), int | float)
+    }
+
+
+# --- what the lines are computed from
+
+
+class _NotDone(Exception):
+    """The run did not do what a line is about; the message says what lacks."""
+
+
+class _Facts:
+    """The files of a run, each read once, when a line asks for it. What is not there raises `_NotDone`."""
+
+    def __init__(self, run: Run, review: Review):
+        self.run, self._review = run, review
+        self.manifest = run.manifest
+
+    @cached_property
+    def splits(self) -> dict:
+        return _read(self.run.splits)
+
+    @cached_property
+    def parts(self) -> dict[str, list[str]]:
+        return {name: self.splits[name] for name in ("train", "val", "test")}
+
+    @cached_property
+    def metrics(self) -> dict:
+        return _read(self.run.metrics)
+
+    @cached_property
+    def audit(self) -> dict:
+        return _read(self.run.audit)
+
+    @property
+    def review(self) -> Review:
+        if not self._review.cases:
+            raise _NotDone(self._review.problem or "no patient is scored")
+        return self._review
+
+    @cached_property
+    def history(self) -> list[dict[str, float]]:
+        if not self.run.history.exists():
+            raise _NotDone("no history.csv")
+        with open(self.run.history, newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    @cached_property
+    def checkpoint(self) -> dict:
+        import torch
+
+        if not self.run.best.exists():
+            raise _NotDone("no checkpoints/best.pt")
+        return torch.load(self.run.best, map_location="cpu", weights_only=True, mmap=True)
+
+    @cached_property
+    def code(self) -> dict[str, list[dict]]:
+        """The code cells of each executed notebook, by stage."""
+        return {stage: [c for c in cells if c["cell_type"] == "code"] for stage, cells in self.notebooks.items()}
+
+    @cached_property
+    def notebooks(self) -> dict[str, list[dict]]:
+        """The cells of each executed notebook, by stage."""
+        found = {path.stem: _read(path)["cells"] for path in sorted(self.run.notebooks.glob("*.ipynb"))}
+        if not found:
+            raise _NotDone("no executed notebook")
+        return found
+
+    @cached_property
+    def pictures(self) -> dict[str, str | None]:
+        """Title by name of every picture that the executed notebooks' code names; None for one that cannot be read."""
+        from PIL import Image
+
+        code = "\n".join("".join(cell["source"]) for cells in self.code.values() for cell in cells)
+        titles: dict[str, str | None] = {}
+        for name in sorted(set(re.findall(r'figures / "([\w.]+\.(?:png|gif))"', code))):
+            try:
+                with Image.open(self.run.figures / name) as image:
+                    image.load()
+                    titles[name] = image.info.get("Title") or image.info.get("comment", b"").decode()
+            except OSError:
+                titles[name] = None
+        if not titles:
+            raise _NotDone("no executed notebook names a figure")
+        return titles
+
+
+def _read(path: Path) -> dict:
+    if not path.exists():
+        raise _NotDone(f"no {path.name}")
+    return json.loads(path.read_text("utf-8"))
+
+
+def _mark(held: bool, otherwise: str = FAIL) -> str:
+    return OK if held else otherwise
+
+
+def _but(label: str, names: Iterable) -> str:
+    """What to add to the evidence: `; label: a, b, ...`, or nothing where there are no names."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - 5} more" * (len(names) > 5)
+    return f"; {label}: {', '.join(names[:5])}{more}" if names else ""
+
+
+# --- the lines: each computes its mark and its evidence
+
+_CHECKS: list[tuple[str, str, Callable[[_Facts], tuple[str, str]]]] = []
+
+
+def _line(heading: str, check: str):
+    def register(compute):
+        _CHECKS.append((heading, check, compute))
+        return compute
+
+    return register
+
+
+@_line("Data set integration", "Every part of the split has patients")
+def _parts(facts):
+    sizes = ", ".join(f"{part} {len(ids)}" for part, ids in facts.parts.items())
+    return _mark(all(facts.parts.values())), f"splits.json: {sizes}"
+
+
+@_line("Data set integration", "No patient is in two parts")
+def _disjoint(facts):
+    pairs = list(combinations(facts.parts, 2))
+    shared = {f"{a} ∩ {b}": set(facts.parts[a]) & set(facts.parts[b]) for a, b in pairs}
+    evidence = "splits.json: " + ", ".join(f"{pair} {len(ids)}" for pair, ids in shared.items())
+    return _mark(not any(shared.values())), evidence + _but("shared", sorted(set().union(*shared.values())))
+
+
+@_line("Data set integration", "Nobody is in two parts under two names")
+def _groups(facts):
+    homes: dict[str, set[str]] = {}
+    for part, ids in facts.parts.items():
+        for case_id in ids:
+            homes.setdefault(facts.audit["cases"][case_id]["group"], set()).add(part)
+    spread = sorted(group for group, home in homes.items() if len(home) > 1)
+    evidence = f"audit.json: {len(homes)} people, by the content of their scans and the tables"
+    return _mark(not spread), evidence + _but("in two parts", spread)
+
+
+@_line("Data set integration", "The scored network has seen no test patient")
+def _unseen(facts):
+    seen = {*facts.checkpoint["train_cases"], *facts.checkpoint["val_cases"]}
+    leaked = sorted((seen & set(facts.parts["test"])) | set(facts.metrics.get("leakage", ())))
+    evidence = f"best.pt names {len(seen)} patients it was trained on or chosen by, {len(leaked)} of them test patients"
+    return _mark(not leaked), evidence + _but("seen", leaked)
+
+
+@_line("Data set integration", "The patients are still those that were split")
+def _unchanged(facts):
+    if facts._review.problem:
+        return WARN, facts._review.problem
+    _ = facts.review
+    return OK, f"each patient's voxels are those of splits.json, fingerprint {facts.splits['fingerprint']}"
+
+
+@_line("Data set integration", "Label numbers are known ones before, and the same after")
+def _labels(facts):
+    before, after = sorted(facts.review.reference_labels), sorted(facts.review.predicted_labels)
+    numbering = next((numbers for numbers in LABELS.values() if {*before, *after} <= {*numbers}), ())
+    evidence = f"on disk, references of the test patients: {before}, predictions: {after}"
+    return _mark(bool(numbering), WARN), evidence + "; in between they are classes 1 to 3"
+
+
+@_line("Data set integration", "The audit has nothing against the patients used")
+def _audited(facts):
+    excluded = facts.manifest.get("excluded", {})
+    used = [case for case_id, case in facts.audit["cases"].items() if case_id not in excluded]
+    found = Counter(finding["severity"] for case in used for finding in case["findings"])
+    counts = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for severity, count in sorted(found.items()))
+    evidence = f"audit.json: {len(used)} patients, findings: {counts or 'none'}" + _but("left out", excluded)
+    return FAIL if found["error"] else _mark(not found["warning"], WARN), evidence
+
+
+@_line("Data pipeline", "The checks of 00_setup held")
+def _setup(facts):
+    outputs = [output for cell in facts.code.get("00_setup", ()) for output in cell["outputs"]]
+    found = re.search(r"(\d+) of (\d+) checks held", "".join("".join(o.get("text", ())) for o in outputs))
+    if not found:
+        raise _NotDone("00_setup has not run to its end")
+    return _mark(found[1] == found[2]), f"notebooks/00_setup.ipynb printed: {found[0]}"
+
+
+@_line("Data pipeline", "Training slices were augmented")
+def _augmented(facts):
+    strength = facts.checkpoint["settings"]["augment"]
+    return OK if strength != "none" else NOT_APPLICABLE, f"best.pt, settings: augment {strength}"
+
+
+@_line("Data pipeline", "Predictions lie in each patient's own geometry")
+def _geometry(facts):
+    n, off = len(facts.review.cases), facts.review.off_grid
+    evidence = f"shape and affine are those of the first modality for {n - len(off)} of {n}"
+    return _mark(not off), evidence + _but("not for", off)
+
+
+@_line("Data pipeline", "Unlabelled patients are predicted and not scored")
+def _unlabelled(facts):
+    ids = facts.splits["unlabelled"]
+    if not ids:
+        raise _NotDone("no unlabelled patient")
+    predicted = [name for name in ids if (facts.run.predictions / f"{name}_seg.nii.gz").exists()]
+    scored = set(ids) & set(facts.metrics["cases"])
+    held = len(predicted) == len(ids) and not scored
+    return _mark(held), f"{len(predicted)} of {len(ids)} predicted, {len(scored)} scored"
+
+
+@_line("Model architecture", "Input channels are modalities times slices")
+def _inputs(facts):
+    settings, channels = facts.checkpoint["settings"], facts.checkpoint["in_channels"]
+    modalities, slices = len(settings["modalities"].split(",")), 2 * settings["context_slices"] + 1
+    evidence = f"best.pt: {modalities} modalities, {slices} slice{'s' * (slices > 1)} at a time, {channels} channels"
+    return _mark(channels == modalities * slices), evidence
+
+
+@_line("Model architecture", "One output for each class")
+def _outputs(facts):
+    outputs = len(facts.checkpoint["model"]["segmentation_head.0.bias"])
+    return _mark(outputs == len(CLASSES)), f"best.pt: {outputs}, for {', '.join(CLASSES)}"
+
+
+@_line("Model architecture", "Every weight is finite")
+def _finite(facts):
+    weights = facts.checkpoint["model"].values()
+    finite = all(bool(tensor.isfinite().all()) for tensor in weights)
+    size = sum(tensor.numel() for tensor in weights)
+    return _mark(finite), f"best.pt: {facts.checkpoint['settings']['encoder']}, {size:,} weights and statistics"
+
+
+@_line("Model architecture", "The encoder's weights are ImageNet's")
+def _imagenet(facts):
+    import torch
+
+    from brats_helpers.model import WeightsError, build_model
+
+    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
+    if settings["encoder_weights"] != "imagenet":
+        raise _NotDone(f"training started from encoder_weights {settings['encoder_weights']}")
+    try:
+        network = build_model(encoder=settings["encoder"], weights="imagenet", in_channels=saved["in_channels"])
+    except WeightsError as error:
+        return WARN, f"ImageNet's weights are not to be had here for comparison: {error}"
+    reference = network.encoder.state_dict()
+    own = {name: saved["model"][f"encoder.{name}"] for name in reference}
+    digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in reference.values()))
+    equal = sum(torch.equal(own[name], tensor) for name, tensor in reference.items())
+    filters = [torch.cat([t.flatten() for t in state.values() if t.ndim == 4]) for state in (own, reference)]
+    cosine = torch.nn.functional.cosine_similarity(*filters, dim=0).item()
+    frozen = settings["frozen_epochs"] >= saved["epoch"]
+    evidence = (
+        f"ImageNet's {settings['encoder']} has the fingerprint {digest.hexdigest()[:16]}; in best.pt {equal} of"
+        f" {len(reference)} tensors equal it bit for bit, cosine of the filters {cosine:.3f} (unrelated: 0.00);"
+        f" the encoder was {'frozen until then' if frozen else 'trained on from there'}"
+    )
+    return _mark(equal == len(reference) if frozen else cosine > _ALIKE), evidence
+
+
+@_line("Training loop", "The training loss is finite and fell")
+def _fell(facts):
+    losses = [row["train_loss"] for row in facts.history]
+    finite = all(math.isfinite(value) for row in facts.history for value in row.values())
+    evidence = f"history.csv: {losses[0]:.3f} in epoch 1, {losses[-1]:.3f} in epoch {len(losses)}"
+    return _mark(finite and losses[-1] < losses[0], WARN if finite and len(losses) == 1 else FAIL), evidence
+
+
+def _best(history: list[dict[str, float]]) -> tuple[int, float]:
+    """The first epoch with the highest mean validation Dice of the regions, and that Dice."""
+    means = [sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS) for row in history]
+    return means.index(max(means)) + 1, max(means)
+
+
+@_line("Training loop", "The kept epoch is the best one on validation")
+def _kept(facts):
+    best, dice = _best(facts.history)
+    kept, named = facts.checkpoint["epoch"], facts.manifest["best_epoch"]
+    evidence = f"history.csv: epoch {best}, mean Dice {dice:.3f}; best.pt: epoch {kept}; manifest.json: epoch {named}"
+    return _mark(best == kept == named), evidence
+
+
+@_line("Training loop", "It stopped when its rule says")
+def _stopped(facts):
+    settings, n = facts.checkpoint["settings"], len(facts.history)
+    epochs, patience, minutes = (settings[name] for name in ("epochs", "patience", "minutes"))
+    (best, _), seconds = _best(facts.history), facts.history[-1]["seconds"]
+    reasons = [
+        (n == epochs, f"all {n} epochs are done"),
+        (patience and n - best == patience, f"{patience} epochs without progress after epoch {best}"),
+        (minutes and seconds >= 0.99 * 60 * minutes, f"its time was up, after {duration(seconds)}"),
+    ]
+    reason = next((text for holds, text in reasons if holds), f"for no reason it had, after epoch {n}")
+    limits = f"{epochs} epochs, patience {patience or 'without end'}, {minutes or 'any number of'} minutes"
+    return _mark(any(holds for holds, _ in reasons)), f"{reason}; best epoch {best}; limits: {limits}"
+
+
+@_line("Training loop", "The learning rate came down to its end")
+def _came_down(facts):
+    rates = [row["lr"] for row in facts.history]
+    if len(rates) == 1:
+        raise _NotDone("one epoch")
+    evidence = f"history.csv, at the ends of epochs: {max(rates):.1e} at most, {rates[-1]:.1e} at last"
+    return _mark(rates[-1] < 0.05 * max(rates), WARN), evidence
+
+
+@_line("Training loop", "Time and memory were as the preflight predicted")
+def _predicted(facts):
+    compared = predicted_and_measured(facts.manifest)
+    if not compared:
+        raise _NotDone("manifest.json has no preflight with both")
+    apart = max(max(p, m) / max(min(p, m), 1e-9) for p, m in compared.values())
+    evidence = "; ".join(f"{name}: predicted {p:.4g}, measured {m:.4g}" for name, (p, m) in compared.items())
+    evidence += f"; held up to a factor of {_CLOSE:g}, partly up to {_FAR:g}"
+    return FAIL if apart > _FAR else _mark(apart <= _CLOSE, WARN), evidence
+
+
+@_line("Evaluation metrics", "Every test patient is scored")
+def _scored(facts):
+    lacking = [name for name in facts.parts["test"] if name not in facts.metrics["cases"]]
+    silent = [name for name in lacking if name not in facts.metrics.get("not_scored", {})]
+    n = len(facts.parts["test"])
+    evidence = f"metrics.json: {n - len(lacking)} of {n}" + _but("lacking", lacking) + _but("without a reason", silent)
+    return FAIL if silent else _mark(not lacking, WARN), evidence
+
+
+@_line("Evaluation metrics", "The rules are named")
+def _named(facts):
+    return OK, f"metrics.json: {facts.metrics['convention'].partition(':')[0]}"
+
+
+@_line("Evaluation metrics", "Scores repeat from the files as written")
+def _repeat(facts):
+    difference = facts.review.largest_difference
+    evidence = f"volumes, and Dice under brats2020, of {len(facts.review.cases)} patients counted again: off by at most"
+    return _mark(difference < 1e-6), f"{evidence} {difference:.1g}"
+
+
+@_line("Evaluation metrics", "Each mean has its interval, from enough patients")
+def _intervals(facts):
+    n = len(facts.metrics["cases"])
+    ends = {region: facts.metrics["summary"][region]["dice"]["ci95"] for region in REGIONS}
+    evidence = ", ".join(f"{region} {low:.3f} to {high:.3f}" for region, (low, high) in ends.items())
+    few = f", fewer than {_ENOUGH_PATIENTS}: an indication" * (n < _ENOUGH_PATIENTS)
+    return _mark(n >= _ENOUGH_PATIENTS, WARN), f"{evidence}, from {n} patient{'s' * (n != 1)}{few}"
+
+
+@_line("Evaluation metrics", "Post-processing was chosen on validation and gains on test")
+def _postprocessed(facts):
+    post = facts.metrics["postprocess"]
+    if not any(post["rules"].values()):
+        raise _NotDone("no rule was chosen")
+    gains = {
+        part: {region: post[part]["after"][region] - post[part]["before"][region] for region in REGIONS}
+        for part in ("validation", "test")
+    }
+    changes = "; ".join(
+        f"on {post[part]['n']} {part} patients " + ", ".join(f"{region} {gain:+.4f}" for region, gain in each.items())
+        for part, each in gains.items()
+    )
+    rules = ", ".join(f"{name} {value}" for name, value in post["rules"].items())
+    return _mark(sum(gains["test"].values()) >= 0, WARN), f"{rules}; change of Dice {changes}"
+
+
+@_line("Evaluation metrics", "The network's doubt points at its errors")
+def _doubt(facts):
+    auc = facts.metrics["uncertainty"]["auc"]
+    if auc is None:
+        raise _NotDone("no error to find")
+    mark = FAIL if auc < 0.6 else _mark(auc >= 0.8, WARN)
+    return mark, f"area under the curve of error detection {auc:.3f} (chance: 0.5; partly from 0.6, held from 0.8)"
+
+
+@_line("Visualisation", "Each figure is there")
+def _figures(facts):
+    lacking = [name for name, title in facts.pictures.items() if title is None]
+    evidence = f"{len(facts.pictures) - len(lacking)} of {len(facts.pictures)} that the executed notebooks name"
+    return _mark(not lacking), evidence + _but("not to be read", lacking)
+
+
+@_line("Visualisation", "Figures of simulated patients say so, and no others do")
+def _honest(facts):
+    simulated = bool(facts.manifest["simulated"])
+    titles = {name: title for name, title in facts.pictures.items() if title is not None}
+    wrong = [name for name, title in titles.items() if ("simulated" in title) != simulated]
+    evidence = f"titles of {len(titles)} figures of {'simulated' if simulated else 'real'} patients"
+    return _mark(not wrong), evidence + _but("wrong", wrong)
+
+
+@_line("Code quality", "Every notebook finished")
+def _finished(facts):
+    status = {stage: facts.manifest.get("stages", {}).get(stage, {}).get("status") for stage in NEEDS}
+    never = [stage for stage in status if status[stage] is None]
+    broken = [stage for stage in status if status[stage] not in ("finished", None)]
+    evidence = f"manifest.json: {len(NEEDS) - len(never) - len(broken)} of {len(NEEDS)}"
+    evidence += _but("not finished", broken) + _but("not run", never)
+    return FAIL if broken else _mark(not never, WARN), evidence
+
+
+@_line("Code quality", "Notebooks ran from top to bottom without an error")
+def _in_order(facts):
+    order = {stage: [cell["execution_count"] for cell in cells] for stage, cells in facts.code.items()}
+    disordered = [stage for stage, counts in order.items() if counts != list(range(1, len(counts) + 1))]
+    errors = [
+        stage
+        for stage, cells in facts.code.items()
+        if any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    ]
+    evidence = f"{sum(map(len, facts.code.values()))} code cells of {len(facts.code)} notebooks"
+    return _mark(not errors and not disordered), evidence + _but("errors in", errors) + _but("not in order", disordered)
+
+
+@_line("Code quality", "The revision is known and clean")
+def _revision(facts):
+    revision = facts.manifest["revision"]
+    if not revision:
+        return FAIL, "manifest.json: none"
+    return _mark(not revision.endswith("-dirty"), WARN), f"manifest.json: {revision}"
+
+
+@_line("Code quality", "The tests passed at this revision")
+def _tests(facts):
+    record = _read(facts.run.folder.parent / "tests.json")
+    if record["revision"] != facts.manifest["revision"]:
+        raise _NotDone(f"the tests last ran at {record['revision']}")
+    evidence = ", ".join(f"{record[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    return _mark(record["passed"] > 0 == record["failed"]), f"tests.json: {evidence}"
+
+
+@_line("Documentation", "Notebooks say what they need and how long they take")
+def _prose(facts):
+    texts = {stage: "".join(cells[0]["source"]) for stage, cells in facts.notebooks.items()}
+    silent = [stage for stage, text in texts.items() if "**You need**" not in text or "**It takes**" not in text]
+    return _mark(not silent), f"{len(texts) - len(silent)} of {len(texts)} executed notebooks" + _but("not", silent)
+
+
+@_line("Documentation", "Every parameter says what it means")
+def _parameters(facts):
+    cells = [cell for cells in facts.code.values() for cell in cells]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    declared = re.findall(r"^\w+: \w+ = .*$", "\n".join(tagged), re.MULTILINE)
+    explained = [line for line in declared if re.search(r"  # \S", line)]
+    return _mark(len(explained) == len(declared)), f"{len(explained)} of {len(declared)} in the executed notebooks"
+
+
+@_line("Documentation", "The versions of the packages are recorded")
+def _versions(facts):
+    unknown = [name for name, version in facts.manifest["versions"].items() if version is None]
+    return _mark(not unknown, WARN), f"manifest.json: {len(facts.manifest['versions'])}" + _but("without one", unknown)
+
+
+@_line("Documentation", "The command that repeats the run is recorded")
+def _command(facts):
+    return OK, f"manifest.json: {facts.manifest['command']}"
