@@ -1,8 +1,8 @@
 """Random changes to a batch on its device: image and mask together, labels never mixed.
 
-Slices and patches go through the same lines: a field over the image, or a blur of it, is the same small matrix along
-each of its axes. Written here, because what MONAI and TorchIO have takes one sample at a time, and what Kornia has draws
-its numbers per batch.
+Slices and patches go through the same lines: a smooth field over an image, and a blur of it, are small matrices along
+each of its axes. Written here, because MONAI and TorchIO change one sample at a time on the CPU, and Kornia's random
+numbers are one stream for the whole batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -138,14 +138,14 @@ def _coarsen(images, generators):
 
 
 def _gaussian(size: int, sigma: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, size, size) that blur a line by each of n `sigma`; 0 leaves it as it is."""
+    """Matrices (n, size, size) that blur a line by each of n `sigma`; 0 changes nothing."""
     place = torch.arange(float(size))
     weights = torch.exp(-(((place - place[:, None]) / sigma.clamp_min(0.1)[:, None, None]) ** 2) / 2)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _resampling(size: int, pitch: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, size, size) that keep of a line every `pitch`-th pixel and fill in linearly; 1 leaves it as it is."""
+    """Matrices (n, size, size) that keep every `pitch`-th pixel of a line and fill in linearly; 1 changes nothing."""
     place, pitch = torch.arange(float(size)), pitch[:, None, None]
     nth = (place / pitch).round()
     kept = (nth * pitch).round() == place
@@ -168,6 +168,6 @@ def _noise(images, generators):
 def _present(images, modalities: int, generators):
     """Which channels are there, (batch, channels, 1, ...): in a tenth of the samples one modality is not."""
     lost = _uniform((), 0, 1, generators) < (0.1 if modalities > 1 else 0)
-    which = (_uniform((), 0, modalities, generators)).long()
+    which = _uniform((), 0, modalities, generators).long()
     missing = lost[:, None] & (torch.arange(images.shape[1]) % modalities == which[:, None])
     return ~missing.to(images.device)[(...,) + (None,) * (images.ndim - 2)]

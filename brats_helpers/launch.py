@@ -1,7 +1,7 @@
 """Start the training of a run: in this process, or in several that share out each batch, one a GPU.
 
 Several processes are started by torchrun, each of which runs `python -m brats_helpers train RUN`. The same command
-under `accelerate launch` or torchrun trains on several machines that share the run's folder. A notebook does not fork
+under `accelerate launch` or torchrun trains on several machines that see the same folders. A notebook does not fork
 (accelerate's notebook_launcher): that cannot be done once the notebook has touched a GPU, as it has when it chose it.
 """
 
@@ -11,19 +11,23 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 from brats_helpers import machine, plots
-from brats_helpers.cache import Packed
+from brats_helpers.cache import Packed, load
 from brats_helpers.files import write_json
 from brats_helpers.log import FAIL
 from brats_helpers.runs import Run
-from brats_helpers.splits import load_prepared
-from brats_helpers.train import Settings, Stopped, fit, mean_dice
+from brats_helpers.train import Settings, fit, mean_dice, stoppable
+
+JOB = "training.json"
+"""In a run's folder: what its processes are to do."""
 
 
+@stoppable()
 def launch(
     run: Run,
     settings: Settings,
@@ -55,7 +59,12 @@ def launch(
     if processes == 1:
         return fit(settings, train, val, run.folder, device=device, follow=follow, **how)
 
-    write_json(_job(run), {"settings": asdict(settings), "device": device.type} | how)
+    job = {"settings": asdict(settings), "device": device.type, "how": how}
+    job |= {
+        name: [str(Path(case.images.filename).parent) for case in part]
+        for name, part in (("train", train), ("val", val))
+    }
+    write_json(run.folder / JOB, job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "brats_helpers", "train", str(run.folder)]
     said = ""
@@ -68,7 +77,7 @@ def launch(
                     follow(_history(run))
         except KeyboardInterrupt:
             process.terminate()
-            raise Stopped(f"stopped; run this again and it goes on from {run.last}, if that is there.") from None
+            raise
     if process.returncode:
         raise RuntimeError(f"the training failed in one of {processes} processes. {said}")
     return _history(run)
@@ -79,17 +88,13 @@ def train_run(run: Run) -> None:
 
     Only the main process prints.
     """
-    job = json.loads(run.need(_job(run), "02_train with processes > 1").read_text())
+    job = json.loads(run.need(run.folder / JOB, "02_train with -p processes 2, or more,").read_text())
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process lives
-    device = torch.device("cuda", rank) if job.pop("device") == "cuda" else torch.device("cpu")
-    settings = Settings(**job.pop("settings"))
-    fit(settings, load_prepared(run, "train"), load_prepared(run, "val"), run.folder, device=device, **job)
-
-
-def _job(run: Run):
-    return run.folder / "training.json"
+    device = torch.device("cuda", rank) if job["device"] == "cuda" else torch.device("cpu")
+    train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
+    fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
 
 
 def _history(run: Run) -> list[dict[str, float]]:

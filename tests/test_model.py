@@ -134,6 +134,19 @@ def test_a_frozen_encoder_does_not_move_statistics_included():
     assert not torch.equal(model.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
 
 
+def test_the_first_layers_stay_frozen_with_their_statistics_while_the_deepest_move():
+    model = build_model(encoder="resnet18", weights="none", in_channels=2)
+    models.freeze_encoder(model, 0.5)
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    models.train_mode(model, frozen_statistics=False)
+    model(torch.randn(2, 2, 64, 64) * 5 + 3).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    # 40 layers hold parameters: 2 of the stem, 8 of layer1, 10 of each later one. The first 20 end with layer2.
+    assert moved == {name for name in before if name.startswith(("layer3", "layer4"))}
+
+
 def test_frozen_statistics_stay_while_the_weights_of_the_encoder_move():
     model = build_model(encoder="resnet18", weights="none", in_channels=2)
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}

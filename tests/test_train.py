@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal  # noqa: F401, of the programs below
@@ -20,6 +21,7 @@ from brats_helpers import machine, train
 from brats_helpers.cache import prepare
 from brats_helpers.cases import find_cases
 from brats_helpers.model import PACKAGED_ENCODER, build_model
+from brats_helpers.preflight import Preflight
 from brats_helpers.steps import gradients
 from brats_helpers.train import Settings, Stopped, fit, lr_factor
 
@@ -107,7 +109,7 @@ def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(pr
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(Stopped, match=r"stopped in epoch 3; run this again and it goes on from .*last\.pt") as stopped:
+    with pytest.raises(Stopped, match="stopped; run this again, and it goes on") as stopped:
         _fit(prepared, tmp_path, {"follow": stop_after_two})
     assert stopped.value._render_traceback_() == [str(stopped.value)]  # all that a notebook shows
     history = _fit(prepared, tmp_path)
@@ -115,6 +117,35 @@ def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(pr
     first, second = _weights(tmp_path), _weights(whole)
     assert _same(first["model"], second["model"]) and _same(first["averaged"], second["averaged"])
     assert _fit(prepared, tmp_path) == history  # finished: nothing more is done
+
+
+def test_stopped_within_an_epoch_it_goes_on_from_there(prepared, whole, tmp_path, monkeypatch, capsys):
+    """`last.pt` is written after every step: five times in the first epoch of four, then the second of two more."""
+    written = []
+
+    def stop_at_seven(path, content):
+        _save_file(path, content)
+        written.append(path.name)
+        if written.count("last.pt") == 7:
+            raise KeyboardInterrupt
+
+    _save_file = train.save_file
+    monkeypatch.setattr(train, "save_file", stop_at_seven)
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path, {"checkpoint_minutes": 1e-6})
+    monkeypatch.setattr(train, "save_file", _save_file)
+    saved = _weights(tmp_path)
+    assert torch.__version__.startswith(saved["versions"]["torch"]) and len(saved["fingerprint"]) == 16
+    _fit(prepared, tmp_path)
+    assert "going on after epoch 1 of 3 and 2 of 4 steps" in capsys.readouterr().out
+    first, second = _weights(tmp_path), _weights(whole)
+    assert _same(first["model"], second["model"]) and _same(first["averaged"], second["averaged"])
+
+
+def test_a_checkpoint_of_an_older_suite_is_left_alone_and_says_why(prepared, tmp_path, capsys):
+    train.save_file(tmp_path / "checkpoints" / "last.pt", {"settings": {"epochs": 3}, "rng": torch.zeros(1)})
+    _fit(prepared, tmp_path, epochs=1)
+    assert "of another version of this suite, from which a training cannot go on" in capsys.readouterr().out
 
 
 def _program(text, *arguments, processes=None):
@@ -330,6 +361,91 @@ def test_pretrained_statistics_stay_and_others_are_learned(prepared, tmp_path):
     pretrained = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).state_dict()[key]
     assert torch.equal(_weights(tmp_path / "pretrained")["model"][key], pretrained)
     assert _weights(tmp_path / "random")["model"][key].any()  # 0 before training
+
+
+def test_the_encoder_comes_free_from_the_deepest_layers_on():
+    """Two frozen epochs, then two in which a third and two thirds of the layers are free, then all."""
+    settings = dataclasses.replace(SETTINGS, frozen_epochs=2, unfreeze_epochs=2)
+    shares = [train.frozen_share(epoch, settings) for epoch in range(1, 7)]
+    assert shares == pytest.approx([1, 1, 2 / 3, 1 / 3, 0, 0])
+    plain = dataclasses.replace(SETTINGS, frozen_epochs=1)
+    assert [train.frozen_share(epoch, plain) for epoch in (1, 2)] == [1, 0]
+
+
+def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys):
+    _fit(prepared, tmp_path, epochs=2, slices_per_epoch=64)
+    report = json.loads((tmp_path / "preflight.json").read_text())
+    predicted, measured = report["predicted"], report["measured"]
+    assert report["steps_per_epoch"] == 16 and report["deterministic"] and report["processes"] == 1
+    assert set(predicted) == set(measured) and predicted["epochs"] == measured["epochs"] == 2
+    assert predicted["seconds"] == pytest.approx(2 * predicted["seconds_per_epoch"])
+    assert predicted["seconds"] == pytest.approx(measured["seconds"], rel=0.9)
+    assert 0 < predicted["memory_gib"] <= measured["memory_gib"] < 64
+    assert "expected: 2 epochs of 16 steps" in capsys.readouterr().out
+
+
+PLAN = Preflight(
+    facts={"device": "CPU"},
+    batch_size=4,
+    piece=4,
+    steps=10,
+    shares=[1.0, 0.5, 0.0],
+    limit_s=math.inf,
+    step_s=2.0,
+    frozen_step_s=1.0,
+    validation_s=5.0,
+    memory_gib=1.0,
+)
+
+
+def test_epochs_cost_what_is_frozen_in_them():
+    # Ten steps of 1 s, of 1.5 s, of 2 s, and 5 s of validation each.
+    assert [PLAN.epochs_s(k, k) for k in (1, 2, 3)] == [15, 20, 25]
+    assert PLAN.epochs_s(1, 3) == PLAN.predicted()["seconds"] == 60 and PLAN.epochs_s(4, 3) == 0
+    assert PLAN.predicted()["slices_per_s"] == 3 * 10 * 4 / 45
+    short = dataclasses.replace(PLAN, limit_s=30).predicted()
+    assert short["epochs"] == 2 and short["seconds"] == 30  # the second epoch is cut short
+
+
+def test_the_time_left_goes_by_the_last_epoch_and_what_is_to_come():
+    # The second epoch took 30 s instead of 20, so the third will take 37.5 instead of 25.
+    history = [{"epoch": 1, "seconds": 30}, {"epoch": 2, "seconds": 60}]
+    assert PLAN.left_s(history) == 37.5
+    assert dataclasses.replace(PLAN, limit_s=70).left_s(history) == 10
+
+
+def test_a_hopeless_training_says_so_before_it_begins(capsys):
+    """All 369 patients, 20 epochs, at 10 slices a second: 51,200 slices take 85 minutes an epoch."""
+    dataclasses.replace(PLAN, steps=3200, shares=[0.0] * 20, step_s=1.6, validation_s=100).announce()
+    assert "⚠️ 29 h 00 min is longer than a session lasts" in capsys.readouterr().out
+    PLAN.announce()
+    assert "⚠️" not in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_not_installed_is_named(prepared, tmp_path):
+    with pytest.raises(ValueError, match="tracker 'tensorbord' is not installed: pip install tensorbord"):
+        _fit(prepared, tmp_path, {"tracker": "tensorbord"})
+
+
+def test_tensorboard_gets_every_epoch(prepared, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = _fit(prepared, tmp_path, {"tracker": "tensorboard"}, epochs=2)
+    events = EventAccumulator(str(next(tmp_path.glob("brats/events*")).parent)).Reload().Scalars("dice_WT")
+    assert [event.step for event in events] == [1, 2]
+    assert [event.value for event in events] == pytest.approx([row["dice_WT"] for row in history])
+
+
+def test_determinism_is_asked_of_torch_by_parameter():
+    for on in (True, False):
+        machine.set_deterministic(on)
+        assert torch.are_deterministic_algorithms_enabled() is on
+        assert torch.backends.cudnn.benchmark is not on
+
+
+def test_nobody_watches_a_test():
+    assert machine.watched() is False
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -1,0 +1,42 @@
+"""Training in several processes as a notebook starts it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from brats_helpers import launch as launching
+from brats_helpers.cache import prepare
+from brats_helpers.cases import find_cases
+from brats_helpers.launch import launch
+from brats_helpers.runs import Run
+
+from .test_train import HOW, SETTINGS
+
+
+@pytest.fixture
+def parts(tiny_patients, tmp_path):
+    packed = prepare(find_cases(tiny_patients), cache_dir=tmp_path / "cache", workers=1)
+    return packed[:3], packed[3:]
+
+
+def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    history = launch(run, dataclasses.replace(SETTINGS, epochs=2), *parts, processes=2, **HOW)
+    said = capsys.readouterr().out
+    assert [row["epoch"] for row in history] == [1, 2] and history[1]["train_loss"] < history[0]["train_loss"]
+    assert said.count("epoch 1/2") == 1 and "processes 2" in said
+    assert run.best.exists() and run.last.exists()
+    assert json.loads((run.folder / "preflight.json").read_text())["processes"] == 2
+
+
+def test_what_went_wrong_in_a_process_is_repeated(parts, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="failed in one of 3 processes.*batch_size 4 cannot be shared out evenly"):
+        launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=3, **HOW)
+
+
+def test_as_many_processes_as_gpus_that_share_the_batch_evenly(parts, tmp_path, monkeypatch):
+    """Here, without a GPU, one; it trains in this process."""
+    monkeypatch.setattr(launching, "fit", lambda *arguments, **how: [how])
+    (how,) = launch(Run(tmp_path), SETTINGS, *parts, processes=0, **HOW)
+    assert how == HOW | {"follow": None}
