@@ -68,7 +68,7 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
             pretrained encoder: `none`.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
-        patch_size: edge of the patches in voxels, a multiple of 16; of a network of slices, nothing.
+        patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; nothing to a network of slices.
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
@@ -132,8 +132,8 @@ def _patch_network(name: str, weights: str, in_channels: int, patch_size: int) -
             f"encoder_weights {weights!r}: {name} is 3D and has no pretrained weights; ImageNet's are of flat pictures."
             " Take -p encoder_weights none."
         )
-    if patch_size <= 0 or patch_size % 16:
-        raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times, so expected a multiple of 16.")
+    if patch_size < 32 or patch_size % 16:
+        raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times; expected 32, 48, 64, ...")
     from monai.networks import nets  # takes a second, which a network of slices need not wait
 
     sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}

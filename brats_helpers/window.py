@@ -34,15 +34,20 @@ class Windows(nn.Module):
             that trust the middle of a window more than its border (as nnU-Net does).
         """
         if images.ndim == 5:
-            return self.network(images)
+            return self._answer(images)
         from monai.inferers import sliding_window_inference  # takes a second, which a network of slices need not wait
 
         logits = sliding_window_inference(
             images.movedim(0, 1)[None],
             roi_size=[self.edge] * 3,
             sw_batch_size=1,
-            predictor=lambda patches: self.network(patches).float(),
+            predictor=lambda patches: self._answer(patches).float(),
             overlap=OVERLAP,
             mode="gaussian",
         )
         return logits[0].movedim(1, 0)
+
+    def _answer(self, patches: torch.Tensor) -> torch.Tensor:
+        """In float32 on a CPU: there torch 2.14 takes memory never written into the bf16 gradient of small 3D kernels."""
+        with torch.autocast("cpu", enabled=False):
+            return self.network(patches)
