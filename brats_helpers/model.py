@@ -1,5 +1,6 @@
 """The network: a U-Net of segmentation-models-pytorch or a 3D network of MONAI, weights, freezing, a summary."""
 
+import copy
 import difflib
 import pickle
 
@@ -64,8 +65,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
     Args:
         encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
             or one of `PATCH_NETWORKS`.
-        weights: `imagenet`, `none` (random), or a file with an encoder's state dict. A network of patches has no
-            pretrained encoder: `none`.
+        weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
+            from which the whole network goes on.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
         patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; nothing to a network of slices.
@@ -80,8 +81,34 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
         WeightsError: the weights cannot be had. Nothing falls back to random weights.
         ValueError: no such encoder, or patches of no such size.
     """
+    state = {} if weights in ("imagenet", "none") else _read_weights(weights)
     if sees_patches(encoder):
-        return Windows(_patch_network(encoder, weights, in_channels, patch_size), patch_size)
+        if weights == "imagenet" or (state and "model" not in state):
+            raise WeightsError(
+                f"encoder_weights {weights!r}: {encoder} is 3D and has no pretrained encoder; ImageNet's are of flat"
+                " pictures. Take -p encoder_weights none, or a checkpoint of the same network."
+            )
+        model, head = _patch_network(encoder, in_channels, patch_size)
+    else:
+        model = _unet(encoder, weights, in_channels)
+        head = model.segmentation_head[0]
+        if state and "model" not in state:
+            _load_encoder(model.encoder, state)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
+    return _go_on_from(model, state, weights) if "model" in state else model
+
+
+def _read_weights(path: str) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
+
+
+def _unet(encoder: str, weights: str, in_channels: int) -> nn.Module:
     from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
     if from_hub and (problem := _why_unreachable(encoder)):
         raise WeightsError(
@@ -102,36 +129,19 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
         raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
     if weights == "imagenet" and not from_hub:
         _load_encoder(model.encoder, packaged_weights(model.encoder))
-    elif weights not in ("imagenet", "none"):
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise WeightsError(
-                f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists."
-            ) from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise WeightsError(f"encoder_weights {weights!r} is no state dict of torch ({error}).") from error
-        _load_encoder(model.encoder, state)
-    with torch.no_grad():
-        model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
+    # The layout in which convolutions of slices are fastest. Those of MONAI's 3D networks are not faster in it.
     model.register_forward_pre_hook(_channels_last)
     return model.to(memory_format=torch.channels_last)
 
 
 def _channels_last(model: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-    """The layout in which convolutions of slices are fastest (those of MONAI's 3D networks are not)."""
     return inputs[0].contiguous(memory_format=torch.channels_last)
 
 
-def _patch_network(name: str, weights: str, in_channels: int, patch_size: int) -> nn.Module:
-    """One of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net, and small enough for a CPU."""
+def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Windows, nn.Module]:
+    """One of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net, and for a CPU; and its last layer."""
     if name not in PATCH_NETWORKS:
         raise ValueError(f"encoder {name!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
-    if weights != "none":
-        raise WeightsError(
-            f"encoder_weights {weights!r}: {name} is 3D and has no pretrained weights; ImageNet's are of flat pictures."
-            " Take -p encoder_weights none."
-        )
     if patch_size < 32 or patch_size % 16:
         raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times; expected 32, 48, 64, ...")
     from monai.networks import nets  # takes a second, which a network of slices need not wait
@@ -147,9 +157,26 @@ def _patch_network(name: str, weights: str, in_channels: int, patch_size: int) -
     else:
         network = nets.UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, **sizes)
         last = network.model[-1][-1].conv.unit0.conv
-    with torch.no_grad():
-        last.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
-    return network
+    return Windows(network, patch_size), last
+
+
+def _go_on_from(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise WeightsError(
+            f"encoder_weights {path!r} is a network of {checkpoint['settings']['encoder']} with"
+            f" {checkpoint['in_channels']} channels, which does not fit: {error}."
+        ) from error
+    return model
+
+
+def learnt_from(weights: str) -> list[str]:
+    """IDs of the patients that a network had learnt from when it starts from `weights`, see `build_model`."""
+    if weights in ("imagenet", "none"):
+        return []
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    return state["train_cases"] + state["val_cases"] if "model" in state else []
 
 
 def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
@@ -260,18 +287,16 @@ def summary(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Size and cost of a network.
 
     Args:
-        model: the network, on the CPU.
+        model: the network.
         shape: (channels, [depth,] height, width) of one slice or patch.
 
     Returns:
         `layers` (modules that hold parameters of their own), `parameters`, `trainable_parameters`,
         `encoder_parameters`, and `multiply_adds` of one slice or patch.
     """
-    training = model.training
-    model.eval()
+    counted = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
-    model.train(training)
+        counted(torch.zeros(1, *shape, device="meta"))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
         "layers": sum(bool(list(module.parameters(recurse=False))) for module in model.modules()),

@@ -34,12 +34,10 @@ def choose_patches(
         device: to train on.
 
     Returns:
-        Patch size, 0 for a network of slices, and batch size.
+        Patch size (of a network of slices as given) and batch size.
     """
     if not sees_patches(encoder):
-        if patch_size:
-            raise ValueError(f"patch_size {patch_size}: {encoder} sees slices; patches are for monai-... networks.")
-        return 0, batch_size or SLICES
+        return patch_size, batch_size or SLICES
     largest_edge, largest_batch = LARGEST[device.type]
     facts = machine.describe(device)
     memory = facts.get("device_memory_gib", facts.get("memory_gib", 8)) * 2**30
@@ -158,6 +156,14 @@ class Volumes(Dataset):
         labels = np.zeros(images[:, 0].shape, np.uint8) if case.labels is None else np.array(case.labels)
         index = torch.tensor([(k, z) for z in range(len(images))])
         return Batch(images, torch.from_numpy(labels), index)
+
+
+def middle_slices(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of patches the slice in the middle, for a picture; slices as they are."""
+    if images.ndim == 4:
+        return images, masks
+    middle = images.shape[2] // 2
+    return images[:, :, middle], masks[:, middle]
 
 
 def samples(cases: Sequence[Packed], *, context_slices: int, patch_size: int) -> Slices | Patches:

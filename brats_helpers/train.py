@@ -35,7 +35,7 @@ from brats_helpers.files import whole_file, write_json
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.metrics import STRUCTURES, dice_scores
-from brats_helpers.model import build_model, freeze_encoder, train_mode
+from brats_helpers.model import build_model, freeze_encoder, learnt_from, sees_patches, train_mode
 from brats_helpers.patches import patients, samples
 from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import fitted, gradients
@@ -51,7 +51,7 @@ class Settings:
     Attributes:
         modalities: comma-separated, in the order of the input channels.
         encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
-        encoder_weights: `imagenet`, `none`, or a file.
+        encoder_weights: `imagenet`, `none`, a file with an encoder's, or a checkpoint to go on from.
         context_slices: neighbouring slices on each side fed as further channels.
         patch_size: edge in voxels of the patches that a 3D network sees; 0 for a network of slices.
         epochs: passes at most.
@@ -96,6 +96,11 @@ class Settings:
     ema: float
     patience: int
     seed: int
+
+    def __post_init__(self):
+        if sees_patches(self.encoder) != bool(self.patch_size):
+            kind = "patches, so expected their edge" if sees_patches(self.encoder) else "slices, so expected 0"
+            raise ValueError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -189,7 +194,7 @@ def fit(
         "format": FORMAT,
         "settings": asdict(settings),
         "in_channels": train_slices.channels,
-        "train_cases": [case.id for case in train],
+        "train_cases": [*learnt_from(settings.encoder_weights), *(case.id for case in train)],
         "val_cases": [case.id for case in val],
         "fingerprint": _fingerprint([*train, *val]),
     }

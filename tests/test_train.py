@@ -21,7 +21,7 @@ from brats_helpers import machine, train
 from brats_helpers.cache import prepare
 from brats_helpers.cases import find_cases
 from brats_helpers.model import PACKAGED_ENCODER, build_model
-from brats_helpers.preflight import Preflight
+from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import gradients
 from brats_helpers.train import Settings, Stopped, fit, lr_factor
 
@@ -372,8 +372,11 @@ def test_the_encoder_comes_free_from_the_deepest_layers_on():
     assert [train.frozen_share(epoch, plain) for epoch in (1, 2)] == [1, 0]
 
 
-def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys):
-    _fit(prepared, tmp_path, epochs=2, slices_per_epoch=64)
+def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr(train, "measure", lambda *given, **how: plans.append(measure(*given, **how)) or plans[-1])
+    _fit(prepared, tmp_path, epochs=2, slices_per_epoch=64, unfreeze_epochs=1)
+    assert plans[0].shares == [0.5, 0.0] and plans[0].step_s > 0 < plans[0].frozen_step_s
     report = json.loads((tmp_path / "preflight.json").read_text())
     predicted, measured = report["predicted"], report["measured"]
     assert report["steps_per_epoch"] == 16 and report["deterministic"] and report["processes"] == 1
