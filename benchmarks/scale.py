@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there as well")
     parser.add_argument("--one", nargs=2, metavar=("STEP", "DIR"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.patients) < 3:
+        parser.error("--patients: three or more, or they cannot be shared out")
     if options.one:
         print(json.dumps(measured(options.one[0], Path(options.one[1]))))
         return
@@ -52,9 +54,8 @@ def main() -> None:
         print(f"{results['machine']}\nseconds (MB of memory beyond the libraries) by patients; growth: 1 is linear")
         for n in options.patients:
             place = Path(temporary) / str(n)
-            (place / "data").mkdir(parents=True)
             for patient in everyone[:n]:
-                (place / "data" / patient.name).symlink_to(patient.resolve())
+                shutil.copytree(patient, place / "data" / patient.name)
             for step in options.steps:
                 results["steps"][step].append(apart(step, place))
         cache_mb = sum(path.stat().st_size for path in place.glob("cache/*/*")) / n / 1e6
@@ -97,7 +98,7 @@ def measured(step: str, place: Path) -> dict:
         while not over.wait(0.02):
             peak[0] = max(peak[0], own_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
     job()
