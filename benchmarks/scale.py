@@ -58,7 +58,7 @@ def main() -> None:
                 shutil.copytree(patient, place / "data" / patient.name)
             for step in options.steps:
                 results["steps"][step].append(apart(step, place))
-        cache_mb = sum(path.stat().st_size for path in place.glob("cache/*/*")) / n / 1e6
+        cache_mb = sum(path.stat().st_size for path in place.glob("cache/**/*.npy")) / n / 1e6
     show(results)
     if set(options.steps) == set(STEPS) and len(options.patients) > 1:
         results["per_patient"] = {step: growth(results, step)[1] for step in STEPS} | {"cache_mb": cache_mb}
@@ -211,9 +211,7 @@ def show(results: dict) -> None:
 def on_paper(one: dict[str, float]) -> None:
     """What sets of other sizes need, by the cost of one patient; machines that were not measured by their speed."""
     slices = 138  # with brain, a patient
-    print(
-        f"\non paper: {one['raw_mb']:.0f} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs"
-    )
+    print(f"\non paper: {RAW_MB} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs")
     print(f"{'':38}{'disk':>9}{'prepare':>10}{'train':>12}{'evaluate':>10}")
     for name, n in SETS.items():
         for machine, (cores, speed) in MACHINES.items():
