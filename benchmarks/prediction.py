@@ -37,8 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     device, names = choose_device(options.device), options.modalities.split(",")
     model = build_model(encoder=options.encoder, weights="none", in_channels=len(names))
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    network = Network(model, {"modalities": options.modalities, "context_slices": 0}, frozenset(), frozenset(), 0)
+    model = model.to(device).eval()
+    settings = {"modalities": options.modalities, "context_slices": 0, "patch_size": 0}
+    network = Network(model, settings, frozenset(), frozenset(), 0)
     case = find_cases(options.cases, names)[0]
     wall, processor = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -38,6 +38,7 @@ from brats_helpers.environment import ROOT
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_device, choose_precision, describe
 from brats_helpers.model import PACKAGED_ENCODER, build_model
+from brats_helpers.patches import SLICES
 from brats_helpers.sources import find_data
 from brats_helpers.suite import read_notebooks
 from brats_helpers.train import Settings, fit, mean_dice, validate
@@ -106,7 +107,7 @@ def defaults(options: argparse.Namespace) -> Settings:
     parameters = read_notebooks(ROOT)["02_train"].parameters
     values = {name: parameter.default for name, parameter in parameters.items()}
     values |= {"encoder": options.encoder, "minutes": options.minutes, "slices_per_epoch": options.epoch, "seed": 0}
-    values |= {"epochs": 1000, "patience": 0, "modalities": "flair,t1,t1ce,t2"}
+    values |= {"epochs": 1000, "patience": 0, "batch_size": SLICES, "modalities": "flair,t1,t1ce,t2"}
     return Settings(**{field.name: values[field.name] for field in dataclasses.fields(Settings)})
 
 

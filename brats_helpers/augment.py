@@ -1,4 +1,9 @@
-"""Random changes to a batch on its device: image and mask together, labels never mixed."""
+"""Random changes to a batch on its device: image and mask together, labels never mixed.
+
+Slices and patches go through the same lines: a smooth field over an image, and a blur of it, are small matrices along
+each of its axes. Written here, because MONAI and TorchIO change one sample at a time on the CPU, and Kornia's random
+numbers are one stream for the whole batch.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -20,18 +25,25 @@ def seed_of(*key: int) -> int:
 
 
 def augment(
-    images: torch.Tensor, masks: torch.Tensor, *, strength: str, generators: Sequence[torch.Generator]
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    strength: str,
+    modalities: int,
+    generators: Sequence[torch.Generator],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Change a batch at random.
 
     `basic` flips left and right, turns, scales and shifts, and changes each channel's brightness,
-    contrast and gamma. `strong` goes further with each, and adds noise, blur and a bias field.
+    contrast and gamma. `strong` goes further with each, and adds an elastic change of shape, blur, low
+    resolution, a bias field, noise, and now and then a modality that is missing.
 
     Args:
-        images: float32 (batch, channels, height, width), background 0.
-        masks: integer (batch, height, width), class indices.
+        images: float32 (batch, channels, [depth,] height, width), background 0.
+        masks: integer (batch, [depth,] height, width), class indices.
         strength: one of `STRENGTHS`.
-        generators: one a slice, on the CPU. What happens to a slice depends on its own generator alone, not on
+        modalities: how many; channel k is of modality k modulo this.
+        generators: one a sample, on the CPU. What happens to a sample depends on its own generator alone, not on
             its neighbours in the batch; the same state gives the same changes again on the same device.
 
     Returns:
@@ -42,77 +54,120 @@ def augment(
         raise ValueError(f"augment {strength!r}: expected one of {', '.join(STRENGTHS)}.")
     if strength == "none":
         return images, masks
-    strong = strength == "strong"
-    images, masks = _move(images, masks, generators, turn=0.5 if strong else 0.25, scale=0.25 if strong else 0.12)
-    inside = images != 0
-    if strong:
-        images = _blur(images, generators)
-        images = images * _bias_field(images, generators)
-    images = _intensity(images, generators, amount=0.3 if strong else 0.2)
-    if strong:
-        images = _noise(images, generators)
-    return images * inside, masks
+    if strength == "basic":
+        images, masks = _move(images, masks, generators, turn=0.25, scale=0.12, bend=0)
+        return _intensity(images, generators, amount=0.2) * (images != 0), masks
+    images, masks = _move(images, masks, generators, turn=0.5, scale=0.25, bend=0.04)
+    inside = (images != 0) & _present(images, modalities, generators)
+    images = _coarsen(images, generators)
+    images = images * torch.exp(_field(images.shape[1], 4, 0.3, images, generators))  # the bias of a receiving coil
+    images = _intensity(images, generators, amount=0.3)
+    return _noise(images, generators) * inside, masks
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, generators: Sequence[torch.Generator], like):
-    """Uniform numbers of `shape` for each slice, by its own generator."""
-    drawn = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
-    return (drawn * (high - low) + low).to(like.device)
+def _uniform(shape: tuple[int, ...], low: float, high: float, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Uniform numbers of `shape` for each sample, by its own generator; on the CPU."""
+    return torch.stack([torch.rand(shape, generator=generator) for generator in generators]) * (high - low) + low
 
 
-def _move(images, masks, generators, *, turn: float, scale: float):
-    """Flip left and right, rotate by up to `turn` radians, scale by up to `scale`, shift by up to 5 %."""
-    batch, _, height, width = images.shape
-    angle = _uniform((), -turn, turn, generators, images)
-    zoom = torch.exp(_uniform((), -scale, scale, generators, images))
-    flip = torch.where(_uniform((), 0, 1, generators, images) < 0.5, -1.0, 1.0)
-    shift = _uniform((2,), -0.1, 0.1, generators, images)
-    aspect = height / width
-    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    theta = torch.stack([flip * cos, -sin * aspect, shift[:, 0], flip * sin / aspect, cos, shift[:, 1]], dim=1).reshape(
-        batch, 2, 3
-    )
+def _move(images, masks, generators, *, turn: float, scale: float, bend: float):
+    """Flip left and right, rotate by up to `turn` radians in each plane, scale, shift by up to 5 %, bend.
+
+    `bend` is the most that a knot of the elastic change moves, as a share of half the image.
+    """
+    sizes = torch.tensor(images.shape[:1:-1])  # x, y(, z), as grid_sample counts them
+    n = len(sizes)
+    angles = _uniform((n * (n - 1) // 2,), -turn, turn, generators)
+    zoom = torch.exp(_uniform((1, 1), -scale, scale, generators))
+    flip = torch.where(_uniform((1,), 0, 1, generators) < 0.5, -1.0, 1.0)
+    shift = _uniform((n, 1), -0.1, 0.1, generators)
+    skew = torch.zeros(len(images), n, n)
+    skew[:, *torch.tril_indices(n, n, -1)] = angles
+    matrix = torch.linalg.matrix_exp(skew - skew.mT) * zoom * sizes / sizes[:, None]
+    matrix[:, :, 0] *= flip
+    theta = torch.cat([matrix, shift], dim=2).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if bend:
+        grid = grid + _field(n, 6, bend, images, generators).movedim(1, -1)
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     moved = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
     return images, moved.to(masks.dtype)
 
 
+def _field(channels: int, knots: int, amount: float, images, generators):
+    """Smooth fields over each sample, of up to `amount`: cubic surfaces through random knots."""
+    sizes = images.shape[2:]
+    field = _uniform((channels, *[knots] * len(sizes)), -amount, amount, generators).to(images.device)
+    eye = torch.eye(knots)[None, None]
+    for axis, size in enumerate(sizes, 2):
+        spread = F.interpolate(eye, (size, knots), mode="bicubic", align_corners=True)[0, 0]
+        field = _along(field, spread.to(images.device), axis)
+    return field
+
+
+def _along(images: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:
+    """Every line of the images along an axis times a matrix (new, old), or times that of its row of the batch."""
+    lines = images.movedim(axis, -1)
+    return (lines.flatten(1, -2) @ matrices.mT).unflatten(1, lines.shape[1:-1]).movedim(-1, axis)
+
+
 def _intensity(images, generators, *, amount: float):
-    """Contrast, brightness and gamma, each channel of each slice by its own draw."""
-    shape = (images.shape[1], 1, 1)
-    contrast = torch.exp(_uniform(shape, -amount, amount, generators, images))
-    brightness = _uniform(shape, -amount, amount, generators, images)
-    gamma = torch.exp(_uniform(shape, -amount, amount, generators, images))
-    low = images.amin(dim=(2, 3), keepdim=True)
-    span = (images.amax(dim=(2, 3), keepdim=True) - low).clamp_min(1e-3)
-    # Written with exp and log so that one fused power costs the least on the CPU.
+    """Contrast, brightness and gamma, each channel of each sample by its own draw."""
+    space = tuple(range(2, images.ndim))
+    shape = (images.shape[1], *[1] * len(space))
+    contrast = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
+    brightness = _uniform(shape, -amount, amount, generators).to(images.device)
+    gamma = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
+    low = images.amin(dim=space, keepdim=True)
+    span = (images.amax(dim=space, keepdim=True) - low).clamp_min(1e-3)
     bent = torch.pow(((images - low) / span).clamp_min(1e-6), gamma) * span + low
     return bent * contrast + brightness
 
 
+def _coarsen(images, generators):
+    """Half of the channels through a Gaussian of up to 1.5 pixels, a quarter through pixels up to twice as wide."""
+    sigma = _uniform((images.shape[1],), -1.5, 1.5, generators).clamp_min(0).flatten()
+    pitch = _uniform((images.shape[1],), -2, 2, generators).clamp_min(1).flatten()
+    chosen = ((sigma > 0) | (pitch > 1)).nonzero()[:, 0]
+    channels = images.flatten(0, 1)
+    coarse = channels[chosen.to(images.device)]
+    for axis, size in enumerate(images.shape[2:], 1):
+        matrices = _resampling(size, pitch[chosen]) @ _gaussian(size, sigma[chosen])
+        coarse = _along(coarse, matrices.to(images.device), axis)
+    return channels.index_copy(0, chosen.to(images.device), coarse).view_as(images)
+
+
+def _gaussian(size: int, sigma: torch.Tensor) -> torch.Tensor:
+    """Matrices (n, size, size) that blur a line by each of n `sigma`; 0 changes nothing."""
+    place = torch.arange(float(size))
+    weights = torch.exp(-(((place - place[:, None]) / sigma.clamp_min(0.1)[:, None, None]) ** 2) / 2)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _resampling(size: int, pitch: torch.Tensor) -> torch.Tensor:
+    """Matrices (n, size, size) that keep every `pitch`-th pixel of a line and fill in linearly; 1 changes nothing."""
+    place, pitch = torch.arange(float(size)), pitch[:, None, None]
+    nth = (place / pitch).round()
+    kept = (nth * pitch).round() == place
+    weights = (1 - (place[:, None] / pitch - nth).abs()).clamp_min(0) * kept
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
 def _noise(images, generators):
-    """Gaussian noise of up to 0.25 standard deviations, in half of the slices."""
-    level = _uniform((1, 1, 1), -0.25, 0.25, generators, images).clamp_min(0)
+    """Gaussian noise of up to 0.25 standard deviations, in half of the samples."""
+    levels = _uniform((), -0.25, 0.25, generators).clamp_min(0).tolist()
     local = torch.Generator(images.device)
-    noise = torch.empty_like(images)
-    for slice_noise, generator in zip(noise, generators, strict=True):
-        slice_noise.normal_(generator=local.manual_seed(int(torch.randint(2**31, (), generator=generator))))
-    return images + level * noise
+    noisy = images.clone()
+    for sample, level, generator in zip(noisy, levels, generators, strict=True):
+        seed = int(torch.randint(2**31, (), generator=generator))
+        if level:
+            sample += level * torch.randn(sample.shape, generator=local.manual_seed(seed), device=sample.device)
+    return noisy
 
 
-def _blur(images, generators):
-    """Mix with a 5 x 5 Gaussian blur (sigma 1 pixel), each channel by its own share, in half of them."""
-    share = _uniform((images.shape[1], 1, 1), -1, 1, generators, images).clamp_min(0)
-    taps = torch.exp(-(torch.arange(-2.0, 3.0, device=images.device) ** 2) / 2)
-    taps = taps / taps.sum()
-    channels = images.shape[1]
-    blurred = F.conv2d(images, taps.view(1, 1, 5, 1).repeat(channels, 1, 1, 1), padding=(2, 0), groups=channels)
-    blurred = F.conv2d(blurred, taps.view(1, 1, 1, 5).repeat(channels, 1, 1, 1), padding=(0, 2), groups=channels)
-    return torch.lerp(images, blurred, share)
-
-
-def _bias_field(images, generators):
-    """A smooth factor over the slice of up to about e^0.3, a cubic surface through 4 x 4 random knots."""
-    knots = _uniform((images.shape[1], 4, 4), -0.3, 0.3, generators, images)
-    return torch.exp(F.interpolate(knots, images.shape[2:], mode="bicubic", align_corners=True))
+def _present(images, modalities: int, generators):
+    """Which channels are there, (batch, channels, 1, ...): in a tenth of the samples one modality is not."""
+    lost = _uniform((), 0, 1, generators) < (0.1 if modalities > 1 else 0)
+    which = _uniform((), 0, modalities, generators).long()
+    missing = lost[:, None] & (torch.arange(images.shape[1]) % modalities == which[:, None])
+    return ~missing.to(images.device)[(...,) + (None,) * (images.ndim - 2)]

@@ -79,6 +79,11 @@ class Slices(Dataset):
         places = torch.tensor(starts[self.index[:, 0]] + self.index[:, 1], device=device)
         self._kept = images, masks, places
 
+    @property
+    def once(self) -> int:
+        """Slices that hold every voxel of the brain once."""
+        return len(self)
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -136,7 +141,7 @@ class BalancedSampler(Sampler):
     """
 
     def __init__(self, slices: Slices, *, n: int, foreground: float, seed: int):
-        self.n = n or len(slices)
+        self.n = n or slices.once
         self.seed = seed
         self.epoch = 0
         tumour = np.flatnonzero(slices.has_tumour)

@@ -126,7 +126,8 @@ def backbones(
     """
     rows = {}
     for name, settings in arms.items():
-        cost = summary(build_model(encoder=settings.encoder, weights="none", in_channels=shape[0]), shape)
+        network = {"encoder": settings.encoder, "patch_size": settings.patch_size}
+        cost = summary(build_model(**network, weights="none", in_channels=shape[0]), shape)
         dice = metrics[name]["summary"][MEAN]["dice"]
         rows[name] = {
             "weights at the start": settings.encoder_weights,

@@ -19,16 +19,16 @@ from torch import nn
 from brats_helpers import uncertainty
 from brats_helpers.cache import Packed, pack
 from brats_helpers.cases import CLASSES, REGIONS, Case, DataError, find_cases, read_mask, read_nifti, write_mask
-from brats_helpers.dataset import Slices, make_loader
 from brats_helpers.files import write_json
 from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
 from brats_helpers.metrics import collect, read_leakage, region_dice, score_files
 from brats_helpers.model import build_model
+from brats_helpers.patches import patients
 from brats_helpers.postprocess import NO_RULES, Rules, gain
 
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
-"""Slices predicted at once, by type of device: on a CPU, more no longer fit its caches."""
+"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,12 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = saved["settings"]
-        model = build_model(encoder=settings["encoder"], weights="none", in_channels=saved["in_channels"])
+        model = build_model(
+            encoder=settings["encoder"],
+            weights="none",
+            in_channels=saved["in_channels"],
+            patch_size=settings["patch_size"],
+        )
         model.load_state_dict(saved["model"])
         seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
     except FileNotFoundError as error:
@@ -73,7 +78,7 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
         ) from error
     except (KeyError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise DataError(f"{checkpoint} is no checkpoint of this suite ({type(error).__name__}: {error}).") from error
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).eval()
     return Network(model, settings, *seen, epoch)
 
 
@@ -113,26 +118,26 @@ def predict(networks: Sequence[Network], case: Packed, *, flips: bool) -> np.nda
     Returns:
         float32 (slices, 4, height, width); background 1 where a slice holds no brain.
     """
-    mean = _predict_slices(networks[0], case, flips)
+    mean = _predict_one(networks[0], case, flips)
     for network in networks[1:]:
-        mean += _predict_slices(network, case, flips)
+        mean += _predict_one(network, case, flips)
     mean /= len(networks)
     return mean
 
 
 @torch.inference_mode()
-def _predict_slices(network: Network, case: Packed, flips: bool) -> np.ndarray:
-    """`predict` for one network of slices: every slice with brain, batched, each padded about its middle."""
+def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
+    """`predict` for one network: every slice with brain, in the batches that it takes, each padded about its middle."""
     device = next(network.model.parameters()).device
     precision = choose_precision(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    slices = Slices([case], context_slices=network.settings["context_slices"])
     depth, _, height, width = case.images.shape
-    y, x = (slices.size[0] - height) // 2, (slices.size[1] - width) // 2
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
-    for batch in make_loader(slices, batch_size=BATCH_SIZE[device.type], workers=0):
-        images = batch.images.to(device, memory_format=torch.channels_last)
+    seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
+    for batch in patients([case], **seen, batch_size=BATCH_SIZE[device.type], workers=0, device=device):
+        images = batch.images.to(device)
+        y, x = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
             soft = network.model(images).float().softmax(dim=1)
             if flips:

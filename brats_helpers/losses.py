@@ -28,8 +28,8 @@ class CrossEntropyDice(nn.Module):
     def forward(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            logits: (batch, 4, height, width), any float dtype.
-            masks: (batch, height, width), class indices, any integer dtype.
+            logits: (batch, 4, [depth,] height, width), any float dtype.
+            masks: (batch, [depth,] height, width), class indices, any integer dtype.
         """
         return self.value(self.sums(logits, masks))
 
@@ -39,7 +39,7 @@ class CrossEntropyDice(nn.Module):
         truth = F.one_hot(masks.long(), logits.shape[1]).movedim(-1, 1).float()
         prob = log_prob.exp()
         parts = (-log_prob * truth, prob * truth, prob, truth)
-        return torch.stack([part.sum(dim=(0, 2, 3)) for part in parts])
+        return torch.stack([part.sum(dim=(0, *range(2, logits.ndim))) for part in parts])
 
     def value(self, sums: torch.Tensor) -> torch.Tensor:
         """The loss that `sums`, of one batch or added up over several, amount to."""

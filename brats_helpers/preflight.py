@@ -9,11 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import DataLoader
 
 from brats_helpers.augment import augment, generators
 from brats_helpers.dataset import Batch, Slices
 from brats_helpers.log import duration, warn
 from brats_helpers.machine import peak_memory_gib
+from brats_helpers.patches import Patches
 from brats_helpers.steps import fitted, gradients
 
 STEPS = 3
@@ -111,12 +113,12 @@ class Preflight:
 def measure(
     network: nn.Module,
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    train: Slices,
-    val: Slices,
+    train: Slices | Patches,
+    val: DataLoader,
     accelerator: Accelerator,
     *,
     ready: Callable[[nn.Module, float], None],
-    strength: str,
+    augmentation: dict[str, str | int],
     workers: int,
     batch_size: int,
     piece: int,
@@ -128,11 +130,11 @@ def measure(
     Args:
         network: on the device, before `accelerator` prepared it; stays as it is.
         loss_of: the loss of logits and masks, of this process alone.
-        train: slices to learn from.
-        val: slices to validate on.
+        train: slices or patches to learn from.
+        val: batches to validate on.
         accelerator: of the training.
         ready: makes a network train with a share of its encoder frozen.
-        strength: of the augmentation.
+        augmentation: `strength` and `modalities`, see `augment.augment`.
         workers: processes that load batches.
         batch_size: slices a step, over all processes.
         piece: slices at a time to begin with.
@@ -153,7 +155,7 @@ def measure(
             loaded = time.perf_counter()
             masks = batch.masks.to(device)
             images, masks = augment(
-                batch.images.to(device), masks, strength=strength, generators=generators(0, 0, range(rows))
+                batch.images.to(device), masks, **augmentation, generators=generators(0, 0, range(rows))
             )
             gradients(own, loss_of, images, masks, accelerator, piece).item()
             optimizer.step()
@@ -168,13 +170,14 @@ def measure(
         optimizer = torch.optim.AdamW(own.parameters())
         took[frozen], piece = fitted(step_s, piece)
 
+    items = next(iter(val.batch_sampler))
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        batch = _some(val, 0, 2 * rows)
+        batch = val.dataset.__getitems__(items[: max(len(items) // accelerator.num_processes, 1)])
         with torch.no_grad(), accelerator.autocast():
-            logits = own.eval()(batch.images.to(device, memory_format=torch.channels_last))
+            logits = own.eval()(batch.images.to(device))
             loss_of(logits, batch.masks.to(device)).item()
-    validation_s = (time.perf_counter() - began) * len(val) / (2 * batch_size)
+    validation_s = (time.perf_counter() - began) * len(val)
 
     # The slowest process and the smallest piece count for all.
     each = gather_object([(piece, took.get(False, 0.0), took.get(True, 0.0), validation_s)])
@@ -191,6 +194,6 @@ def measure(
     )
 
 
-def _some(slices: Slices, first: int, count: int) -> Batch:
-    """Slices from all over the patients, as a training would read them."""
+def _some(slices: Slices | Patches, first: int, count: int) -> Batch:
+    """Slices or patches from all over the patients, as a training would read them."""
     return slices.__getitems__([k * 7919 % len(slices) for k in range(first, first + count)])

@@ -30,8 +30,8 @@ def gradients(
     Args:
         model: as `accelerator` prepared it; in several processes their gradients meet at the last piece.
         loss_of: the loss of logits and masks.
-        images: (batch, channels, height, width), on the device.
-        masks: (batch, height, width), class indices.
+        images: (batch, channels, [depth,] height, width), on the device.
+        masks: (batch, [depth,] height, width), class indices.
         accelerator: scales the loss where the precision needs it.
         piece: slices at a time.
     """
@@ -41,7 +41,7 @@ def gradients(
     for k, (some, truth) in enumerate(pieces, 1):
         with accelerator.no_sync(model) if k < len(pieces) else nullcontext():
             with accelerator.autocast():
-                logits = model(some.contiguous(memory_format=torch.channels_last))
+                logits = model(some)
             loss = loss_of(logits, truth) * (len(some) / len(images))
             accelerator.backward(loss)
         total += loss.detach()

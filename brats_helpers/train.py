@@ -30,12 +30,13 @@ from brats_helpers import machine
 from brats_helpers.augment import augment, generators, seed_of
 from brats_helpers.cache import Packed
 from brats_helpers.cases import CLASSES, REGIONS
-from brats_helpers.dataset import BalancedSampler, Batch, Slices, make_loader
+from brats_helpers.dataset import BalancedSampler, Batch, make_loader
 from brats_helpers.files import whole_file, write_json
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.metrics import STRUCTURES, dice_scores
-from brats_helpers.model import build_model, freeze_encoder, learnt_from, train_mode
+from brats_helpers.model import build_model, freeze_encoder, learnt_from, sees_patches, train_mode
+from brats_helpers.patches import patients, samples
 from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import fitted, gradients
 
@@ -49,14 +50,15 @@ class Settings:
 
     Attributes:
         modalities: comma-separated, in the order of the input channels.
-        encoder: an encoder of segmentation-models-pytorch.
+        encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
         encoder_weights: `imagenet`, `none`, a file with an encoder's, or a checkpoint to go on from.
         context_slices: neighbouring slices on each side fed as further channels.
+        patch_size: edge in voxels of the patches that a 3D network sees; 0 for a network of slices.
         epochs: passes at most.
         minutes: stop after so many minutes of training and validation; 0 sets no limit.
-        batch_size: slices a step, over all processes.
-        slices_per_epoch: slices an epoch; 0 takes every slice with brain once.
-        foreground: share of slices with tumour; negative keeps the data's own share.
+        batch_size: slices, or patches, a step, over all processes.
+        slices_per_epoch: slices, or patches, an epoch; 0 takes as many as hold every voxel once.
+        foreground: share of slices with tumour, or of patches drawn about it; negative keeps the data's own share.
         augment: `none`, `basic` or `strong`.
         class_weights: comma-separated, of background, NCR, ED and ET in the cross-entropy.
         lr: highest learning rate of AdamW.
@@ -76,6 +78,7 @@ class Settings:
     encoder: str
     encoder_weights: str
     context_slices: int
+    patch_size: int
     epochs: int
     minutes: float
     batch_size: int
@@ -93,6 +96,11 @@ class Settings:
     ema: float
     patience: int
     seed: int
+
+    def __post_init__(self):
+        if sees_patches(self.encoder) != bool(self.patch_size):
+            kind = "patches, so expected their edge" if sees_patches(self.encoder) else "slices, so expected 0"
+            raise ValueError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -170,9 +178,9 @@ def fit(
     if settings.batch_size % processes:
         raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
 
-    # The data: balanced random slices to learn from, every slice of the validation patients in order.
-    train_slices = Slices(train, context_slices=settings.context_slices)
-    val_slices = Slices(val, context_slices=settings.context_slices)
+    # The data: balanced random slices or patches to learn from, every slice of the validation patients in order.
+    seen = {"context_slices": settings.context_slices, "patch_size": settings.patch_size}
+    train_slices = samples(train, **seen)
     sampler = BalancedSampler(
         train_slices, n=settings.slices_per_epoch, foreground=settings.foreground, seed=settings.seed
     )
@@ -200,16 +208,30 @@ def fit(
         return state["history"]
 
     train_slices.keep_on(accelerator.device)
-    val_slices.keep_on(accelerator.device)
-    loading = {"workers": workers, "pin_memory": device.type == "cuda"}
-    train_loader = make_loader(train_slices, batch_size=settings.batch_size, sampler=sampler, **loading)
-    val_loader = make_loader(val_slices, batch_size=2 * settings.batch_size, **loading)
+    train_loader = make_loader(
+        train_slices,
+        batch_size=settings.batch_size,
+        workers=workers,
+        sampler=sampler,
+        pin_memory=device.type == "cuda",
+    )
+    val_loader = patients(
+        val,
+        **seen,
+        batch_size=2 * settings.batch_size,
+        workers=workers,
+        device=accelerator.device,
+        processes=processes,
+    )
 
     # The network, its averaged copy, the loss, the optimiser.
     torch.manual_seed(settings.seed)
     network = build_model(
-        encoder=settings.encoder, weights=settings.encoder_weights, in_channels=train_slices.channels
-    ).to(accelerator.device, memory_format=torch.channels_last)
+        encoder=settings.encoder,
+        weights=settings.encoder_weights,
+        in_channels=train_slices.channels,
+        patch_size=settings.patch_size,
+    ).to(accelerator.device)
     averaged = AveragedModel(network, multi_avg_fn=_average(settings.ema), use_buffers=True)
     weights = [float(weight) for weight in settings.class_weights.split(",")]
     criterion = CrossEntropyDice(class_weights=weights).to(accelerator.device)
@@ -224,6 +246,8 @@ def fit(
         freeze_encoder(network, share)
         train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
 
+    augmentation = {"strength": settings.augment, "modalities": len(settings.modalities.split(","))}
+
     # What it will cost, and how many slices fit into the memory at once, which a kind of device is asked once.
     hardware = machine.describe(accelerator.device)
     facts = {
@@ -236,10 +260,10 @@ def fit(
         network,
         criterion,
         train_slices,
-        val_slices,
+        val_loader,
         accelerator,
         ready=ready,
-        strength=settings.augment,
+        augmentation=augmentation,
         workers=workers,
         batch_size=settings.batch_size,
         piece=state["pieces"].get(facts["device"], rows),
@@ -314,7 +338,7 @@ def fit(
             images, masks = augment(
                 batch.images,
                 batch.masks,
-                strength=settings.augment,
+                **augmentation,
                 generators=generators(settings.seed, epoch, range(place, place + rows)),
             )
 
@@ -384,7 +408,7 @@ def validate(
     sums = torch.zeros(4, n, dtype=torch.float64, device=accelerator.device)
     for batch in loader:
         with accelerator.autocast():
-            logits = network(batch.images.contiguous(memory_format=torch.channels_last))
+            logits = network(batch.images)
         sums += criterion.sums(logits, batch.masks)
         place = (batch.index[:, :1, None] * n + batch.masks) * n + logits.argmax(dim=1)
         tables += torch.bincount(place.flatten(), minlength=len(tables))

@@ -16,7 +16,7 @@ def _batch(n=8, channels=2, height=64, width=96):
 
 def _run(strength, seed=0, batch=None):
     images, masks = batch or _batch()
-    return augment(images, masks, strength=strength, generators=generators(seed, 0, range(len(images))))
+    return augment(images, masks, strength=strength, modalities=2, generators=generators(seed, 0, range(len(images))))
 
 
 def test_none_changes_nothing():
@@ -76,7 +76,7 @@ def test_a_slice_changes_alike_whatever_is_in_its_batch(strength):
 def test_about_half_of_the_slices_are_flipped():
     images, masks = _batch(n=200)
     images[:, :, :, :48], images[:, :, :, 48:] = 1, 2
-    moved, _ = augment(images, masks, strength="basic", generators=generators(0, 0, range(200)))
+    moved, _ = _run("basic", batch=(images, masks))
     flipped = moved[:, 0, 20:44, 16:32].mean(dim=(1, 2)) > moved[:, 0, 20:44, 64:80].mean(dim=(1, 2))
     assert 70 < flipped.sum() < 130
 

@@ -30,6 +30,7 @@ SETTINGS = Settings(
     encoder="tu-tf_mobilenetv3_small_minimal_100",
     encoder_weights="none",
     context_slices=0,
+    patch_size=0,
     epochs=3,
     minutes=0,
     batch_size=4,
