@@ -8,8 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 find_python
 install_missing test
 cd "$root"
-if [[ $# == 0 ]]; then
-  "$python" -m ruff check --quiet
-  "$python" -m ruff format --check --quiet --exclude '*.ipynb'
-fi
+[[ $# == 0 ]] && "$python" -m ruff check --quiet
 exec "$python" -m pytest "$@"

@@ -1,13 +1,13 @@
 """Time the audit of a patient beside just reading the bytes it needs, and say where the time goes.
 
-Takes patients of DATA as they are packed there, and as plain .nii. Figures in ms a patient, one thread, wall clock and
-in brackets processor time:
+Takes patients of DATA as they are packed there, and as plain .nii. Figures in ms a patient, one thread unless said,
+wall clock and in brackets processor time:
 
     read        the bytes of all files, already in memory / dropped from it before (cold)
-    unpack      read, and gunzip what is gzip
-    audit       everything `python -m brats_helpers check` does with a patient / cold
-    hash        of that, hashing the voxels
-    checks      of that, all the rest: header, range, labels, geometry, brain
+    audit       everything `python -m brats_helpers check` does with a patient / cold / cold, by two threads
+    unpack      of the audit: reading, and gunzip of what is gzip
+    hash        of the audit: hashing the voxels
+    checks      of the audit: all the rest, which is header, range, labels, geometry, brain
 """
 
 import argparse
@@ -17,6 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -60,27 +61,23 @@ def measure(found: Survey, n: int, repeats: int) -> dict[str, list[float]]:
         for path in paths:
             path.read_bytes()
 
-    def unpack():
-        for path in paths:
-            read_bytes(path)
-
-    def check():
-        audit.examine(found, cases, workers=1, cache_dir=None)
+    def check(workers=1):
+        audit.examine(found, cases, workers=workers, cache_dir=None)
 
     rows = {}
     for name, work, cold in (
-        ("read", read, False), ("read cold", read, True), ("unpack", unpack, False),
-        ("audit", check, False), ("audit cold", check, True),
+        ("read", read, False), ("read cold", read, True), ("audit", check, False), ("audit cold", check, True),
+        ("audit cold by two", partial(check, workers=2), True),
     ):  # fmt: skip
         clocks = [clocked(work, paths if cold else ()) for _ in range(repeats)]
         rows[name] = [statistics.median(clock) * 1000 / len(cases) for clock in zip(*clocks, strict=True)]
-    hashing: list[tuple[float, float]] = []
-    with patch.object(audit, "_content", timed(audit._content, hashing)):
-        for _ in range(repeats):
-            check()
-    rows["hash"] = [sum(clock) * 1000 / repeats / len(cases) for clock in zip(*hashing, strict=True)]
-    rest = [rows["audit"][k] - rows["unpack"][k] - rows["hash"][k] for k in range(2)]
-    return rows | {"checks": rest}
+    for name, function in (("unpack", "read_bytes"), ("hash", "_content")):
+        spent: list[tuple[float, float]] = []
+        with patch.object(audit, function, timed(getattr(audit, function), spent)):
+            for _ in range(repeats):
+                check()
+        rows[name] = [sum(clock) * 1000 / repeats / len(cases) for clock in zip(*spent, strict=True)]
+    return rows | {"checks": [rows["audit"][k] - rows["unpack"][k] - rows["hash"][k] for k in range(2)]}
 
 
 def clocked(work, dropped) -> tuple[float, float]:

@@ -264,12 +264,14 @@ def _compare(options: argparse.Namespace) -> None:
     for path, other, only in ((options.a, options.b, "only_a"), (options.b, options.a, "only_b")):
         if result[only]:
             warn(f"left out, as {other} has no score for them: {', '.join(result[only])} of {path}")
+    if result["n"] < 6:
+        warn(f"{result['n']} patients in both: of so few, even a gain in each may be chance")
     print(f"{options.b} minus {options.a}, {result['n']} patients: mean and 95 % interval")
-    print(f"{'':4}{'Dice':^26}{'HD95 mm':^26}".rstrip())
+    print(f"{'':4}{'Dice':^28}{'HD95 mm':^32}".rstrip())
     for region in REGIONS:
         row = [result["differences"][region][metric] for metric in ("dice", "hd95_mm")]
-        figures = ("{:+.3f} ({:+.3f} to {:+.3f})".format(d["mean_difference"], *d["ci95"]) for d in row)
-        print(f"{region:4}" + "".join(f"{text:^26}" for text in figures).rstrip())
+        dice, hd95 = ("{:+.3f} ({:+.3f} to {:+.3f})".format(d["mean_difference"], *d["ci95"]) for d in row)
+        print(f"{region:4}{dice:^28}{hd95:^32}".rstrip())
     print(("simulated patients; " if result["simulated"] else "") + result["convention"])
     if options.json:
         write_json(options.json, result)

@@ -33,6 +33,7 @@ CARRIED = (
     "pyproject.toml",
     "requirements.txt",
     "brats_helpers/*.py",
+    "brats_helpers/pages/*",
     "notebooks/*.ipynb",
     "profiles/*.yaml",
 )

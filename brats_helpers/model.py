@@ -54,7 +54,8 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
 
     Args:
         encoder: any encoder of segmentation-models-pytorch, such as `efficientnet-b0` or `tu-resnet18`.
-        weights: `imagenet`, `none` (random), or a file with an encoder's state dict.
+        weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
+            from which the whole network goes on.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
 
@@ -96,10 +97,31 @@ def build_model(*, encoder: str, weights: str, in_channels: int) -> nn.Module:
             ) from error
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise WeightsError(f"encoder_weights {weights!r} is no state dict of torch ({error}).") from error
+        if "model" in state:
+            return _go_on_from(model, state, weights)
         _load_encoder(model.encoder, state)
     with torch.no_grad():
         model.segmentation_head[0].bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
     return model
+
+
+def _go_on_from(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise WeightsError(
+            f"encoder_weights {path!r} is a network of {checkpoint['settings']['encoder']} with"
+            f" {checkpoint['in_channels']} channels, which does not fit: {error}."
+        ) from error
+    return model
+
+
+def learnt_from(weights: str) -> list[str]:
+    """IDs of the patients that a network had learnt from when it starts from `weights`, see `build_model`."""
+    if weights in ("imagenet", "none"):
+        return []
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    return state["train_cases"] + state["val_cases"] if "model" in state else []
 
 
 def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:

@@ -309,9 +309,7 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
         draw.text((4, 17), f"{PRINTED[modality]} · axial slice {at}", "white", font)
         frames.append(np.asarray(picture))
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(
-        path, frames, duration=100, loop=0, comment=f"{name} · {PRINTED[modality]} · axial slices".encode()
-    )
+    imageio.imwrite(path, frames, duration=100, loop=0, comment=f"{name} · {PRINTED[modality]} · axial slices".encode())
     return path
 
 

@@ -41,6 +41,10 @@ NEEDS = {
 }
 """The notebooks in their order, each with those whose files it reads."""
 
+ONCE = ("00_setup", "01_explore")
+PER_FOLD = ("02_train", "03_evaluate")
+"""With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
+
 EXIT_CODES = {
     0: "it is finished; where --time-limit came first, it is scored all the same",
     1: "a notebook, the report or Kaggle failed, or --time-limit came before the scores",
@@ -92,6 +96,7 @@ class Notebook:
 class Plan:
     """What one command asks for, checked: `values` and `keys` are of every stage, `stages` those to run.
 
+    `sweep` holds, by the name of each combination, the values that it has instead; without a sweep one, "", of none.
     `on_kaggle` holds the arguments for `run_all.sh` there, or is empty for a run here; `time_limit` is in minutes,
     0 for none.
     """
@@ -109,6 +114,10 @@ class Plan:
     log: Path | None
     on_kaggle: list[str]
     agreed: bool
+    folds: int
+    sweep: dict[str, dict]
+    workers: int
+    job: dict
 
 
 # --- what there is: notebooks, parameters, profiles ---------------------------------------------------------------
@@ -214,6 +223,30 @@ def _arguments() -> _Arguments:
         "--on", choices=["kaggle"], help="run it as a private notebook on Kaggle's GPUs and bring back what it leaves"
     )
     parser.add_argument("--yes", action="store_true", help="with --on: upload without asking")
+    parser.add_argument("--folds", metavar="N", type=int, help="N-fold cross-validation: 02 and 03 for each fold")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar=("KEY", "VALUE"),
+        action="append",
+        default=[],
+        help="02 and 03 for each of these values; repeatable: for each combination, and each fold",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=0,
+        help="share folds and sweeps among N processes: a SLURM array where there is SLURM, else on this machine",
+    )
+    parser.add_argument(
+        "--job",
+        nargs=2,
+        metavar=("KEY", "VALUE"),
+        action="append",
+        default=[],
+        help="what submitit asks of SLURM for each worker: timeout_min 600, gpus_per_node 1, slurm_partition gpu, ...",
+    )
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -249,6 +282,20 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
 
     notebooks = read_notebooks(root)
     stages = _picked(options.only) if options.only else list(NEEDS)
+    sweep = _combinations(options.sweep, notebooks)
+    shared = options.folds is not None or bool(options.sweep)
+    if shared:
+        if options.folds is not None and options.folds < 2:
+            raise UsageError(f"--folds {options.folds}: two or more")
+        for name in ("only", "prepare_only", "on", "time_limit"):
+            if getattr(options, name):
+                raise UsageError(f"--{name.replace('_', '-')} does not go with --folds and --sweep, which run 00 to 03")
+        stages = [*ONCE, *PER_FOLD]
+    elif options.workers or options.job:
+        raise UsageError("--workers and --job share out folds or a sweep: add --folds N or --sweep KEY VALUES")
+    if manifest and manifest.get("shared", False) != shared:
+        was = "made with --folds or --sweep" if manifest.get("shared") else "one training"
+        raise UsageError(f"run {name} is {was}; go on as you began, or take another --run")
     values, given = _values(options, root, root / "profiles" / f"{profile}.yaml", folder, notebooks)
     made = {} if options.on else manifest.get("stages", {})  # there, nothing of an earlier run is left
     if options.log and not options.log.parent.is_dir():
@@ -299,6 +346,10 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
         options.log,
         on_kaggle,
         options.yes,
+        options.folds or 0,
+        sweep,
+        options.workers,
+        {key: int(value) if value.isdigit() else value for key, value in options.job},
     )
 
 
@@ -334,6 +385,23 @@ def _picked(only: str) -> list[str]:
     return [stage for stage in NEEDS if stage in picked]
 
 
+def _combinations(swept: list[list[str]], notebooks: dict[str, Notebook]) -> dict[str, dict]:
+    """Each combination of the values of `--sweep`, by its name; one without a value where nothing is swept."""
+    declared = {name: p for stage in PER_FOLD for name, p in notebooks[stage].parameters.items()}
+    combinations: dict[str, dict] = {"": {}}
+    for key, *texts in swept:
+        if key not in declared or key == "run_dir":
+            raise UsageError(f"--sweep {key}: no parameter of {' or '.join(PER_FOLD)}; {_nearest(key, declared)}")
+        if not texts:
+            raise UsageError(f"--sweep {key}: say which values")
+        combinations = {
+            f"{name};{key}={text}".lstrip(";").replace("/", "_"): values | {key: declared[key].read(_path(key, text))}
+            for name, values in combinations.items()
+            for text in texts
+        }
+    return combinations
+
+
 def _values(options, root: Path, profile: Path, folder: Path, notebooks: dict[str, Notebook]) -> tuple[dict, dict]:
     """Each notebook's parameters as resolved, and those of them that are not its own defaults."""
     # A suite that is attached, as on Kaggle, is read-only; what can be made again does not go to Kaggle's results.
@@ -343,7 +411,8 @@ def _values(options, root: Path, profile: Path, folder: Path, notebooks: dict[st
     for key in asked:
         if key not in declared:
             raise UsageError(f"{profile}: no notebook has a parameter {key}; {_nearest(key, sorted(declared))}")
-    for key, text in options.pairs + ([["data", options.data]] if options.data else []):
+    by_option = [[key, str(value)] for key in ("data", "folds") if (value := getattr(options, key)) is not None]
+    for key, text in options.pairs + by_option:
         if key not in declared:
             raise UsageError(f"-p {key}: no notebook has that parameter; {_nearest(key, sorted(declared))}")
         if key == "run_dir":
@@ -418,7 +487,9 @@ def main(argv: list[str], root: Path = ROOT) -> int:
                 from brats_helpers.kaggle_run import run_on_kaggle
 
                 return run_on_kaggle(plan)
-            return _prepare(plan) if plan.prepare_only else _run(plan)
+            if plan.prepare_only:
+                return _prepare(plan)
+            return _start_workers(plan, argv) if plan.workers else _run(plan)
         except KeyboardInterrupt:
             warn(f"stopped; this picks up: {plan.command}")
             return 130
@@ -445,19 +516,66 @@ def _prepare(plan: Plan) -> int:
     return 0
 
 
+def _start_workers(plan: Plan, argv: list[str]) -> int:
+    from brats_helpers.workers import start
+
+    try:
+        return start(_work, argv, workers=plan.workers, folder=plan.folder / "workers", job=plan.job)
+    except ImportError:
+        fail("--workers needs submitit: pip install submitit. Or start the same command several times without it.")
+        return 1
+
+
+def _work(argv: list[str]) -> int:
+    return _run(make_plan(argv))
+
+
 def _run(plan: Plan) -> int:
     start = time.monotonic()
     run = Run(plan.folder)
+    print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
+    if plan.folds or any(plan.sweep):
+        from brats_helpers.folds import share_out
+
+        finished = share_out(plan, run, once=ONCE, per_fold=PER_FOLD, begin=_begin, run_stages=_run_stages)
+    else:
+        _begin(plan, run)
+        for need in sorted(_before(plan.stages) - set(plan.stages)):
+            _warn_of_change(run, need, plan.values[need])
+        finished = _run_in_time(plan, run, start)
+    if not (finished and _report(run)):
+        return 1
+    done(f"report    {run.report}")
+    done(f"figures   {run.figures}")
+    done(f"notebooks {run.notebooks}")
+    timing(f"run {run.name}", time.monotonic() - start)
+    return 0
+
+
+def _begin(plan: Plan, run: Run, **entries) -> None:
     run.record(
         profile=plan.profile,
         command=plan.command,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(plan.root),
         revision=_revision(plan.root),
+        **entries,
     )
-    print(f"run {run.name}, profile {plan.profile}: {', '.join(plan.stages)}", flush=True)
-    for need in sorted(_before(plan.stages) - set(plan.stages)):
-        _warn_of_change(run, need, plan.values[need])
+
+
+def _report(run: Run) -> bool:
+    from brats_helpers.report import build_report
+
+    try:
+        build_report(run)
+    except Exception as error:
+        fail(f"the report failed: {_reason(error)}")
+        return False
+    return True
+
+
+def _run_in_time(plan: Plan, run: Run, start: float) -> bool:
+    """Run the notebooks of the plan, under its time limit, which counts from `start`; whether there are scores."""
     if plan.time_limit:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 60 * plan.time_limit)
@@ -466,29 +584,22 @@ def _run(plan: Plan) -> int:
             if stage == "02_train" and plan.time_limit:
                 _fit_training(plan, time.monotonic() - start)
             if not _run_stage(plan, run, stage):
-                return 1
+                return False
     except KeyboardInterrupt:
         if not plan.time_limit or time.monotonic() - start < 60 * plan.time_limit:
             raise
         if "03_evaluate" in plan.stages and run.manifest["stages"].get("03_evaluate", {}).get("status") != "finished":
             fail(f"the time limit, {plan.time_limit:g} minutes, came in {stage}; this picks up: {plan.command}")
-            return 1
+            return False
         warn(f"the time limit, {plan.time_limit:g} minutes, came in {stage}; the report shows what is there")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    return True
 
-    from brats_helpers.report import build_report
 
-    try:
-        report = build_report(run)
-    except Exception as error:
-        fail(f"the report failed: {_reason(error)}")
-        return 1
-    done(f"report    {report}")
-    done(f"figures   {run.figures}")
-    done(f"notebooks {run.notebooks}")
-    timing(f"run {run.name}", time.monotonic() - start)
-    return 0
+def _run_stages(plan: Plan, run: Run, stages: Iterable[str]) -> bool:
+    """Run notebooks in order as far as they succeed; whether all did."""
+    return all(_run_stage(plan, run, stage) for stage in stages)
 
 
 def _fit_training(plan: Plan, elapsed_s: float) -> None:

@@ -35,7 +35,7 @@ from brats_helpers.files import whole_file, write_json
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.metrics import STRUCTURES, dice_scores
-from brats_helpers.model import build_model, freeze_encoder, train_mode
+from brats_helpers.model import build_model, freeze_encoder, learnt_from, train_mode
 from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import fitted, gradients
 
@@ -50,7 +50,7 @@ class Settings:
     Attributes:
         modalities: comma-separated, in the order of the input channels.
         encoder: an encoder of segmentation-models-pytorch.
-        encoder_weights: `imagenet`, `none`, or a file.
+        encoder_weights: `imagenet`, `none`, a file with an encoder's, or a checkpoint to go on from.
         context_slices: neighbouring slices on each side fed as further channels.
         epochs: passes at most.
         minutes: stop after so many minutes of training and validation; 0 sets no limit.
@@ -186,7 +186,7 @@ def fit(
         "format": FORMAT,
         "settings": asdict(settings),
         "in_channels": train_slices.channels,
-        "train_cases": [case.id for case in train],
+        "train_cases": [*learnt_from(settings.encoder_weights), *(case.id for case in train)],
         "val_cases": [case.id for case in val],
         "fingerprint": _fingerprint([*train, *val]),
     }

@@ -74,8 +74,17 @@ def test_what_is_pushed_is_a_suite_that_runs(kaggle, account, tmp_path):
     texts = [node.value for node in ast.walk(ast.parse(unpack)) if isinstance(node, ast.Constant)]
     with tarfile.open(fileobj=BytesIO(base64.b64decode(max(texts, key=len)))) as tar:
         tar.extractall(tmp_path / "suite")
-    for name in ("run_all.sh", "brats_helpers/train.py", "profiles/small.yaml", "notebooks/02_train.ipynb"):
-        assert (tmp_path / "suite" / name).read_bytes() == (ROOT / name).read_bytes()
+    package = [
+        path for path in (ROOT / "brats_helpers").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert len(package) > 20
+    for path in [
+        *package,
+        *(ROOT / "profiles").glob("*.yaml"),
+        *(ROOT / "notebooks").glob("*.ipynb"),
+        ROOT / "run_all.sh",
+    ]:
+        assert (tmp_path / "suite" / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
     words = shlex.split(re.match("!(.*)", start)[1])
     assert words[:2] == ["bash", "/tmp/suite/run_all.sh"] and "assert _exit_code == 0" in start

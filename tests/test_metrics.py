@@ -522,7 +522,7 @@ def test_what_cannot_be_scored_is_reported(folders):
     result = score(pred_dir, truth_dir)
     assert list(result["cases"]) == ["A", "B"]
     reasons = result["not_scored"]
-    assert "torn_seg.nii.gz cannot be read" in reasons.pop("torn")
+    assert "torn_seg.nii.gz is truncated" in reasons.pop("torn")
     assert "odd_seg.nii.gz: fractional" in reasons.pop("odd")
     assert "(15, 14, 12)" in reasons["cut"] and "(16, 14, 12)" in reasons["cut"]
     assert {case: reason.split(":")[0] for case, reason in reasons.items()} == {

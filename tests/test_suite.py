@@ -67,9 +67,9 @@ def build_report(run):
 """
 
 
-def write_notebooks(folder: Path) -> None:
+def write_notebooks(folder: Path, cells_of=CELLS) -> None:
     folder.mkdir(exist_ok=True)
-    for stage, sources in CELLS.items():
+    for stage, sources in cells_of.items():
         cells = [nbformat.v4.new_markdown_cell(f"# {stage}"), *map(nbformat.v4.new_code_cell, sources)]
         cells[1].metadata["tags"] = ["parameters"]
         cells.insert(-1, nbformat.v4.new_markdown_cell("Text.\n\n## The last step"))

@@ -1,0 +1,166 @@
+"""The same patients, the same split, the same seconds of training: this suite, nnU-Net v2 in 2D, MONAI's BraTS tutorial
+and the recipe of the notebook that this suite replaces; all scored by `score`, and compared patient by patient.
+
+The seconds are those of training, with its reading of data and its validations. What each does before (preparing
+patients) and after (predicting) is not counted for anybody. Everybody gets the same cores. A peer whose defaults do not
+finish an epoch in the budget gets the smaller settings that its own documentation offers; --nnunet and --monai set
+them, and the table shows them.
+
+Peers need an environment of their own with nnunetv2 and monai: --python names its Python.
+
+    python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --json accuracy.json
+    python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --data ../shared/real --leave-one-out
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+
+from brats_helpers.cache import prepare
+from brats_helpers.cases import REGIONS, find_cases
+from brats_helpers.environment import ROOT
+from brats_helpers.experiments import MEAN
+from brats_helpers.metrics import collect, compare, score_folders
+from brats_helpers.phantom import is_simulated, make_cases
+from brats_helpers.splits import fold_cases, split_cases
+
+PEERS = {
+    "this suite": "suite",
+    "nnU-Net v2, 2D": "nnunet",
+    "MONAI's tutorial, 3D": "monai_tutorial",
+    "the replaced notebook": "replaced_notebook",
+}
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        work = Path(temporary)
+        data = options.data or ROOT / "data" / f"phantom-{options.cases}-{options.seed}"
+        if not options.data:
+            make_cases(data, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
+        modalities = options.modalities.split(",")
+        cases = [case for case in find_cases(data, modalities, skip_incomplete=True) if case.seg]
+        packed = prepare(cases, cache_dir=ROOT / "cache", workers=os.cpu_count())
+        if options.leave_one_out:
+            rounds = fold_cases(packed, folds=len(packed), split=options.split, seed=options.seed)
+        else:
+            rounds = [split_cases(packed, split=options.split, seed=options.seed)]
+        job = {
+            "data": str(data.resolve()),
+            "modalities": modalities,
+            "cache": str(ROOT / "cache"),
+            "device": options.device,
+            "workers": options.workers,
+            "shrink": {"batch": options.nnunet[0], "thinner": options.nnunet[1]} if options.nnunet else None,
+        }
+        crop, filters, lr = options.monai
+        job |= {"crop": [int(side) for side in crop.split(",")], "filters": int(filters), "lr": float(lr)}
+        print(f"{machine()}\n{describe(options, data, rounds)}")
+        results = {"machine": machine(), "command": sys.argv, "rounds": rounds, "budgets": {}}
+        for seconds in options.seconds:
+            found = {name: compete(name, job | {"seconds": seconds}, rounds, options, work) for name in options.tools}
+            results["budgets"][seconds] = found
+            show(seconds, found)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", metavar="FILE", default=sys.executable, help="of the peers; default: this one")
+    parser.add_argument("--seconds", metavar="S", type=int, nargs="+", default=[120], help="of training; default: 120")
+    parser.add_argument("--tools", metavar="NAME", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="patients; default: simulated ones, made in data/")
+    parser.add_argument("--cases", metavar="N", type=int, default=40, help="simulated patients; default: 40")
+    parser.add_argument("--split", default="24,4,12", help="train, val, test; default: 24,4,12")
+    parser.add_argument(
+        "--leave-one-out", action="store_true", help="each patient is tested by trainings on the others"
+    )
+    parser.add_argument("--modalities", default="flair,t1,t1ce,t2", help="default: flair,t1,t1ce,t2")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of patients and split; default: 0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--workers", metavar="N", type=int, default=2, help="processes that read; default: 2")
+    parser.add_argument(
+        "--nnunet",
+        metavar=("BATCH", "THINNER"),
+        type=int,
+        nargs=2,
+        help="smaller plans: the batch, and by what the widths are divided; default: as planned",
+    )
+    parser.add_argument(
+        "--monai",
+        metavar=("CROP", "FILTERS", "LR"),
+        nargs=3,
+        default=["144,224,224", "16", "1e-4"],
+        help="default: the tutorial's, 144,224,224 16 1e-4",
+    )
+    parser.add_argument("--folder", metavar="DIR", help="for what they write meanwhile; default: the system's")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every score there as well")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{processor}, {cores} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}"
+
+
+def describe(options: argparse.Namespace, data: Path, rounds: list[dict]) -> str:
+    kind = "simulated patients" if is_simulated(data) else f"patients of {data.name}"
+    sizes = ", ".join(f"{len(rounds[0][part])} {part}" for part in ("train", "val", "test"))
+    nnunet = "batch {}, widths over {}".format(*options.nnunet) if options.nnunet else "as planned"
+    monai = "crop {}, {} filters, learning rate {}".format(*options.monai)
+    return f"{len(rounds)} round(s) of {sizes}, {kind}, seed {options.seed}; nnU-Net: {nnunet}; MONAI: {monai}"
+
+
+def compete(name: str, job: dict, rounds: list[dict], options: argparse.Namespace, work: Path) -> dict:
+    """The scores of one tool over all rounds, in the form of `metrics.json`, and what it said of its training."""
+    scores, said = {}, []
+    for number, parts in enumerate(rounds):
+        folder = work / f"{PEERS[name]}-{job['seconds']}-{number}"
+        (folder / "out").mkdir(parents=True)
+        (folder / "truth").mkdir()
+        for case in find_cases(job["data"], job["modalities"], skip_incomplete=True):
+            if case.id in parts["test"]:
+                (folder / "truth" / case.id).symlink_to(case.folder.resolve())
+        own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
+        (folder / "job.json").write_text(json.dumps(own))
+        python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
+        command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(folder / "log", "w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ).returncode
+        lines = (folder / "log").read_text().splitlines()
+        if code:
+            sys.exit(f"{name} failed:\n" + "\n".join(lines[-30:]))
+        said += [line for line in lines if line.startswith(("steps: ", "epochs: "))]
+        how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "allow_leakage": False}
+        scored = score_folders(folder / "out", folder / "truth", **how)["cases"]
+        for case_id, own in scored.items():
+            dice = {region: own[region]["dice"] for region in REGIONS}
+            scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
+    how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "not_scored": {}, "leakage": []}
+    return collect(scores, **how) | {"said": said}
+
+
+def show(seconds: int, found: dict[str, dict]) -> None:
+    first, *_ = found
+    print(f"\n{seconds} s of training; Dice; {first} minus the other, mean of WT, TC and ET, with its 95 % interval")
+    print(f"{'':24}" + "".join(f"{name:>8}" for name in (*REGIONS, MEAN)))
+    for name, metrics in found.items():
+        figures = "".join(f"{metrics['summary'][region]['dice']['mean']:8.3f}" for region in (*REGIONS, MEAN))
+        change = compare(metrics, found[first])["differences"][MEAN]["dice"]
+        paired = "{:+.3f} ({:+.3f} to {:+.3f})".format(change["mean_difference"], *change["ci95"])
+        print(f"{name:24}{figures}   {paired if name != first else '':28}{'; '.join(metrics['said'])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""This suite, for one job of benchmarks/accuracy.py: the defaults of notebook 02 in the demo's short epochs."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from brats_helpers.cache import prepare
+from brats_helpers.cases import find_cases
+from brats_helpers.environment import ROOT
+from brats_helpers.inference import load_networks, predict_files
+from brats_helpers.suite import read_notebooks, read_profile
+from brats_helpers.train import Settings, fit
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    cases = {case.id: case for case in find_cases(job["data"], job["modalities"])}
+    packed = {p.id: p for p in prepare(list(cases.values()), cache_dir=Path(job["cache"]), workers=job["workers"])}
+    train, val = ([packed[case_id] for case_id in job["parts"][part]] for part in ("train", "val"))
+
+    own = read_notebooks(ROOT)["02_train"].parameters
+    demo = read_profile(ROOT / "profiles" / "demo.yaml")
+    values = {name: p.read(demo[name]) if name in demo else p.default for name, p in own.items()}
+    values |= {"modalities": ",".join(job["modalities"]), "seed": 0, "epochs": 1000, "patience": 0}
+    values |= {"minutes": job["seconds"] / 60}
+    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    device = torch.device(job["device"])
+    how = {"workers": 0, "checkpoint_minutes": 0, "deterministic": False, "tracker": "none"}
+    history = fit(settings, train, val, Path(job["folder"]), device=device, **how)
+    print(f"epochs: {len(history)} of {settings.slices_per_epoch} slices, batch {settings.batch_size}")
+
+    networks = load_networks([Path(job["folder"]) / "checkpoints" / "best.pt"], device=device)
+    test = [cases[case_id] for case_id in job["parts"]["test"]]
+    for _ in predict_files(networks, test, Path(job["out"]), flips=True):
+        pass
+
+
+if __name__ == "__main__":
+    main()

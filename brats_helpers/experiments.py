@@ -1,0 +1,168 @@
+"""Experiments of the same length on the same patients, scored alike, and what they say."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+import torch
+
+from brats_helpers.cache import Packed
+from brats_helpers.inference import load_network, predict
+from brats_helpers.metrics import collect, compare, region_dice
+from brats_helpers.model import build_model, summary
+from brats_helpers.train import Settings, fit
+
+MEAN = "mean"
+"""The structure that stands for the mean of WT, TC and ET of a patient."""
+ENOUGH = 6
+"""Of fewer patients even full agreement may be chance: five coins fall alike once in 16 times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all experiments of a notebook have in common.
+
+    Attributes:
+        folder: each experiment gets a folder in it, and goes on from what it left there.
+        device, workers: see `train.fit`.
+        simulated: whether the patients are simulated.
+    """
+
+    folder: Path
+    device: torch.device
+    workers: int
+    simulated: bool
+    _done: dict = field(default_factory=dict)
+
+    def try_out(
+        self, arms: Mapping[str, Settings], train: Sequence[Packed], val: Sequence[Packed], test: Sequence[Packed]
+    ) -> tuple[dict[str, pd.DataFrame], dict[str, dict]]:
+        """Train and score each of `arms`; what two questions share, once.
+
+        Args:
+            arms: by a name for the reader the settings, whose `minutes` should be the same.
+            train: prepared cases to learn from.
+            val: prepared cases to choose the epoch by.
+            test: prepared cases to score, with their labels.
+
+        Returns:
+            By the same names: the history of each training, see `train.fit`, and the scores in the form of
+            `metrics.json`, with the Dice of WT, TC, ET and their `MEAN`.
+        """
+        for name, settings in arms.items():
+            key = self._key(settings, train, val, test)
+            if key not in self._done:
+                print(f"{name}:", flush=True)
+                folder = self.folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}-{key[:6]}"
+                history = fit(
+                    settings,
+                    train,
+                    val,
+                    folder,
+                    device=self.device,
+                    workers=self.workers,
+                    checkpoint_minutes=0,
+                    deterministic=False,
+                    tracker="none",
+                )
+                self._done[key] = pd.DataFrame(history), self._score(folder / "checkpoints" / "best.pt", test)
+        found = {name: self._done[self._key(settings, train, val, test)] for name, settings in arms.items()}
+        return {name: history for name, (history, _) in found.items()}, {name: own for name, (_, own) in found.items()}
+
+    @staticmethod
+    def _key(settings: Settings, *cases: Sequence[Packed]) -> str:
+        return hashlib.sha256(repr([settings, [[case.id for case in part] for part in cases]]).encode()).hexdigest()
+
+    def _score(self, checkpoint: Path, test: Sequence[Packed]) -> dict:
+        network = load_network(checkpoint, device=self.device)
+        scores = {}
+        for case in test:
+            classes = predict([network], case, flips=False).argmax(axis=1).astype(np.uint8)
+            dice = region_dice(classes, np.asarray(case.labels), convention="brats2020")
+            scores[case.id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
+        return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
+
+
+def answers(metrics: Mapping[str, Mapping]) -> list[str]:
+    """One sentence for each experiment but the first: how it compares with the first, patient by patient.
+
+    It is decided where there are `ENOUGH` patients and the 95 % interval of the mean difference does not hold 0.
+
+    Args:
+        metrics: by name, scores of the same patients, as `Bench.try_out` gives them.
+    """
+    first, *others = metrics
+    sentences = []
+    for other in others:
+        result = compare(metrics[first], metrics[other])
+        change = result["differences"][MEAN]["dice"]
+        low, high = change["ci95"]
+        decided = result["n"] >= ENOUGH and (low > 0 or high < 0)
+        verdict = ("better" if low > 0 else "worse") if decided else "not decided by this run"
+        sentences.append(
+            f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
+            f" ({low:+.3f} to {high:+.3f}), {result['n']} {'simulated ' * result['simulated']}patients."
+        )
+    return sentences
+
+
+def backbones(
+    arms: Mapping[str, Settings], histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], shape: tuple
+) -> pd.DataFrame:
+    """What each network costs, and what it reached in the same time.
+
+    Args:
+        arms, histories, metrics: see `Bench.try_out`.
+        shape: (channels, height, width) of one slice.
+
+    Returns:
+        A row an arm: its weights, parameters and multiply-adds of one slice in millions, slices a second in training,
+        and the mean Dice of WT, TC and ET with its 95 % interval.
+    """
+    rows = {}
+    for name, settings in arms.items():
+        cost = summary(build_model(encoder=settings.encoder, weights="none", in_channels=shape[0]), shape)
+        dice = metrics[name]["summary"][MEAN]["dice"]
+        rows[name] = {
+            "weights at the start": settings.encoder_weights,
+            "parameters (M)": cost["parameters"] / 1e6,
+            "multiply-adds (M)": cost["multiply_adds"] / 1e6,
+            "slices per second": histories[name]["slices_per_s"].mean(),
+            "mean Dice": dice["mean"],
+            "95 % interval": "{:.3f} to {:.3f}".format(*dice["ci95"]),
+        }
+    return pd.DataFrame(rows).T
+
+
+def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
+    """Scores of rounds on different patients, such as a leave-one-out, as those of one experiment each."""
+    return {
+        name: collect(
+            {case_id: scores for found in metrics for case_id, scores in found[name]["cases"].items()},
+            convention="brats2020",
+            simulated=metrics[0][name]["simulated"],
+            not_scored={},
+            leakage=[],
+        )
+        for name in metrics[0]
+    }
+
+
+def rounds_of_few(
+    train: Sequence[Packed], val: Sequence[Packed], test: Sequence[Packed], *, n: int
+) -> list[tuple[list[Packed], list[Packed], list[Packed]]]:
+    """Train, val and test of trainings that learn from `n` patients.
+
+    One round, on the first `n` of train, where test has `ENOUGH` patients. Else each patient of all is left out once
+    and scored by a network of `n` others, which also choose the epoch: there is nobody else to ask.
+    """
+    if len(test) >= ENOUGH:
+        return [(list(train[:n]), list(val), list(test))]
+    everyone = [*train, *val, *test]
+    others = {case.id: [other for other in everyone if other is not case][:n] for case in everyone}
+    return [(others[case.id], others[case.id], [case]) for case in everyone]

@@ -1,0 +1,117 @@
+"""Experiments: shared where two questions ask for the same, decided only where patients agree."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from brats_helpers import experiments
+from brats_helpers.cache import pack, prepare
+from brats_helpers.cases import find_cases
+from brats_helpers.experiments import ENOUGH, MEAN, Bench, answers, backbones, merged, rounds_of_few
+from brats_helpers.inference import load_network
+from brats_helpers.metrics import collect
+from brats_helpers.model import WeightsError, build_model
+from brats_helpers.train import fit
+
+from .test_train import HOW, SETTINGS
+
+
+def scores(dice, prefix="P"):
+    cases = {f"{prefix}{k}": {MEAN: {"dice": value}} for k, value in enumerate(dice)}
+    return collect(cases, convention="brats2020", simulated=True, not_scored={}, leakage=[])
+
+
+def test_an_answer_needs_enough_patients_that_agree():
+    low, high = [0.5] * ENOUGH, [0.6] * ENOUGH
+    (sentence,) = answers({"a": scores(low), "b": scores(high)})
+    assert sentence.startswith("b against a: better.") and "+0.100 (+0.100 to +0.100), 6 simulated patients" in sentence
+    (sentence,) = answers({"a": scores(high), "b": scores(low)})
+    assert sentence.startswith("b against a: worse.")
+    (sentence,) = answers({"a": scores(low[1:]), "b": scores(high[1:])})  # five agree, which may be chance
+    assert sentence.startswith("b against a: not decided by this run.")
+    (sentence,) = answers({"a": scores(low), "b": scores([0.4, 0.7, 0.4, 0.7, 0.4, 0.7])})  # they do not agree
+    assert sentence.startswith("b against a: not decided by this run.")
+
+
+def test_with_few_to_test_everyone_is_left_out_once(tiny_patients):
+    a, b, c, d = (pack(case) for case in find_cases(tiny_patients))
+    rounds = rounds_of_few([a, b], [c], [d], n=2)
+    assert [[case.id[-1] for case in test] for *_, test in rounds] == [["0"], ["1"], ["2"], ["3"]]
+    assert [[case.id[-1] for case in train] for train, *_ in rounds] == [["1", "2"], ["0", "2"], ["0", "1"], ["0", "1"]]
+    assert all(val == train for train, val, _ in rounds)
+    enough = [d] * ENOUGH
+    assert rounds_of_few([a, b], [c], enough, n=1) == [([a], [c], enough)]
+
+
+def test_rounds_are_merged_by_patient():
+    one, two = {"a": scores([0.2])}, {"a": scores([0.4], prefix="Q")}
+    assert merged([one, two])["a"]["summary"][MEAN]["dice"]["mean"] == pytest.approx(0.3)
+
+
+@pytest.fixture(scope="module")
+def tried(tiny_patients, tmp_path_factory):
+    """Two questions that share an experiment, and how many trainings they took."""
+    cases = prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
+    trained = []
+
+    def counting(*args, **how):
+        trained.append(args[0])
+        return fit(*args, **how)
+
+    bench = Bench(folder=tmp_path_factory.mktemp("bench"), device=torch.device("cpu"), workers=0, simulated=True)
+    arms = {"one epoch": dataclasses.replace(SETTINGS, epochs=1), "augmented": dataclasses.replace(SETTINGS, epochs=2)}
+    again = {"the same": arms["one epoch"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "fit", counting)
+        first = bench.try_out(arms, cases[:2], cases[2:3], cases[3:])
+        second = bench.try_out(again, cases[:2], cases[2:3], cases[3:])
+    return bench, arms, first, second, trained, cases
+
+
+def test_what_two_questions_share_is_trained_once(tried):
+    _, arms, (histories, metrics), (_, again), trained, _ = tried
+    assert trained == list(arms.values())
+    assert {name: len(history) for name, history in histories.items()} == {"one epoch": 1, "augmented": 2}
+    assert again["the same"] == metrics["one epoch"]
+
+
+def test_the_scores_are_those_of_the_whole_volume(tried):
+    """Against the confusion of the predicted volume with the reference, counted here."""
+    bench, _, (_, metrics), _, _, cases = tried
+    network = load_network(
+        next(bench.folder.glob("one-epoch-*")) / "checkpoints" / "best.pt", device=torch.device("cpu")
+    )
+    soft = experiments.predict([network], cases[3], flips=False)
+    pred, truth = cases[3].to_volume(soft.argmax(1).astype(np.uint8)), cases[3].to_volume(np.asarray(cases[3].labels))
+    p, t = pred > 0, truth > 0
+    found = metrics["one epoch"]["cases"]["Tiny_3"]
+    assert found["WT"]["dice"] == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+    assert found[MEAN]["dice"] == pytest.approx(sum(found[region]["dice"] for region in ("WT", "TC", "ET")) / 3)
+
+
+def test_the_table_of_backbones_says_what_each_costs(tried):
+    _, arms, (histories, metrics), *_ = tried
+    table = backbones(arms, histories, metrics, (4, 32, 64))
+    network = build_model(encoder=SETTINGS.encoder, weights="none", in_channels=4)
+    row = table.loc["one epoch"]
+    assert row["parameters (M)"] == pytest.approx(sum(p.numel() for p in network.parameters()) / 1e6)
+    assert row["slices per second"] == pd.Series(histories["one epoch"]["slices_per_s"]).mean()
+    assert row["weights at the start"] == "none"
+
+
+def test_a_network_goes_on_from_a_checkpoint_and_keeps_who_it_learnt_from(tried, tmp_path):
+    bench, *_, cases = tried
+    start = next(bench.folder.glob("one-epoch-*")) / "checkpoints" / "best.pt"
+    settings = dataclasses.replace(SETTINGS, encoder_weights=str(start), epochs=1, lr=0.0, ema=0.0)
+    fit(settings, cases[3:], cases[3:], tmp_path, **HOW)
+    network, before = (
+        load_network(path, device=torch.device("cpu")) for path in (tmp_path / "checkpoints/best.pt", start)
+    )
+    for name, weight in network.model.named_parameters():  # with a learning rate of 0, exactly those it started from
+        assert torch.equal(weight, dict(before.model.named_parameters())[name]), name
+    assert network.trained_on == {"Tiny_0", "Tiny_1", "Tiny_2", "Tiny_3"}
+    with pytest.raises(WeightsError, match="does not fit"):
+        build_model(encoder="resnet18", weights=str(start), in_channels=4)

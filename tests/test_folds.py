@@ -1,0 +1,262 @@
+"""Cross-validation and sweeps: shared among processes of which one is killed, and the same table in the end.
+
+The notebooks here are of a few lines: a fold's training waits for a file where a test says so, and its scores follow
+from the patients' IDs alone, so that the table of a whole run is known beforehand.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brats_helpers import folds, workers
+from brats_helpers.cache import pack
+from brats_helpers.cases import MODALITIES, read_mask
+from brats_helpers.files import write_json
+from brats_helpers.inference import evaluate, load_network, predict
+from brats_helpers.runs import Run
+from brats_helpers.splits import load_parts, load_prepared, write_splits
+from brats_helpers.train import fit
+
+from .conftest import write_tiny_case
+from .test_suite import write_notebooks
+from .test_train import HOW, SETTINGS
+
+HERE = Path(__file__).parents[1]
+N = 3
+FOLD_CELLS = {
+    "00_setup": [
+        'run_dir: str = ""  # folder of the run\nfolds: int = 0  # folds to write',
+        "import json\n\nfrom brats_helpers.runs import Run\n\nrun = Run(run_dir)",
+        f"ids = [f'P{{k}}' for k in range({2 * N})]\n"
+        "tests = [ids[k::folds] for k in range(folds)] or [ids[:1]]\n"
+        "rest = [[i for i in ids if i not in test] for test in tests]\n"
+        "parts = [{'train': r[1:], 'val': r[:1], 'test': t} for r, t in zip(rest, tests)]\n"
+        "rest = {'unlabelled': [], 'folds': parts[:folds], 'contents': dict.fromkeys(ids)}\n"
+        "run.splits.write_text(json.dumps(parts[0] | rest))\n"
+        "run.record(simulated=True, seed=0, data='patients', modalities=['t2'], cache_dir='cache')",
+    ],
+    "01_explore": ['run_dir: str = ""  # folder of the run', "1"],
+    "02_train": [
+        'run_dir: str = ""  # folder of the run\nlr: float = 0.5  # learning rate\n'
+        'hold: str = ""  # a file to wait for',
+        "import os\nimport time\nfrom pathlib import Path",
+        "here = Path(run_dir)\n(here / 'trained').open('a').write(f'{os.getppid()} ')\n"
+        "while hold and here.name == '1' and not Path(hold).exists():\n    time.sleep(0.05)\n"
+        "(here / 'history.csv').write_text(f'dice_WT,dice_TC,dice_ET\\n0,0,{lr}\\n0,0,{3 * lr}\\n0,0,0\\n')",
+    ],
+    "03_evaluate": [
+        'run_dir: str = ""  # folder of the run\ndevice: str = "cpu"  # device\nflips: bool = False  # mirrored too\n'
+        'labels: str = "2020"  # numbers\nconvention: str = "brats2020"  # rules',
+        "import json\n\nfrom brats_helpers.metrics import collect\nfrom brats_helpers.runs import Run",
+        "run = Run(run_dir)\n"
+        "dice = {i: int(i[1:]) / 10 for i in json.loads(run.splits.read_text())['test']}\n"
+        "cases = {i: {r: {'dice': d, 'hd95_mm': 1.0} for r in ('WT', 'TC', 'ET')} for i, d in dice.items()}\n"
+        "scores = collect(cases, convention=convention, simulated=True, not_scored={}, leakage=[])\n"
+        "run.metrics.write_text(json.dumps(scores))\n"
+        "run.emptied(run.predictions)\nfor i in dice:\n    (run.predictions / f'{i}_seg.nii.gz').write_text(i)",
+    ],
+    "04_advanced": ['run_dir: str = ""  # folder of the run', "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A checkout with the whole package and these notebooks."""
+    root = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(HERE / "brats_helpers", root / "brats_helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    write_notebooks(root / "notebooks", FOLD_CELLS)
+    for k in range(2 * N):
+        write_tiny_case(root / "patients", f"P{k}", seed=k, modalities=["t2"])
+    (root / "profiles").mkdir()
+    (root / "profiles" / "demo.yaml").write_text("# a profile\n")
+    (root / "requirements.txt").write_text("papermill\n")
+    return root
+
+
+def start(checkout, *arguments):
+    command = [sys.executable, "-m", "brats_helpers", "run", *arguments]
+    environ = os.environ | {"PYTHONPATH": str(checkout)}
+    return subprocess.Popen(
+        command, cwd=checkout, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    said = process.communicate(timeout=120)[0]
+    return process.returncode, said
+
+
+def holder(run, others=()):
+    """The process that trains fold 1, once there is one that is none of `others`."""
+    trained = run / "folds" / "1" / "trained"
+    for _ in range(600):
+        pids = trained.read_text().split() if trained.exists() else []
+        if new := [int(pid) for pid in pids if int(pid) not in others]:
+            return new[-1]
+        time.sleep(0.05)
+    raise AssertionError("nobody trains fold 1")
+
+
+def trainings(run):
+    return [len((run / "folds" / str(k) / "trained").read_text().split()) for k in range(N)]
+
+
+def check_table(run):
+    """Every patient is scored once, by the fold that tested it, and the means are those of 0, 0.1, ..., 0.5."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    dice = {case: scores["TC"]["dice"] for case, scores in metrics["cases"].items()}
+    assert dice == {f"P{k}": k / 10 for k in range(2 * N)}
+    assert metrics["summary"]["WT"]["dice"]["mean"] == pytest.approx(0.25) and metrics["simulated"] is True
+    assert sorted(path.read_text() for path in (run / "predictions").iterdir()) == sorted(dice)
+    assert (run / "cases.csv").exists() and (run / "report" / "index.html").exists()
+
+
+def test_folds_shared_by_two_processes_survive_kills_and_a_restart(checkout, tmp_path):
+    go, run = tmp_path / "go", checkout / "runs" / "shared"
+    command = ["--folds", str(N), "--run", "shared", "-p", "hold", str(go)]
+    both = {process.pid: process for process in (start(checkout, *command), start(checkout, *command))}
+    first = holder(run)
+    both[first].kill()  # the other one takes the fold over
+    finish(both[first])
+    second = holder(run, {first})
+    assert {first, second} == set(both)
+    both[second].kill()
+    finish(both[second])
+    assert not (run / "metrics.json").exists()
+
+    go.touch()
+    code, said = finish(start(checkout, *command))
+    assert code == 0, said
+    check_table(run)
+    assert trainings(run) == [1, 3, 1]  # nothing was done twice but what was cut off
+    code, said = finish(start(checkout, *command))
+    assert code == 0 and said.count("finished before") == 2 + 2 * N and trainings(run) == [1, 3, 1]
+
+
+def test_workers_of_submitit_finish_although_one_is_killed(checkout, tmp_path):
+    pytest.importorskip("submitit")
+    go, run = tmp_path / "go", checkout / "runs" / "cluster"
+    launcher = start(checkout, "--folds", str(N), "--run", "cluster", "-p", "hold", str(go), "--workers", "2")
+    first = holder(run)
+    os.kill(first, signal.SIGKILL)
+    assert holder(run, {first}) != first
+    go.touch()
+    code, said = finish(launcher)
+    assert code == 0 and "died" in said, said
+    check_table(run)
+    assert trainings(run) == [1, 2, 1]
+
+
+def test_a_sweep_is_told_by_validation_and_keeps_each_combination(checkout):
+    command = ["--run", "swept", "--sweep", "lr", "0.1", "0.2", "--sweep", "flips", "true"]
+    code, said = finish(start(checkout, *command))
+    assert code == 0, said
+    run = checkout / "runs" / "swept"
+    # The stub's best epoch has Dice 0, 0 and 3 lr.
+    assert (run / "sweep.csv").read_text().splitlines()[1:] == [
+        "lr=0.2;flips=true,0.2,0.2",
+        "lr=0.1;flips=true,0.1,0.1",
+    ]
+    for lr in (0.1, 0.2):
+        stages = json.loads((run / "sweep" / f"lr={lr};flips=true" / "manifest.json").read_text())["stages"]
+        assert stages["02_train"]["parameters"]["lr"] == lr and stages["03_evaluate"]["parameters"]["flips"] is True
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--folds", "1"], "--folds 1: two or more"),
+        (["--folds", "3", "--only", "02"], "neither --only nor --prepare-only"),
+        (["--sweep", "lrr", "1"], "--sweep lrr: no parameter of 02_train or 03_evaluate; did you mean lr?"),
+        (["--sweep", "lr", "fast"], "lr takes a float"),
+        (["--workers", "2"], "add --folds N"),
+    ],
+)
+def test_what_folds_and_sweeps_cannot_do_is_said_before_anything_is_written(checkout, arguments, message):
+    code, said = finish(start(checkout, "--run", "never", *arguments))
+    assert code == 2 and message in said and not (checkout / "runs" / "never").exists()
+
+
+# --- claims
+
+
+def test_a_task_is_held_by_one_and_free_afterwards(tmp_path):
+    claim = partial(workers.claimed, tmp_path)
+    with claim("a") as first, claim("a") as second, claim("b") as other:
+        assert (first, second, other) == (True, False, True)
+    with claim("a") as again:
+        assert again
+
+
+def test_a_holder_elsewhere_counts_as_dead_once_it_touches_no_more(tmp_path):
+    claim = tmp_path / "a.1"
+    claim.write_text("elsewhere 1")
+    with workers.claimed(tmp_path, "a") as held:
+        assert not held
+    old = time.time() - workers.STALE_S - 5
+    os.utime(claim, (old, old))
+    with workers.claimed(tmp_path, "a") as held:
+        assert held and (tmp_path / "a.2").exists()
+
+
+def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "BEAT_S", 0.02)
+    with pytest.raises(KeyboardInterrupt), workers.claimed(tmp_path, "a"):
+        os.utime(tmp_path / "a.1", (1, 1))
+        time.sleep(0.2)
+        assert (tmp_path / "a.1").stat().st_mtime > 1
+        (tmp_path / "a.2").touch()
+        time.sleep(5)
+
+
+# --- the folds' networks together
+
+
+def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):
+    """Two folds of real trainings: the label map is that of the averaged probabilities, under the lower thresholds."""
+    for k in range(5):
+        write_tiny_case(tmp_path / "data", f"Tiny_{k}", seed=k, labelled=k < 4)
+    run = Run(tmp_path / "run")
+    ids = [f"Tiny_{k}" for k in range(4)]
+    parts = [{"train": ids[2:], "val": ids[1:2], "test": ids[:1]}, {"train": ids[:2], "val": ids[2:3], "test": ids[3:]}]
+    write_splits(run.splits, parts[0], folds=parts, unlabelled=["Tiny_4"], contents=dict.fromkeys([*ids, "Tiny_4"]))
+    cache = {"cache_dir": str(tmp_path / "cache"), "modalities": list(MODALITIES)}
+    run.record(data=str(tmp_path / "data"), simulated=True, seed=0, **cache)
+    members = []
+    for k, part in enumerate(folds.shares(run)):
+        own = folds.member(run, f"folds/{k}", part)
+        settings = dataclasses.replace(SETTINGS, epochs=2, seed=k)
+        fit(settings, load_prepared(own, "train"), load_prepared(own, "val"), own.folder, **HOW)
+        scores = evaluate(
+            [load_network(own.best, device=HOW["device"])],
+            load_parts(own)["test"],
+            own.predictions,
+            flips=False,
+            convention="brats2020",
+            simulated=True,
+        )
+        write_json(own.metrics, scores)
+        rules = {"component_voxels": 10 * k, "fill_holes": bool(k), "et_voxels": 5 * k}
+        write_json(own.postprocess, {"rules": rules})
+        members.append(own)
+    folds.gather(run, members, device="cpu", flips=False, convention="brats2020", labels="2020")
+
+    metrics = json.loads(run.metrics.read_text())
+    assert list(metrics["cases"]) == ["Tiny_0", "Tiny_3"] and metrics["not_scored"] == {"Tiny_4": "unlabelled"}
+    assert {path.name for path in run.predictions.iterdir()} == {f"Tiny_{k}_seg.nii.gz" for k in (0, 3, 4)}
+    (case,) = load_parts(run)["unlabelled"]
+    soft = [predict([load_network(own.best, device=HOW["device"])], pack(case), flips=False) for own in members]
+    classes = np.mean(soft, axis=0).argmax(axis=1).astype(np.uint8)
+    # Of the folds' rules 0 and 10, 0 and 5 voxels the lower ones: none.
+    assert np.array_equal(read_mask(run.predictions / "Tiny_4_seg.nii.gz"), pack(case).to_volume(classes))
+    assert run.submission.with_suffix(".zip").exists()
