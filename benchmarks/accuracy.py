@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def compete(name: str, job: dict, rounds: list[dict], options: argparse.Namespac
         (folder / "truth").mkdir()
         for case in find_cases(job["data"], job["modalities"], skip_incomplete=True):
             if case.id in parts["test"]:
-                (folder / "truth" / case.id).symlink_to(case.folder.resolve())
+                shutil.copy(case.seg, folder / "truth")
         own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
         (folder / "job.json").write_text(json.dumps(own))
         python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python

@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there as well")
     parser.add_argument("--one", nargs=2, metavar=("STEP", "DIR"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.patients) < 3:
+        parser.error("--patients: three or more, or they cannot be shared out")
     if options.one:
         print(json.dumps(measured(options.one[0], Path(options.one[1]))))
         return
@@ -52,12 +54,11 @@ def main() -> None:
         print(f"{results['machine']}\nseconds (MB of memory beyond the libraries) by patients; growth: 1 is linear")
         for n in options.patients:
             place = Path(temporary) / str(n)
-            (place / "data").mkdir(parents=True)
             for patient in everyone[:n]:
-                (place / "data" / patient.name).symlink_to(patient.resolve())
+                shutil.copytree(patient, place / "data" / patient.name)
             for step in options.steps:
                 results["steps"][step].append(apart(step, place))
-        cache_mb = sum(path.stat().st_size for path in place.glob("cache/*/*")) / n / 1e6
+        cache_mb = sum(path.stat().st_size for path in place.glob("cache/**/*.npy")) / n / 1e6
     show(results)
     if set(options.steps) == set(STEPS) and len(options.patients) > 1:
         results["per_patient"] = {step: growth(results, step)[1] for step in STEPS} | {"cache_mb": cache_mb}
@@ -97,7 +98,7 @@ def measured(step: str, place: Path) -> dict:
         while not over.wait(0.02):
             peak[0] = max(peak[0], own_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
     job()
@@ -210,9 +211,7 @@ def show(results: dict) -> None:
 def on_paper(one: dict[str, float]) -> None:
     """What sets of other sizes need, by the cost of one patient; machines that were not measured by their speed."""
     slices = 138  # with brain, a patient
-    print(
-        f"\non paper: {one['raw_mb']:.0f} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs"
-    )
+    print(f"\non paper: {RAW_MB} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs")
     print(f"{'':38}{'disk':>9}{'prepare':>10}{'train':>12}{'evaluate':>10}")
     for name, n in SETS.items():
         for machine, (cores, speed) in MACHINES.items():
