@@ -37,7 +37,7 @@ from brats_helpers.dataset import Batch, Slices
 from brats_helpers.environment import ROOT
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_device, choose_precision, describe
-from brats_helpers.model import PACKAGED_ENCODER, build_model
+from brats_helpers.model import PACKAGED_ENCODER, build_model, train_mode
 from brats_helpers.patches import SLICES
 from brats_helpers.sources import find_data
 from brats_helpers.suite import read_notebooks
@@ -153,7 +153,7 @@ def bare(settings: Settings, train: list[Packed], device: torch.device) -> dict[
     batches = [(batch.images.to(device), batch.masks.to(device)) for batch in batches]
     network, criterion = build(settings, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr)
-    network.train()
+    train_mode(network, frozen_statistics=settings.frozen_statistics)
     precision = choose_precision(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
