@@ -167,6 +167,12 @@ def test_the_table_of_dependencies_is_of_the_requirements():
     assert not oldest
 
 
+def test_every_module_is_on_the_map():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = [path.stem for path in (ROOT / "brats_helpers").glob("[!_]*.py")]
+    assert modules and [name for name in modules if f"`{name}`" not in page] == []
+
+
 def test_constraints_meet_the_requirements():
     exact = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     for requirement in required(ROOT):
