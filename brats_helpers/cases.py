@@ -25,6 +25,7 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2f": "flair",
 }
 _HEADER_BYTES = 348
+_NAMED = 3  # patients in one error
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
 _AMBIGUOUS = ("two-files", "two-folders", "two-segmentations")
 
@@ -120,18 +121,20 @@ class Survey:
         return cases
 
     def refuse(self, *codes: str) -> None:
-        """Raise `DataError` naming every patient with a finding of one of `codes`."""
+        """Raise `DataError` if a patient has a finding of one of `codes`, naming the first few."""
         found = [(case_id, finding) for case_id in sorted(self.findings) for finding in self.findings[case_id]]
         found = [(case_id, finding) for case_id, finding in found if finding.code in codes]
         if not found:
             return
-        lines = [f"{case_id}: {finding.message}" for case_id, finding in found] + [f"All of it below {self.root}."]
+        lines = [f"{case_id}: {finding.message}" for case_id, finding in found[:_NAMED]]
+        if len(found) > _NAMED:
+            lines.append(f"… and {len(found) - _NAMED:,} more, which `python -m brats_helpers check` lists.")
         if "missing-modality" in {finding.code for _, finding in found}:
             lines.append(
                 "Ask for modalities that every patient has (-p modalities flair,t1ce),"
                 " or go on without these patients (-p skip_incomplete true)."
             )
-        raise DataError("\n".join(lines))
+        raise DataError("\n".join([*lines, f"All of it below {self.root}."]))
 
     def relative(self, path: Path) -> str:
         """A path as findings name it: from the data's folder."""

@@ -41,7 +41,8 @@ def choose_patches(
     largest_edge, largest_batch = LARGEST[device.type]
     facts = machine.describe(device)
     memory = facts.get("device_memory_gib", facts.get("memory_gib", 8)) * 2**30
-    voxel = _training_bytes(encoder, in_channels) * (2 if facts["precision"] == "no" else 1)  # half is for all else
+    whole = facts["precision"] == "no" or device.type == "cpu"  # see `window.Windows`
+    voxel = _training_bytes(encoder, in_channels) * (2 if whole else 1)  # half of it is for all else
     edges = [patch_size] if patch_size else [edge for edge in EDGES if edge <= largest_edge]
     edge = next((edge for edge in edges if 2 * voxel * edge**3 <= memory), edges[-1])
     fitting = int(memory / (voxel * edge**3))

@@ -48,6 +48,6 @@ class Windows(nn.Module):
         return logits[0].movedim(1, 0)
 
     def _answer(self, patches: torch.Tensor) -> torch.Tensor:
-        """In float32 on a CPU: there, bf16 gradients of kernels over a few voxels are not always finite (torch 2.14)."""
+        """In float32 on a CPU: there, bf16 gradients of kernels over few voxels are not always finite (torch 2.14)."""
         with torch.autocast("cpu", enabled=False):
             return self.network(patches)

@@ -196,6 +196,16 @@ def test_a_missing_modality_names_patient_and_file(tmp_path):
     assert "-p modalities flair,t1ce" in message and "-p skip_incomplete true" in message
 
 
+def test_many_incomplete_patients_do_not_hide_what_to_do(tmp_path):
+    for k in range(300):
+        patient(tmp_path, f"P{k:03d}", f"P{k:03d}", kinds=("flair",))
+    with pytest.raises(DataError) as error:
+        find_cases(tmp_path)
+    lines = str(error.value).splitlines()
+    assert [line[:4] for line in lines[:3]] == ["P000", "P001", "P002"] and lines[3].startswith("… and 297 more")
+    assert "-p skip_incomplete true" in lines[4] and len(lines) == 6
+
+
 @pytest.mark.parametrize(
     ("has", "lacks"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from brats_helpers.__main__ import main
 from brats_helpers.report import build_report
 from brats_helpers.runs import Run
 from brats_helpers.suite import NEEDS
@@ -247,3 +248,11 @@ def test_entries_of_the_manifest_may_lack(bare):
     bare.record(versions={}, stages={"02_train": {}, "03_evaluate": {"status": "running", "seconds": None}})
     page = Page(build_report(bare))
     assert ["02_train", "–", "–"] in page.rows and ["03_evaluate", "running", "–"] in page.rows
+
+
+def test_the_verb_writes_the_report_again(bare, capsys):
+    assert main(["report", str(bare.folder)]) == 0
+    assert str(bare.report) in capsys.readouterr().out and bare.report.exists()
+    assert main(["report", str(bare.folder / "nowhere")]) == 1
+    assert "is no run: there is no manifest.json in it" in capsys.readouterr().out
+    assert not (bare.folder / "nowhere").exists()
