@@ -63,7 +63,7 @@ def main() -> None:
         }
         crop, filters, lr = options.monai
         job |= {"crop": [int(side) for side in crop.split(",")], "filters": int(filters), "lr": float(lr)}
-        print(f"{machine()}\n{describe(options, data, rounds)}")
+        print(f"{machine()}\n{describe(options, data, rounds)}", flush=True)
         results = {"machine": machine(), "command": sys.argv, "rounds": rounds, "budgets": {}}
         for seconds in options.seconds:
             own = job | {"seconds": seconds}
@@ -137,6 +137,7 @@ def compete(
                 shutil.copy(case.seg, folder / "truth")
         own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
         (folder / "job.json").write_text(json.dumps(own))
+        print(f"{name}, {job['seconds']} s, round {number + 1} of {len(rounds)}", flush=True)
         python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
         command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
