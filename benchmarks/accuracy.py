@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 
 from brats_helpers.cache import prepare
-from brats_helpers.cases import REGIONS, find_cases
+from brats_helpers.cases import REGIONS, Case, survey
 from brats_helpers.environment import ROOT
 from brats_helpers.experiments import MEAN
 from brats_helpers.metrics import collect, compare, score_folders
@@ -47,7 +47,7 @@ def main() -> None:
         if not options.data:
             make_cases(data, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
         modalities = options.modalities.split(",")
-        cases = [case for case in find_cases(data, modalities, skip_incomplete=True) if case.seg]
+        cases = [case for case in survey(data, modalities).complete(skip_incomplete=True) if case.seg]
         packed = prepare(cases, cache_dir=ROOT / "cache", workers=os.cpu_count())
         if options.leave_one_out:
             rounds = fold_cases(packed, folds=len(packed), split=options.split, seed=options.seed)
@@ -63,10 +63,11 @@ def main() -> None:
         }
         crop, filters, lr = options.monai
         job |= {"crop": [int(side) for side in crop.split(",")], "filters": int(filters), "lr": float(lr)}
-        print(f"{machine()}\n{describe(options, data, rounds)}")
+        print(f"{machine()}\n{describe(options, data, rounds)}", flush=True)
         results = {"machine": machine(), "command": sys.argv, "rounds": rounds, "budgets": {}}
         for seconds in options.seconds:
-            found = {name: compete(name, job | {"seconds": seconds}, rounds, options, work) for name in options.tools}
+            own = job | {"seconds": seconds}
+            found = {name: compete(name, own, rounds, cases, options, work) for name in options.tools}
             results["budgets"][seconds] = found
             show(seconds, found)
             if options.json:
@@ -122,18 +123,21 @@ def describe(options: argparse.Namespace, data: Path, rounds: list[dict]) -> str
     return f"{len(rounds)} round(s) of {sizes}, {kind}, seed {options.seed}; nnU-Net: {nnunet}; MONAI: {monai}"
 
 
-def compete(name: str, job: dict, rounds: list[dict], options: argparse.Namespace, work: Path) -> dict:
+def compete(
+    name: str, job: dict, rounds: list[dict], cases: list[Case], options: argparse.Namespace, work: Path
+) -> dict:
     """The scores of one tool over all rounds, in the form of `metrics.json`, and what it said of its training."""
     scores, said = {}, []
     for number, parts in enumerate(rounds):
         folder = work / f"{PEERS[name]}-{job['seconds']}-{number}"
         (folder / "out").mkdir(parents=True)
         (folder / "truth").mkdir()
-        for case in find_cases(job["data"], job["modalities"], skip_incomplete=True):
+        for case in cases:
             if case.id in parts["test"]:
                 shutil.copy(case.seg, folder / "truth")
         own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
         (folder / "job.json").write_text(json.dumps(own))
+        print(f"{name}, {job['seconds']} s, round {number + 1} of {len(rounds)}", flush=True)
         python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
         command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}

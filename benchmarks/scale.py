@@ -51,13 +51,14 @@ def main() -> None:
         folder = options.folder or Path(temporary) / "patients"
         everyone = simulated(folder, max(options.patients))
         results = {"machine": machine(), "patients": options.patients, "steps": {step: [] for step in options.steps}}
-        print(f"{results['machine']}\nseconds (MB of memory beyond the libraries) by patients; growth: 1 is linear")
+        print(results["machine"], flush=True)
         for n in options.patients:
             place = Path(temporary) / str(n)
             for patient in everyone[:n]:
                 shutil.copytree(patient, place / "data" / patient.name)
             for step in options.steps:
                 results["steps"][step].append(apart(step, place))
+                print(f"{n:>4} {step:12}{results['steps'][step][-1]['seconds']:8.2f} s", flush=True)
         cache_mb = sum(path.stat().st_size for path in place.glob("cache/**/*.npy")) / n / 1e6
     show(results)
     if set(options.steps) == set(STEPS) and len(options.patients) > 1:
@@ -199,6 +200,7 @@ def growth(results: dict, step: str) -> tuple[float, float]:
 
 
 def show(results: dict) -> None:
+    print("\nseconds (MB of memory beyond the libraries) by patients; growth: 1 is linear")
     print(f"{'':12}" + "".join(f"{n:>16}" for n in results["patients"]) + "   growth, one patient more")
     for step, rows in results["steps"].items():
         cells = (f"{row['seconds']:.2f} ({row['memory_mb']:.0f})" for row in rows)

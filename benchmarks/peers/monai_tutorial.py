@@ -27,7 +27,7 @@ from monai.transforms import (
 )
 
 from brats_helpers.cache import prepare
-from brats_helpers.cases import REGIONS, find_cases, read_nifti, write_mask
+from brats_helpers.cases import REGIONS, read_nifti, survey, write_mask
 from brats_helpers.machine import choose_precision
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     device, size = torch.device(job["device"]), job["crop"]
     torch.manual_seed(0)
-    cases = {case.id: case for case in find_cases(job["data"], job["modalities"])}
+    cases = {case.id: case for case in survey(job["data"], job["modalities"]).complete(skip_incomplete=True)}
     packed = {p.id: p for p in prepare(list(cases.values()), cache_dir=Path(job["cache"]), workers=job["workers"])}
     both = ["image", "label"]
     change = Compose(

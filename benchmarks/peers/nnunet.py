@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.cases import find_cases, read_image, read_mask, read_nifti, write_mask
+from brats_helpers.cases import read_image, read_mask, read_nifti, survey, write_mask
 
 DATASET = "Dataset501_Benchmark"
 TO_THEIRS = np.array([0, 2, 1, 3], np.uint8)  # NCR and ED change places; the same table leads back
@@ -23,7 +23,7 @@ TO_THEIRS = np.array([0, 2, 1, 3], np.uint8)  # NCR and ED change places; the sa
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     folder, parts = Path(job["folder"]), job["parts"]
-    cases = {case.id: case for case in find_cases(job["data"], job["modalities"])}
+    cases = {case.id: case for case in survey(job["data"], job["modalities"]).complete(skip_incomplete=True)}
     places = {name: folder / name.lower() for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     raw = places["nnUNet_raw"] / DATASET
     environ = os.environ | {name: str(path) for name, path in places.items()}

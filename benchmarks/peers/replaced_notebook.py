@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from brats_helpers.cache import normalise
-from brats_helpers.cases import Case, find_cases, labels_to_classes, read_nifti, write_mask
+from brats_helpers.cases import Case, labels_to_classes, read_nifti, survey, write_mask
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_precision
 from brats_helpers.model import PACKAGED_ENCODER, build_model
@@ -26,7 +26,7 @@ from brats_helpers.model import PACKAGED_ENCODER, build_model
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     device = torch.device(job["device"])
-    cases = {case.id: case for case in find_cases(job["data"], job["modalities"])}
+    cases = {case.id: case for case in survey(job["data"], job["modalities"]).complete(skip_incomplete=True)}
     train = [plain(cases[case_id], Path(job["folder"])) for case_id in job["parts"]["train"]]
     places = [(case, z) for case in train for z in range(nib.load(case.seg).shape[2])]
 

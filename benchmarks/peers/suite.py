@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from brats_helpers.cache import prepare
-from brats_helpers.cases import find_cases
+from brats_helpers.cases import survey
 from brats_helpers.environment import ROOT
 from brats_helpers.inference import load_networks, predict_files
 from brats_helpers.suite import read_notebooks, read_profile
@@ -17,7 +17,7 @@ from brats_helpers.train import Settings, fit
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    cases = {case.id: case for case in find_cases(job["data"], job["modalities"])}
+    cases = {case.id: case for case in survey(job["data"], job["modalities"]).complete(skip_incomplete=True)}
     packed = {p.id: p for p in prepare(list(cases.values()), cache_dir=Path(job["cache"]), workers=job["workers"])}
     train, val = ([packed[case_id] for case_id in job["parts"][part]] for part in ("train", "val"))
 
