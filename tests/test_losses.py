@@ -64,3 +64,12 @@ def test_sums_of_parts_give_the_loss_of_all_their_voxels():
     cross_entropy, overlap, predicted, true = criterion.sums(logits, masks)
     expected = torch.nn.functional.cross_entropy(logits, masks, weights)
     torch.testing.assert_close((weights * cross_entropy).sum() / (weights * true).sum(), expected)
+
+
+def test_a_patch_costs_what_its_slices_cost():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 3, 5, 6, generator=generator)
+    masks = torch.randint(0, 4, (2, 3, 5, 6), generator=generator)
+    criterion = CrossEntropyDice(class_weights=(1, 2, 3, 4))
+    slices = criterion(logits.movedim(2, 1).flatten(0, 1), masks.flatten(0, 1))
+    torch.testing.assert_close(criterion(logits, masks), slices)
