@@ -106,7 +106,7 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
         verdict = ("better" if low > 0 else "worse") if decided else "not decided by this run"
         sentences.append(
             f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
-            f" ({low:+.3f} to {high:+.3f}), {result['n']} {'simulated ' * result['simulated']}patients."
+            f" ({low:+.3f} to {high:+.3f}), {result['n']} {'simulated ' * result['simulated']}patient{'s' * (result['n'] > 1)}."
         )
     return sentences
 
