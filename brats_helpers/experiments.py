@@ -103,10 +103,11 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
         change = result["differences"][MEAN]["dice"]
         low, high = change["ci95"]
         decided = result["n"] >= ENOUGH and (low > 0 or high < 0)
+        patients = f"{'simulated ' * result['simulated']}patient{'s' * (result['n'] > 1)}"
         verdict = ("better" if low > 0 else "worse") if decided else "not decided by this run"
         sentences.append(
             f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
-            f" ({low:+.3f} to {high:+.3f}), {result['n']} {'simulated ' * result['simulated']}patients."
+            f" ({low:+.3f} to {high:+.3f}), {result['n']} {patients}."
         )
     return sentences
 
