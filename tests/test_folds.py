@@ -176,7 +176,7 @@ def test_a_sweep_is_told_by_validation_and_keeps_each_combination(checkout):
     "arguments, message",
     [
         (["--folds", "1"], "--folds 1: two or more"),
-        (["--folds", "3", "--only", "02"], "neither --only nor --prepare-only"),
+        (["--folds", "3", "--only", "02"], "--only does not go with --folds"),
         (["--sweep", "lrr", "1"], "--sweep lrr: no parameter of 02_train or 03_evaluate; did you mean lr?"),
         (["--sweep", "lr", "fast"], "lr takes a float"),
         (["--workers", "2"], "add --folds N"),
