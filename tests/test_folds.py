@@ -209,14 +209,23 @@ def test_a_holder_elsewhere_counts_as_dead_once_it_touches_no_more(tmp_path):
         assert held and (tmp_path / "a.2").exists()
 
 
-def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch, handler):
     monkeypatch.setattr(workers, "BEAT_S", 0.02)
-    with pytest.raises(KeyboardInterrupt), workers.claimed(tmp_path, "a"):
-        os.utime(tmp_path / "a.1", (1, 1))
-        time.sleep(0.2)
-        assert (tmp_path / "a.1").stat().st_mtime > 1
-        (tmp_path / "a.2").touch()
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, handler)  # ignored where a script started us in its background
+    try:
+        with pytest.raises(KeyboardInterrupt), workers.claimed(tmp_path, "a"):
+            os.utime(tmp_path / "a.1", (1, 1))
+            for _ in range(200):
+                if (tmp_path / "a.1").stat().st_mtime > 1:
+                    break
+                time.sleep(0.05)
+            else:
+                raise AssertionError("nobody touches the claim")
+            (tmp_path / "a.2").touch()
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- the folds' networks together
