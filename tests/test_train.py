@@ -383,7 +383,7 @@ def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys, mon
     assert set(predicted) == set(measured) and predicted["epochs"] == measured["epochs"] == 2
     assert predicted["seconds"] == pytest.approx(2 * predicted["seconds_per_epoch"])
     assert predicted["seconds"] == pytest.approx(measured["seconds"], rel=0.9)
-    assert 0 < predicted["memory_gib"] <= measured["memory_gib"] < 64
+    assert 0.5 < measured["memory_gib"] / predicted["memory_gib"] < 2
     assert "expected: 2 epochs of 16 steps" in capsys.readouterr().out
 
 
