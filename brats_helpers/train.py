@@ -252,7 +252,8 @@ def fit(
     hardware = machine.describe(accelerator.device)
     facts = {
         "device": hardware["device"],
-        "precision": hardware["precision"],
+        # Patches are computed in float32 on a CPU, see `window.Windows`.
+        "precision": "no" if device.type == "cpu" and settings.patch_size else hardware["precision"],
         "processes": processes,
         "deterministic": deterministic or device.type == "cpu",
     }
