@@ -121,7 +121,10 @@ class Slices(Dataset):
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free for tensors
+    return torch.cuda.mem_get_info(device)[0] + kept_by_torch
 
 
 def common_size(cases: Sequence[Packed]) -> tuple[int, int]:

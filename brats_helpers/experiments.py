@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from brats_helpers.cache import Packed
-from brats_helpers.inference import load_network, predict
+from brats_helpers.cases import DataError
+from brats_helpers.inference import leaked, load_network, predict
 from brats_helpers.metrics import collect, compare, region_dice
 from brats_helpers.model import build_model, summary
 from brats_helpers.train import Settings, fit
@@ -80,6 +81,11 @@ class Bench:
 
     def _score(self, checkpoint: Path, test: Sequence[Packed]) -> dict:
         network = load_network(checkpoint, device=self.device)
+        if seen := leaked([network], test):
+            raise DataError(
+                f"{', '.join(seen)}: the weights to start from were trained on, or chosen by, these patients, who are"
+                " to score them. Start from imagenet, none, or a checkpoint of other patients."
+            )
         scores = {}
         for case in test:
             classes = predict([network], case, flips=False).argmax(axis=1).astype(np.uint8)

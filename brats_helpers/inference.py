@@ -143,7 +143,7 @@ def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
             if flips:
                 mirrored = network.model(images.flip(-1)).float().softmax(dim=1).flip(-1)
                 soft = (soft + mirrored) / 2
-        probabilities[batch.index[:, 1].numpy()] = soft[:, :, y : y + height, x : x + width].cpu().numpy()
+        probabilities[batch.index[:, 1].cpu().numpy()] = soft[:, :, y : y + height, x : x + width].cpu().numpy()
     return probabilities
 
 

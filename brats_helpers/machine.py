@@ -57,23 +57,23 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.benchmark = not on
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory in use at once so far, in GiB: by tensors on a GPU, or on a CPU by the process.
+def used_memory_gib(device: torch.device) -> float:
+    """Memory in GiB: on a GPU the most that tensors took at once since its statistics were reset, else the process's.
 
-    Where the system tells them apart (Linux), mapped files, such as the prepared patients, do not count: they are given
-    up whenever somebody else needs the room. 0 where nothing can be known (Windows).
+    On Linux that is what the process holds now without mapped files, such as the prepared patients, which are given up
+    whenever somebody else needs the room; torch and the system's allocator keep most of what they once had. Elsewhere
+    it is the most so far, files included, and 0 where nothing can be known (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if own := re.search(r"RssAnon:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return int(own[1]) / 2**20
     try:
         import resource
     except ImportError:
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak -= int(re.search(r"RssFile:\s+(\d+)", status.read_text())[1])  # these only grow, so they were in the peak
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def watched() -> bool:

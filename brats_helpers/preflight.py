@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from brats_helpers.augment import augment, generators
 from brats_helpers.dataset import Batch, Slices
 from brats_helpers.log import duration, warn
-from brats_helpers.machine import peak_memory_gib
+from brats_helpers.machine import used_memory_gib
 from brats_helpers.patches import Patches
 from brats_helpers.steps import fitted, gradients
 
@@ -40,7 +40,7 @@ class Preflight:
         step_s: seconds of a step in which the whole network trains.
         frozen_step_s: seconds of a step in which the encoder is frozen.
         validation_s: seconds of a validation.
-        memory_gib: peak memory, see `machine.peak_memory_gib`.
+        memory_gib: peak memory, see `machine.used_memory_gib`.
     """
 
     facts: dict[str, str | int | bool]
@@ -171,13 +171,21 @@ def measure(
         took[frozen], piece = fitted(step_s, piece)
 
     items = next(iter(val.batch_sampler))
-    for _ in range(2):  # the first one warms up
-        began = time.perf_counter()
-        batch = val.dataset.__getitems__(items[: max(len(items) // accelerator.num_processes, 1)])
-        with torch.no_grad(), accelerator.autocast():
-            logits = own.eval()(batch.images.to(device))
-            loss_of(logits, batch.masks.to(device)).item()
-    validation_s = (time.perf_counter() - began) * len(val)
+    items = items[: max(len(items) // accelerator.num_processes, 1)]
+
+    def batch_s(piece: int) -> float:
+        """Seconds of one batch of the validation."""
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            batch = val.dataset.__getitems__(items)
+            at_once = len(batch.images) if isinstance(train, Patches) else 2 * piece
+            with torch.no_grad(), accelerator.autocast():
+                for images, masks in zip(batch.images.split(at_once), batch.masks.split(at_once), strict=True):
+                    loss_of(own.eval()(images.to(device)), masks.to(device)).item()
+        return time.perf_counter() - began
+
+    validation_s, piece = fitted(batch_s, piece)
+    validation_s *= len(val)
 
     # The slowest process and the smallest piece count for all.
     each = gather_object([(piece, took.get(False, 0.0), took.get(True, 0.0), validation_s)])
@@ -189,7 +197,7 @@ def measure(
         step_s=max(whole),
         frozen_step_s=max(frozen),
         validation_s=max(validation),
-        memory_gib=peak_memory_gib(device),
+        memory_gib=used_memory_gib(device),
         **plan,
     )
 

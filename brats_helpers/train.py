@@ -7,8 +7,10 @@ and keeps trackers; everything else is here.
 import csv
 import hashlib
 import math
+import os
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
 from timm.layers import convert_sync_batchnorm
@@ -55,7 +58,8 @@ class Settings:
         context_slices: neighbouring slices on each side fed as further channels.
         patch_size: edge in voxels of the patches that a 3D network sees; 0 for a network of slices.
         epochs: passes at most.
-        minutes: stop after so many minutes of training and validation; 0 sets no limit.
+        minutes: stop after so many minutes of training and validation; 0 sets no limit. A training that is picked up
+            takes the limit that is given then.
         batch_size: slices, or patches, a step, over all processes.
         slices_per_epoch: slices, or patches, an epoch; 0 takes as many as hold every voxel once.
         foreground: share of slices with tumour, or of patches drawn about it; negative keeps the data's own share.
@@ -115,7 +119,8 @@ def stoppable() -> Iterator[None]:
     """Turn an interrupt, of the keyboard or of a notebook's stop button, into a plain sentence."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, and with it all that was on the GPU
         raise Stopped("stopped; run this again, and it goes on from where it was last saved") from None
 
 
@@ -164,12 +169,17 @@ def fit(
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if "WORLD_SIZE" not in os.environ:  # the device and the precision of an earlier training in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
     shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=machine.choose_precision(device),
-        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=any(shares))],
+        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True),
+        # Frozen layers, and the last ones of some encoders, which a U-Net does not use.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
     )
@@ -267,7 +277,7 @@ def fit(
         augmentation=augmentation,
         workers=workers,
         batch_size=settings.batch_size,
-        piece=state["pieces"].get(facts["device"], rows),
+        piece=min(state["pieces"].get(facts["device"], rows), rows),
         shares=shares,
         steps=steps,
         limit_s=60 * settings.minutes or math.inf,
@@ -289,6 +299,7 @@ def fit(
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     start = time.perf_counter() - state["seconds"]
+    memory_gib = plan.memory_gib
 
     def loss_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """The loss of the whole batch; its gradients reach this process's slices, and are averaged over processes."""
@@ -303,7 +314,8 @@ def fit(
 
     def save() -> None:
         state["seconds"] = clock()
-        state["pieces"][facts["device"]] = piece
+        if piece < rows:
+            state["pieces"][facts["device"]] = piece
         if accelerator.is_main_process:
             resume = {
                 "model": network.state_dict(),
@@ -347,9 +359,10 @@ def fit(
             work = partial(gradients, model, loss_of, images, masks, accelerator)
             loss, piece = fitted(work, piece) if processes == 1 else (work(piece), piece)
             state["losses"].append(loss.item())
-            if not math.isfinite(state["losses"][-1]):
+            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            # Where a scaler is, it leaves out a step whose gradients are not finite, and scales less from then on.
+            if not (math.isfinite(state["losses"][-1]) and (scaler is not None or norm.isfinite())):
                 raise FloatingPointError(_what_was_in(accelerator.gather(batch.index), train, epoch, step, last))
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             averaged.update_parameters(network)
 
@@ -363,7 +376,10 @@ def fit(
         trained = time.perf_counter() - began
 
         # Score the averaged weights, note how it went, keep what is needed to go on.
-        scores = validate(averaged.module, val_loader, len(val), criterion, accelerator)
+        memory_gib = max(memory_gib, machine.used_memory_gib(accelerator.device))
+        at_once = None if settings.patch_size else 2 * piece
+        scores = validate(averaged.module, val_loader, len(val), criterion, accelerator, at_once)
+        memory_gib = max(memory_gib, machine.used_memory_gib(accelerator.device))
         seconds = clock()
         row = {
             "epoch": epoch,
@@ -372,7 +388,7 @@ def fit(
             "lr": optimizer.param_groups[-1]["lr"],
             "slices_per_s": (state["step"] - first) * settings.batch_size / trained,
             "waiting": waited / trained,
-            "memory_gib": machine.peak_memory_gib(accelerator.device),
+            "memory_gib": memory_gib,
             "seconds": seconds,
         }
         improved = mean_dice(row) > state["best"]
@@ -382,11 +398,11 @@ def fit(
         state |= {"epoch": epoch, "step": 0, "losses": []}
         if improved and accelerator.is_main_process:
             save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
-        save()
-        accelerator.log(row, step=epoch)
         if accelerator.is_main_process:
             _write_history(folder / "history.csv", state["history"])
             write_json(folder / "preflight.json", plan.report(state["history"], piece))
+        save()  # last: killed before it, the epoch is repeated, and with it the files above
+        accelerator.log(row, step=epoch)
         print(_line(state["history"], plan, settings, improved), flush=True)
         if follow:
             follow(state["history"])
@@ -396,9 +412,16 @@ def fit(
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, loader: DataLoader, n_cases: int, criterion: CrossEntropyDice, accelerator: Accelerator
+    network: nn.Module,
+    loader: DataLoader,
+    n_cases: int,
+    criterion: CrossEntropyDice,
+    accelerator: Accelerator,
+    at_once: int | None,
 ) -> dict[str, float]:
     """Loss over all voxels of the slices, and Dice per patient over the whole volume, averaged over the patients.
+
+    `at_once` slices go through the network together; None takes whole batches, as patients must be for 3D.
 
     What lies outside the slices that hold brain is background in reference and prediction alike, so
     one confusion table per patient, summed over batches and processes, is the whole volume's.
@@ -408,11 +431,13 @@ def validate(
     tables = torch.zeros(n_cases * n * n, dtype=torch.int64, device=accelerator.device)
     sums = torch.zeros(4, n, dtype=torch.float64, device=accelerator.device)
     for batch in loader:
-        with accelerator.autocast():
-            logits = network(batch.images)
-        sums += criterion.sums(logits, batch.masks)
-        place = (batch.index[:, :1, None] * n + batch.masks) * n + logits.argmax(dim=1)
-        tables += torch.bincount(place.flatten(), minlength=len(tables))
+        parts = (tensor.split(at_once or len(tensor)) for tensor in batch)
+        for images, masks, index in zip(*parts, strict=True):
+            with accelerator.autocast():
+                logits = network(images)
+            sums += criterion.sums(logits, masks)
+            place = (index[:, :1, None] * n + masks) * n + logits.argmax(dim=1)
+            tables += torch.bincount(place.flatten(), minlength=len(tables))
     tables = accelerator.reduce(tables, reduction="sum").reshape(n_cases, n, n).cpu().numpy()
     loss = criterion.value(accelerator.reduce(sums, reduction="sum")).item()
     dice = [dice_scores(table) for table in tables]
@@ -477,7 +502,8 @@ def _resumable(path: Path, origin: dict) -> dict | None:
         warn(f"{path} is of another version of this suite, from which a training cannot go on: starting afresh")
         return None
     now, then = (origin["settings"] | origin, saved["settings"] | saved)
-    differ = [name for name in now if name != "settings" and now[name] != then.get(name)]
+    may_differ = ("settings", "minutes")
+    differ = [name for name in now if name not in may_differ and now[name] != then.get(name)]
     if not differ:
         return saved
     changes = ", ".join(
@@ -495,8 +521,8 @@ def _versions() -> dict[str, str]:
 def _what_was_in(index: torch.Tensor, cases: Sequence[Packed], epoch: int, step: int, last: Path) -> str:
     slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in index.tolist())
     return (
-        f"the loss is not finite in epoch {epoch}, step {step}, on {slices}. Look at these slices, or lower lr;"
-        f" {last} holds the last epoch that went well."
+        f"the loss or its gradient is not finite in epoch {epoch}, step {step}, on {slices}. Look at these slices, or"
+        f" lower lr{f'; {last} holds all that went well before' if last.exists() else ''}."
     )
 
 

@@ -7,6 +7,7 @@ of the next number. No claim is ever renamed or removed, so that two can never b
 
 import os
 import platform
+import re
 import signal
 import threading
 import time
@@ -34,7 +35,8 @@ def claimed(folder: Path, task: str) -> Iterator[bool]:
         Whether it is held. A holder that was out for so long that another took over is interrupted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.suffix[1:]) for path in folder.glob(f"{task}.*")), default=0)
+    claims = (re.fullmatch(re.escape(task) + r"\.(\d+)", path.name) for path in folder.iterdir())
+    number = max((int(claim[1]) for claim in claims if claim), default=0)
     own = folder / f"{task}.{number + 1}"
     if number and not _is_free(folder / f"{task}.{number}"):
         yield False

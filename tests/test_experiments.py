@@ -9,7 +9,7 @@ import torch
 
 from brats_helpers import experiments
 from brats_helpers.cache import pack, prepare
-from brats_helpers.cases import find_cases
+from brats_helpers.cases import DataError, find_cases
 from brats_helpers.experiments import ENOUGH, MEAN, Bench, answers, backbones, merged, rounds_of_few
 from brats_helpers.inference import load_network
 from brats_helpers.metrics import collect
@@ -90,6 +90,14 @@ def test_the_scores_are_those_of_the_whole_volume(tried):
     found = metrics["one epoch"]["cases"]["Tiny_3"]
     assert found["WT"]["dice"] == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
     assert found[MEAN]["dice"] == pytest.approx(sum(found[region]["dice"] for region in ("WT", "TC", "ET")) / 3)
+
+
+def test_patients_that_the_weights_have_seen_do_not_score(tried):
+    bench, arms, _, _, _, cases = tried
+    known = str(next(bench.folder.glob("one-epoch-*")) / "checkpoints" / "best.pt")
+    settings = dataclasses.replace(arms["one epoch"], encoder_weights=known)
+    with pytest.raises(DataError, match="Tiny_0: the weights to start from were trained on"):
+        bench.try_out({"again": settings}, cases[1:2], cases[2:3], [*cases[3:], cases[0]])
 
 
 def test_the_table_of_backbones_says_what_each_costs(tried):

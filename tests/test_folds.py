@@ -198,6 +198,13 @@ def test_a_task_is_held_by_one_and_free_afterwards(tmp_path):
         assert again
 
 
+def test_a_task_may_be_called_like_another_with_its_number(tmp_path):
+    with workers.claimed(tmp_path, "ema=0.99") as first, workers.claimed(tmp_path, "ema=0") as second:
+        assert first and second
+    with workers.claimed(tmp_path, "ema=0") as again, workers.claimed(tmp_path, "[a]*") as odd:
+        assert again and odd
+
+
 def test_a_holder_elsewhere_counts_as_dead_once_it_touches_no_more(tmp_path):
     claim = tmp_path / "a.1"
     claim.write_text("elsewhere 1")

@@ -12,6 +12,7 @@ import torch
 from brats_helpers import inference
 from brats_helpers.cache import pack
 from brats_helpers.cases import DataError, find_cases, read_mask
+from brats_helpers.dataset import Slices
 from brats_helpers.metrics import score_case, score_folders
 from brats_helpers.postprocess import NO_RULES
 from brats_helpers.train import fit
@@ -80,6 +81,30 @@ def test_every_voxel_comes_back_where_it_was(tiny_patients, flips):
     classes = packed.to_volume(inference.predict([echo()], packed, flips=flips).argmax(axis=1))
     np.testing.assert_array_equal(classes, packed.to_volume(packed.labels))
     assert classes.shape == (48, 56, 20)
+
+
+class _OnGpu(torch.Tensor):
+    """As a tensor of a GPU: numpy cannot have it."""
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_batches_may_be_made_on_a_gpu(tiny_patients, monkeypatch):
+    """As those of slices that it keeps are, their index included."""
+    packed = with_classes_as_images(find_cases(tiny_patients)[0])
+    before = inference.predict([echo()], packed, flips=False)
+    gather = Slices.__getitems__
+
+    def on_gpu(slices, items):
+        batch = gather(slices, items)
+        return batch._replace(index=batch.index.as_subclass(_OnGpu))
+
+    monkeypatch.setattr(Slices, "__getitems__", on_gpu)
+    np.testing.assert_array_equal(inference.predict([echo()], packed, flips=False), before)
 
 
 def test_probabilities_are_averaged_over_networks(tiny_patients):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from brats_helpers import launch as launching
 from brats_helpers.cache import prepare
@@ -21,8 +22,10 @@ def parts(tiny_patients, tmp_path):
 
 
 def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys):
+    """On an encoder with layers that a U-Net does not use, which processes must not wait for."""
     run = Run(tmp_path / "run")
-    history = launch(run, dataclasses.replace(SETTINGS, epochs=2), *parts, processes=2, **HOW)
+    settings = dataclasses.replace(SETTINGS, epochs=2, encoder="efficientnet-b0", encoder_weights="none")
+    history = launch(run, settings, *parts, processes=2, **HOW)
     said = capsys.readouterr().out
     assert [row["epoch"] for row in history] == [1, 2] and history[1]["train_loss"] < history[0]["train_loss"]
     assert said.count("epoch 1/2") == 1 and "processes 2" in said
@@ -40,3 +43,14 @@ def test_as_many_processes_as_gpus_that_share_the_batch_evenly(parts, tmp_path, 
     monkeypatch.setattr(launching, "fit", lambda *arguments, **how: [how])
     (how,) = launch(Run(tmp_path), SETTINGS, *parts, processes=0, **HOW)
     assert how == HOW | {"follow": None}
+
+
+def test_of_three_gpus_two_share_a_batch_of_four(parts, tmp_path, monkeypatch):
+    def started(command, **how):
+        raise InterruptedError(*command)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(launching.subprocess, "Popen", started)
+    with pytest.raises(InterruptedError) as command:
+        launch(Run(tmp_path), SETTINGS, *parts, processes=0, **HOW | {"device": torch.device("cuda")})
+    assert "--nproc-per-node=2" in command.value.args

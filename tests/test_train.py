@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import signal  # noqa: F401, of the programs below
 import subprocess
 import sys
 import time  # noqa: F401
+import weakref
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
@@ -117,6 +120,44 @@ def test_stopped_after_an_epoch_and_started_again_it_ends_to_the_bit_the_same(pr
     first, second = _weights(tmp_path), _weights(whole)
     assert _same(first["model"], second["model"]) and _same(first["averaged"], second["averaged"])
     assert _fit(prepared, tmp_path) == history  # finished: nothing more is done
+
+
+def test_a_stopped_training_leaves_nothing_in_the_memory(prepared, tmp_path, monkeypatch):
+    """Although a notebook keeps the error."""
+    networks = []
+
+    def build(**kwargs):
+        network = build_model(**kwargs)
+        networks.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(train, "build_model", build)
+    with pytest.raises(Stopped) as stopped:
+        _fit(prepared, tmp_path, {"follow": _stop})
+    gc.collect()
+    assert stopped.value.__traceback__ and [network() for network in networks] == [None]
+
+
+def test_another_limit_of_time_does_not_throw_a_training_away(prepared, tmp_path, capsys):
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path, {"follow": _stop}, minutes=50)
+    assert [row["epoch"] for row in _fit(prepared, tmp_path, minutes=40)] == [1, 2, 3]
+    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_killed_after_the_last_epoch_before_its_checkpoint_it_repeats_it(prepared, whole, tmp_path, monkeypatch):
+    def killed(path, content):
+        if path.name == "last.pt" and content["state"]["epoch"] == 3:
+            raise KeyboardInterrupt
+        _save_file(path, content)
+
+    _save_file = train.save_file
+    monkeypatch.setattr(train, "save_file", killed)
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path)
+    monkeypatch.setattr(train, "save_file", _save_file)
+    assert len(_fit(prepared, tmp_path)) == len(pd.read_csv(tmp_path / "history.csv")) == 3
+    assert (tmp_path / "preflight.json").exists() and _same(_weights(tmp_path)["model"], _weights(whole)["model"])
 
 
 def test_stopped_within_an_epoch_it_goes_on_from_there(prepared, whole, tmp_path, monkeypatch, capsys):
@@ -244,8 +285,11 @@ def _stop(history):
     raise KeyboardInterrupt
 
 
-def _needs_memory(monkeypatch, fits):
-    """Let every network run out of memory when it gets more than `fits` slices; the batches that it got."""
+def _needs_memory(monkeypatch, fits, *, training=True):
+    """Let every network run out of memory when it gets more than `fits` slices; the batches that it got.
+
+    `training`: in training, else in validation.
+    """
     seen = []
 
     def build(**kwargs):
@@ -254,7 +298,7 @@ def _needs_memory(monkeypatch, fits):
         return network
 
     def remember(network, inputs):
-        if network.training:
+        if network.training == training:
             seen.append(len(inputs[0]))
             if seen[-1] > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
@@ -278,6 +322,12 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(prepared, tm
     seen.clear()  # on the same device it is not tried again
     _fit(prepared, tmp_path, batch_size=8, epochs=2)
     assert set(seen) == {2}
+
+
+def test_out_of_memory_in_validation_halves_it_too(prepared, tmp_path, monkeypatch):
+    seen = _needs_memory(monkeypatch, fits=3, training=False)
+    history = _fit(prepared, tmp_path, epochs=1)
+    assert seen[:2] == [8, 4] and set(seen[2:]) == {2} and history[0]["dice_WT"] >= 0
 
 
 def test_gradients_in_pieces_are_those_of_the_batch():
@@ -326,6 +376,18 @@ def test_a_loss_that_is_not_finite_stops_it_and_names_the_slices(prepared, tmp_p
         fit(SETTINGS, cases, prepared[3:], tmp_path, **HOW)
 
 
+def test_a_gradient_that_is_not_finite_stops_it_before_it_reaches_a_weight(prepared, tmp_path, monkeypatch):
+    def broken(model, *given):
+        loss = gradients(model, *given)
+        next(model.parameters()).grad[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train, "gradients", broken)
+    with pytest.raises(FloatingPointError, match=r"the loss or its gradient is not finite.*lower lr\.$"):
+        _fit(prepared, tmp_path, {"checkpoint_minutes": 1e-6})
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
+
+
 def test_patience_stops_it(prepared, tmp_path):
     history = _fit(prepared, tmp_path, lr=0.0, epochs=20, patience=2)  # only statistics move: no lasting progress
     best = _weights(tmp_path, "best.pt")["epoch"]
@@ -372,6 +434,15 @@ def test_the_encoder_comes_free_from_the_deepest_layers_on():
     assert [train.frozen_share(epoch, plain) for epoch in (1, 2)] == [1, 0]
 
 
+def test_memory_is_the_process_s_own(tmp_path):
+    before = machine.used_memory_gib(torch.device("cpu"))
+    kept = np.ones(2**27, np.uint8)
+    assert machine.used_memory_gib(torch.device("cpu")) - before == pytest.approx(2**-3, abs=0.02)
+    np.save(tmp_path / "mapped.npy", kept)
+    assert int(np.load(tmp_path / "mapped.npy", mmap_mode="r").sum()) == 2**27  # every page of it is read
+    assert machine.used_memory_gib(torch.device("cpu")) - before == pytest.approx(2**-3, abs=0.02)
+
+
 def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys, monkeypatch):
     plans = []
     monkeypatch.setattr(train, "measure", lambda *given, **how: plans.append(measure(*given, **how)) or plans[-1])
@@ -383,7 +454,7 @@ def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys, mon
     assert set(predicted) == set(measured) and predicted["epochs"] == measured["epochs"] == 2
     assert predicted["seconds"] == pytest.approx(2 * predicted["seconds_per_epoch"])
     assert predicted["seconds"] == pytest.approx(measured["seconds"], rel=0.9)
-    assert 0.5 < measured["memory_gib"] / predicted["memory_gib"] < 2
+    assert 1 <= measured["memory_gib"] / predicted["memory_gib"] < 1.3
     assert "expected: 2 epochs of 16 steps" in capsys.readouterr().out
 
 
@@ -471,7 +542,7 @@ def test_validation_is_dice_per_patient_over_the_volume(prepared):
 
     loader = make_loader(Slices(prepared, context_slices=0), batch_size=7, workers=0)
     criterion = CrossEntropyDice(class_weights=(1, 1, 1, 1))
-    scores = train.validate(Bound(), loader, len(prepared), criterion, Accelerator(cpu=True))
+    scores = train.validate(Bound(), loader, len(prepared), criterion, Accelerator(cpu=True), 3)
     expected = []
     for case in prepared:
         pred, truth = np.asarray(case.images[:, 0]) > 1.0, np.asarray(case.labels) > 0
