@@ -116,8 +116,9 @@ def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
     What it holds already stays, unless its patients were shared out otherwise.
     """
     own = Run(run.folder / name)
-    check_disjoint(parts)
-    content = json.loads(run.splits.read_text()) | parts | {"unlabelled": []}
+    content = json.loads(run.splits.read_text())
+    check_disjoint(parts, content.get("groups", {}))
+    content |= parts | {"unlabelled": []}
     content.pop("folds", None)
     if not own.splits.exists() or json.loads(own.splits.read_text()) != content:
         patients = {part: len(parts[part]) for part in PARTS} | {"unlabelled": 0}

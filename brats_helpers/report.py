@@ -72,7 +72,7 @@ def build_report(run: Run) -> Path:
         doubts=[line for line in lines if line.mark in (WARN, FAIL)],
         colours=plots.COLOURS,
         figures=_figures(run),
-        missing={stage: _missing(run.name, stage, manifest.get("stages", {}).get(stage, {})) for stage in NEEDS},
+        missing={stage: _missing(run, stage, manifest.get("stages", {})) for stage in NEEDS},
         metrics=metrics,
         structures=[name for name in _STRUCTURES if name in metrics.get("summary", {})],
         regions=list(REGIONS),
@@ -85,7 +85,9 @@ def build_report(run: Run) -> Path:
         manifest=manifest,
         compared=predicted_and_measured(manifest),
         duration=duration,
-        about={key: value for key, value in manifest.items() if key not in ("stages", "versions", "preflight")},
+        about={
+            key: value for key, value in manifest.items() if key not in ("stages", "versions", "preflight", "asked")
+        },
         **common,
     )
     run.report.write_text(page, "utf-8")
@@ -96,13 +98,17 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def _missing(run: str, stage: str, entry: Mapping) -> str:
+def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
     """What to say of a stage that is not finished."""
-    status = entry.get("status")
-    if status == "finished":
+    status = stages.get(stage, {}).get("status")
+    left = {"00_setup": run.splits, "02_train": run.history, "03_evaluate": run.metrics}.get(stage)
+    by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
+    if status == "finished" or (status is None and by_hand):
         return ""
     if status is None:
-        return f"{stage} has not run yet: ./run_all.sh --run {run} --only {stage[:2]} makes this section."
+        name = run.name if run.folder.parent.name == "runs" else run.folder
+        how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
+        return f"{stage} has not run yet: {how} makes this section."
     return f"{stage} is not finished ({status}): this section shows what it left."
 
 

@@ -5,12 +5,14 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from brats_helpers.audit import examine
 from brats_helpers.cache import Packed, prepare
 from brats_helpers.cases import CLASSES, Case, DataError, survey
 from brats_helpers.files import write_json
 from brats_helpers.runs import Run
+from brats_helpers.sources import find_data
 
 PARTS = ("train", "val", "test")
 ENHANCING = CLASSES.index("ET")
@@ -172,7 +174,7 @@ def fingerprint(contents: Mapping[str, str | None]) -> str:
 def write_splits(path: Path, parts: dict[str, list[str]], *, folds: Sequence[dict] = (), **facts) -> None:
     """Write the parts, `folds` and `facts` such as the seed to `splits.json`; first check that no patient is in two."""
     for each in (parts, *folds):
-        check_disjoint(each)
+        check_disjoint(each, facts.get("groups", {}))
     write_json(path, parts | facts | ({"folds": list(folds)} if folds else {}))
 
 
@@ -183,29 +185,36 @@ def read_splits(path: Path, *, fold: int | None = None) -> dict[str, list[str]]:
         DataError: a patient is in two parts, a part is empty or missing, or there is no such fold.
     """
     content = json.loads(path.read_text())
+    groups = content.get("groups", {})
     if fold is not None:
         there = content.get("folds", [])
         if fold >= len(there):
             raise DataError(f"{path} has {len(there)} folds, none of number {fold}. Run 00_setup with more folds.")
         content = there[fold]
     parts = {name: content.get(name, []) for name in PARTS}
-    check_disjoint(parts)
+    check_disjoint(parts, groups)
     return parts
 
 
-def check_disjoint(parts: dict[str, list[str]]) -> None:
-    """Raise `DataError` unless every patient is in one part only and no part is empty."""
+def check_disjoint(parts: dict[str, list[str]], groups: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise `DataError` unless every patient, under any of its names, is in one part only and no part is empty.
+
+    `groups` gives names of one patient the same group, see `audit.audit`.
+    """
     empty = [name for name in PARTS if not parts.get(name)]
     if empty:
         raise DataError(f"no patient in {', '.join(empty)}; every part needs at least one.")
-    home: dict[str, str] = {}
+    seen: set[str] = set()
+    home: dict[str, tuple[str, str]] = {}
     for name in PARTS:
         for case_id in parts[name]:
-            if case_id in home:
+            other, part = home.setdefault(groups.get(case_id, case_id), (case_id, name))
+            if part != name or case_id in seen:
+                known = "" if other == case_id else f", where it is called {other},"
                 raise DataError(
-                    f"{case_id} is in {home[case_id]} and in {name}: a network would be scored on what it saw."
+                    f"{case_id} is in {part}{known} and in {name}: a network would be scored on what it saw."
                 )
-            home[case_id] = name
+            seen.add(case_id)
 
 
 def load_parts(run: Run) -> dict[str, list[Case]]:
@@ -218,7 +227,10 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
     content = json.loads(run.need(run.splits, "00_setup").read_text())
     parts = read_splits(run.splits) | {"unlabelled": content["unlabelled"]}
     manifest, before = run.manifest, content.get("contents", {})
-    found = survey(manifest["data"], manifest["modalities"])
+    root = manifest["data"]
+    if not Path(root).is_dir() and "asked" in manifest:  # a mount of a machine that was given back
+        root = find_data(**manifest["asked"]).root
+    found = survey(root, manifest["modalities"])
     cases = {case.id: case for case in found.complete(skip_incomplete=True)}
     read = [case for case in cases.values() if before.get(case.id)]
     now = dict.fromkeys(cases) | {

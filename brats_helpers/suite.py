@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -57,6 +58,9 @@ KAGGLE_MINUTES = 690
 """The time limit on Kaggle unless one is given; after 12 hours Kaggle ends a notebook, results and all."""
 DATA_NAMES = ("phantom", "kaggle", "brats2020", "brats2021", "brats2020-slices")
 """What `--data` takes beside a folder, see `sources.find_data`."""
+
+FILES = ("encoder_weights", "pretrained", "checkpoints")
+"""Parameters that may name files."""
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -281,15 +285,17 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
         raise UsageError(f"run {name} has the profile {before}: go on with --profile {before}, or take another --run")
 
     notebooks = read_notebooks(root)
-    stages = _picked(options.only) if options.only else list(NEEDS)
+    stages = list(NEEDS) if options.only is None else _picked(options.only)
     sweep = _combinations(options.sweep, notebooks)
     shared = options.folds is not None or bool(options.sweep)
     if shared:
         if options.folds is not None and options.folds < 2:
             raise UsageError(f"--folds {options.folds}: two or more")
-        for name in ("only", "prepare_only", "on", "time_limit"):
-            if getattr(options, name):
-                raise UsageError(f"--{name.replace('_', '-')} does not go with --folds and --sweep, which run 00 to 03")
+        for option in ("only", "prepare_only", "on", "time_limit"):
+            if getattr(options, option):
+                raise UsageError(
+                    f"--{option.replace('_', '-')} does not go with --folds and --sweep, which run 00 to 03"
+                )
         stages = [*ONCE, *PER_FOLD]
     elif options.workers or options.job:
         raise UsageError("--workers and --job share out folds or a sweep: add --folds N or --sweep KEY VALUES")
@@ -300,8 +306,12 @@ def make_plan(argv: list[str], root: Path = ROOT) -> Plan:
     made = {} if options.on else manifest.get("stages", {})  # there, nothing of an earlier run is left
     if options.log and not options.log.parent.is_dir():
         raise UsageError(f"--log {options.log}: there is no folder {options.log.parent}")
+    if options.log and options.log.is_dir():
+        raise UsageError(f"--log {options.log}: a folder, expected a file")
+    if options.workers < 0:
+        raise UsageError(f"--workers {options.workers}: 1 or more")
     if options.time_limit:
-        if options.time_limit < 0:
+        if not 0 < options.time_limit < math.inf:
             raise UsageError(f"--time-limit {options.time_limit:g}: minutes, more than 0")
         share = TRAINING_SHARE * options.time_limit
         for kind in (values, given):
@@ -371,8 +381,8 @@ def _check_for_kaggle(options, data: str) -> None:
         raise UsageError("--prepare-only prepares notebooks here; without it, --on kaggle runs them there")
     if data not in DATA_NAMES:
         raise UsageError(f"--on kaggle has Kaggle's data sets and simulated patients: --data kaggle, not {data}")
-    for key, _ in options.pairs:
-        if key.endswith(("_dir", "_weights")):
+    for key, text in options.pairs:
+        if key.endswith("_dir") or (key in FILES and not {*text.split(",")} <= {"", "imagenet", "none", "auto"}):
             raise UsageError(f"-p {key}: a place on this machine, which --on kaggle does not reach")
 
 
@@ -434,8 +444,11 @@ def _values(options, root: Path, profile: Path, folder: Path, notebooks: dict[st
 
 def _path(key: str, text: str) -> str:
     """Folders, and files that are there, as absolute paths."""
-    is_path = key.endswith("_dir") or (key.endswith("_weights") and Path(text).is_file())
-    return str(Path(text).resolve()) if is_path else text
+    if key.endswith("_dir"):
+        return str(Path(text).resolve())
+    if key in FILES:
+        return ",".join(str(Path(name).resolve()) if Path(name).is_file() else name for name in text.split(","))
+    return text
 
 
 def _data(text: str) -> str:
@@ -477,7 +490,8 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         return 2
     if "--check" in argv:
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a script's background ignores the second
+        signal.signal(stop, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if plan.log:
             log = stack.enter_context(open(plan.log, "a", encoding="utf-8"))

@@ -47,8 +47,6 @@ def claimed(folder: Path, task: str) -> Iterator[bool]:
     except FileExistsError:  # somebody was faster
         yield False
         return
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script, where ^C is not for us
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     over = threading.Event()
     beat = threading.Thread(target=_beat, args=(own, folder / f"{task}.{number + 2}", over), daemon=True)
     beat.start()

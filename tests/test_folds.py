@@ -180,6 +180,7 @@ def test_a_sweep_is_told_by_validation_and_keeps_each_combination(checkout):
         (["--sweep", "lrr", "1"], "--sweep lrr: no parameter of 02_train or 03_evaluate; did you mean lr?"),
         (["--sweep", "lr", "fast"], "lr takes a float"),
         (["--workers", "2"], "add --folds N"),
+        (["--folds", "3", "--workers", "-2"], "--workers -2: 1 or more"),
     ],
 )
 def test_what_folds_and_sweeps_cannot_do_is_said_before_anything_is_written(checkout, arguments, message):
@@ -216,10 +217,9 @@ def test_a_holder_elsewhere_counts_as_dead_once_it_touches_no_more(tmp_path):
         assert held and (tmp_path / "a.2").exists()
 
 
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch, handler):
+def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BEAT_S", 0.02)
-    before = signal.signal(signal.SIGINT, handler)  # ignored where a script started us in its background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it
     try:
         with pytest.raises(KeyboardInterrupt), workers.claimed(tmp_path, "a"):
             os.utime(tmp_path / "a.1", (1, 1))

@@ -97,6 +97,23 @@ def test_what_is_pushed_is_a_suite_that_runs(kaggle, account, tmp_path):
     assert plan.values["00_setup"]["modalities"] == "flair,t1ce" and plan.values["00_setup"]["data"] == "kaggle"
 
 
+def test_words_go_to_kaggle_and_files_of_this_machine_do_not():
+    weights = ["-p", "encoder", "monai-segresnet", "-p", "encoder_weights", "none"]
+    plan = suite.make_plan(["--on", "kaggle", "--data", "kaggle", *weights])
+    assert plan.values["02_train"]["encoder_weights"] == "none"
+    for key in ("encoder_weights", "pretrained", "checkpoints", "cache_dir"):
+        with pytest.raises(suite.UsageError, match=f"-p {key}: a place on this machine"):
+            suite.make_plan(["--on", "kaggle", "--data", "kaggle", "-p", key, "here.pt"])
+
+
+def test_files_are_found_from_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.pt").touch()
+    plan = suite.make_plan(["-p", "pretrained", "a.pt", "-p", "checkpoints", "a.pt,not-yet.pt"])
+    assert plan.values["04_advanced"]["pretrained"] == str(tmp_path / "a.pt")
+    assert plan.values["03_evaluate"]["checkpoints"] == f"{tmp_path / 'a.pt'},not-yet.pt"
+
+
 def test_nothing_is_uploaded_without_a_yes(kaggle, account, tmp_path, capsys, monkeypatch):
     assert push(tmp_path) == 2
     assert "--yes" in capsys.readouterr().out

@@ -211,6 +211,12 @@ def test_stages_that_lack_are_named(bare):
     assert "02_train has not run" not in text and "02_train is not finished" not in text
 
 
+def test_notebooks_run_by_hand_have_run(run):
+    run.record(stages={})
+    text = Page(build_report(run)).text
+    assert "has not run yet" not in text.replace("04_advanced has not run yet: its notebook makes this section", "")
+
+
 def test_simulated_is_marked_on_every_page_or_on_none(run, bare):
     paths = list(run.report.parent.glob("*.html"))
     assert all("Simulated patients." in Page(path).text for path in paths)

@@ -9,10 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brats_helpers import splits
 from brats_helpers.audit import audit
 from brats_helpers.cache import Packed
 from brats_helpers.cases import Case, DataError, survey
 from brats_helpers.runs import Run
+from brats_helpers.sources import Source
 from brats_helpers.splits import (
     check_disjoint,
     fingerprint,
@@ -291,3 +293,25 @@ def test_a_run_of_an_older_version_is_told_to_start_again(split_run):
     split_run.splits.write_text(json.dumps(content))
     with pytest.raises(DataError, match="Run 00_setup again"):
         load_parts(split_run)
+
+
+def test_one_patient_under_two_names_in_two_parts_is_refused(tmp_path):
+    parts = {"train": ["A", "B"], "val": ["C"], "test": ["D"]}
+    path = tmp_path / "splits.json"
+    write_splits(path, parts, groups={"A": "A", "B": "A", "C": "C", "D": "D"})  # both in train
+    content = json.loads(path.read_text())
+    content["groups"]["D"] = "A"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="D is in train, where it is called A, and in test"):
+        read_splits(path)
+    with pytest.raises(DataError, match="B is in train and in test"):
+        write_splits(path, parts | {"test": ["B"]})
+
+
+def test_a_mount_that_is_gone_is_asked_for_again(split_run, monkeypatch):
+    """As the data of a machine in the cloud that was given back."""
+    here = Path(split_run.manifest["data"])
+    asked = {"data": "kaggle", "data_dir": "data", "phantom_cases": 3, "seed": 0}
+    split_run.record(data=str(here.with_name("gone")), asked=asked)
+    monkeypatch.setattr(splits, "find_data", lambda **given: Source(here, False, "again") if given == asked else None)
+    assert load_parts(split_run)["train"]

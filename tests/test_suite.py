@@ -130,6 +130,9 @@ def manifest(checkout, name):
         (["--profile", "smal"], "unknown profile smal; did you mean small?"),
         (["--profile", "huge"], "there are: demo, small"),
         (["--only", "02,3"], "unknown notebook '3'; did you mean 03?"),
+        (["--only", ""], "unknown notebook ''"),
+        (["--log", "."], "--log .: a folder, expected a file"),
+        (["--time-limit", "nan"], "--time-limit nan: minutes, more than 0"),
         (["--only", "02_trian"], "did you mean 02_train?"),
         (["-p", "epoch", "3"], "-p epoch: no notebook has that parameter; did you mean epochs?"),
         (["-p", "epochs", "abc"], "epochs takes an int (passes over the training slices), got 'abc'"),
@@ -312,7 +315,10 @@ def test_a_stopped_run_goes_on_where_it_stopped(checkout):
     arguments = ["--run", "stopped", "--only", "00,02", "-p", "wait_for", str(gate)]
     pid = checkout / "runs" / "stopped" / "pid"
     for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)):
-        with start(checkout, *arguments) as process:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's background would start it
+        process = start(checkout, *arguments)
+        signal.signal(signal.SIGINT, before)
+        with process:
             wait(pid.exists)
             process.send_signal(how)
             output, errors = process.communicate(timeout=30)
@@ -362,6 +368,7 @@ def test_a_time_limit_shortens_the_training(checkout):
 
 
 def test_a_time_limit_ends_the_run_where_it_is(checkout):
+    assert run(checkout, "--run", "late", "--only", "00,01").returncode == 0
     late = run(checkout, "--run", "late", "--time-limit", "0.1", "-p", "wait_for", str(checkout / "never"))
     assert late.returncode == 1, late.stdout
     assert "❌ the time limit, 0.1 minutes, came in 02_train" in late.stdout
