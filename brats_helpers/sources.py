@@ -53,10 +53,19 @@ class Source:
 
 @dataclass(frozen=True)
 class KaggleSet:
-    """A data set on Kaggle: `owner/name`, what its files look like, and bytes it needs at least once unpacked."""
+    """A data set on Kaggle.
+
+    Attributes:
+        handle: `owner/name`.
+        pattern: what its files look like.
+        archive_bytes: of the zip that Kaggle makes of it; estimated, as Kaggle tells it only while it sends.
+        unpacked_bytes: of what is in the zip. Zip and contents lie side by side until all is unpacked, and so do tars
+            from the zip and theirs, which are as large.
+    """
 
     handle: str
     pattern: str
+    archive_bytes: int
     unpacked_bytes: int
 
     @property
@@ -71,11 +80,16 @@ class KaggleSet:
 
 
 _VOLUME = 240 * 240 * 155  # voxels
+_TAR_2021 = (
+    13_396_408_320  # bytes of the large tar of brats2021: 1251 patients in .nii.gz, which a zip makes no smaller
+)
 KAGGLE_SETS = {
-    # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them
-    "brats2020": KaggleSet("awsaf49/brats20-dataset-training-validation", "*.nii*", (494 * 8 + 369) * _VOLUME),
-    "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", 13_396_408_320),  # its large tar
-    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0),
+    # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them; zipped like 2021's
+    "brats2020": KaggleSet(
+        "awsaf49/brats20-dataset-training-validation", "*.nii*", 494 * _TAR_2021 // 1251, (494 * 8 + 369) * _VOLUME
+    ),
+    "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", _TAR_2021, _TAR_2021),
+    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0, 0),
 }
 """Kaggle data sets by short name; `kaggle` means the first."""
 
@@ -262,37 +276,41 @@ def credentials() -> str | None:
 def _download(client: str, short: str, data_dir: Path) -> Source:
     wanted, target = KAGGLE_SETS[short], data_dir / short
     archive, part = data_dir / f".{short}.zip", data_dir / f".{short}.zip.part"
-    if not archive.exists():
+    folder, cache = data_dir / f".{short}.fetched", data_dir / f".{short}.kagglehub"
+    if not archive.exists() and not folder.exists():
         print(f"{short}: fetching {wanted.handle} with {client} into {data_dir}", flush=True)
-        _check_space(data_dir, wanted.unpacked_bytes, f"{short}, unpacked,")
-        if client == "kagglehub":
-            return _download_with_kagglehub(short, target)
-        os.replace(_fetch(client, short, part), archive)
+        place = cache if client == "kagglehub" else part
+        needed = wanted.archive_bytes + wanted.unpacked_bytes - _bytes_in(place)
+        _check_space(data_dir, needed, f"{short}, archive and unpacked,")
+        found = _fetch(client, short, place)
+        if not found.resolve().is_relative_to(place.resolve()):  # Colab and Kaggle mount instead of downloading
+            if _holds(found, wanted.pattern):
+                return Source(found, False, f"{short}, mounted at {found}")
+            return _adopt(found, target, short)
+        # In one step: by its marker kagglehub would for ever take for whole what is left of a folder half emptied.
+        os.replace(found, folder if client == "kagglehub" else archive)
     try:
-        _unzip(archive, target, short)
+        if archive.exists():
+            _unzip(archive, target, short)
+        elif _holds(folder, "*.tar"):
+            _adopt(folder, target, short)
+        else:
+            with _making(target, short, 0) as (temporary, _):
+                temporary.rmdir()
+                os.replace(folder, temporary)
     except _Damaged:
-        archive.unlink()
+        _remove(archive, folder)
         raise
-    archive.unlink()
+    _remove(archive, part, folder, cache)
     return Source(target, False, f"{short}, fetched from Kaggle to {target}")
 
 
-def _download_with_kagglehub(short: str, target: Path) -> Source:
-    cache = target.parent / f".{short}.kagglehub"
-    folder = _fetch("kagglehub", short, cache)
-    if not folder.resolve().is_relative_to(cache.resolve()):  # Colab and Kaggle mount instead of downloading
-        if _holds(folder, KAGGLE_SETS[short].pattern):
-            return Source(folder, False, f"{short}, mounted at {folder}")
-        return _adopt(folder, target, short)
-    with _making(target, short, sum(_size(tar) for tar in folder.rglob("*.tar"))) as (temporary, progress):
-        for path in folder.iterdir():
-            os.replace(path, temporary / path.name)
-        tars = _largest_first(temporary.rglob("*.tar"))
-        _untar_files(tars, temporary, temporary, progress)
-        for tar in tars:
-            tar.unlink()
-    shutil.rmtree(cache)
-    return Source(target, False, f"{short}, fetched from Kaggle to {target}")
+def _remove(*places: Path) -> None:
+    for place in places:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _fetch(client: str, short: str, place: Path) -> Path:
@@ -515,7 +533,7 @@ def _check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def _adopt(mount: Path, target: Path, short: str) -> Source:
-    """Unpack the tars of a read-only mount into `target`."""
+    """Unpack the tars of a folder, perhaps a read-only mount, into `target`."""
     tars = _largest_first(mount.rglob("*.tar"))
     with _making(target, short, sum(map(_size, tars))) as (temporary, progress):
         _untar_files(tars, mount, temporary, progress)
@@ -534,6 +552,12 @@ def _making(target: Path, short: str, total: int) -> Iterator[tuple[Path, "_Prog
             yield temporary, progress
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         files = {path.relative_to(temporary).as_posix(): _size(path) for path in paths}
+        wanted = KAGGLE_SETS[short]
+        if not any(path.match(wanted.pattern) for path in paths):
+            raise _Damaged(
+                f"what was unpacked holds no {wanted.pattern}, only {', '.join([*files][:3]) or 'nothing'}: not"
+                f" {wanted.handle}, or not all of it. Nothing was kept; fetch it again, from {wanted.url}."
+            )
         write_json(temporary / _LISTING, files)
         os.replace(temporary, target)
         done(f"{short}: {len(files):,} files, {sum(files.values()) / 1e9:.1f} GB in {target}")

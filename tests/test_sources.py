@@ -10,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -85,6 +86,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files.pop("listing.json", None)
     return files
+
+
+@pytest.fixture(autouse=True)
+def small_sets(machine, monkeypatch):
+    """No test needs room for a real archive."""
+    sets = {short: replace(one, archive_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
+    monkeypatch.setattr(sources, "KAGGLE_SETS", sets)
 
 
 @pytest.fixture
@@ -209,6 +217,14 @@ def test_a_folder_that_is_not_whole_is_never_taken(tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1])
     message = failure("kaggle", tmp_path)
     assert f"1 of {len(files)} files" in message and victim.name in message
+
+
+@pytest.mark.parametrize("files", [{}, {"BraTS2020_TrainingData/name_mapping.csv": b"Grade"}], ids=["empty", "other"])
+def test_an_archive_without_patients_is_refused(files, tmp_path):
+    place(tmp_path / "data", {f"{NAME}.zip": pack_zip(files)})
+    message = failure("kaggle", tmp_path)
+    assert f"holds no *.nii*, only {next(iter(files), 'nothing')}" in message and "fetch it again" in message
+    assert not (tmp_path / "data" / "brats2020").exists()
 
 
 def test_unpacking_that_was_killed_is_begun_anew(tmp_path):
@@ -395,6 +411,24 @@ def test_too_little_room_is_said_before_the_download(kaggle, account, tmp_path, 
     find("kaggle", tmp_path)
 
 
+@pytest.mark.parametrize("client", ["kaggle", "kagglehub"])
+def test_archive_and_contents_must_fit_side_by_side(client, kaggle, tmp_path, monkeypatch):
+    if client == "kaggle":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    one = replace(sources.KAGGLE_SETS["brats2020"], archive_bytes=2_000_000_000, unpacked_bytes=5_000_000_000)
+    monkeypatch.setitem(sources.KAGGLE_SETS, "brats2020", one)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(0, 0, 7_000_000_000 - 1))
+    assert "archive and unpacked, needs 7.0 GB" in failure("kaggle", tmp_path)
+    assert not kaggle.requests
+    place(tmp_path / "data", {".brats2020.zip.part": b"1", ".brats2020.kagglehub/3.archive": b"1"})
+    find("kaggle", tmp_path)  # a byte that is there already needs no room
+
+
+def test_every_set_that_is_fetched_says_what_room_it_needs():
+    assert all(one.archive_bytes and one.unpacked_bytes for one in KAGGLE_SETS.values() if one.pattern != "*.h5")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a disk that is always full")
 def test_the_disk_fills_up_during_the_download(kaggle, account, tmp_path):
     (tmp_path / "data").mkdir()
@@ -439,6 +473,39 @@ def test_kagglehub_and_a_damaged_archive(kaggle, tmp_path):
     whole = kaggle.archive
     kaggle.archive = whole[:-500] + bytes(500)  # of the right size, so only its removal makes kagglehub fetch it again
     assert "damaged" in failure("kaggle", tmp_path)
+    kaggle.archive = whole
+    assert contents(find("kaggle", tmp_path).root) == contents_of_zip(whole)
+
+
+def disk_is_full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_kagglehub_fetched_is_never_taken_for_whole_once_its_unpacking_broke_off(kaggle, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "write_json", disk_is_full)  # the listing, after all else
+        assert "filled up while unpacking" in failure("kaggle", tmp_path)
+    assert contents(find("kaggle", tmp_path).root) == contents_of_zip(kaggle.archive)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"brats2020", ".brats2020.lock"}
+
+
+def test_tars_that_kagglehub_fetched_outlast_an_unpacking_that_broke_off(kaggle, tmp_path, monkeypatch):
+    kaggle.archive = pack_zip(brats2021())
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "_write", disk_is_full)
+        assert "filled up while unpacking" in failure("brats2021", tmp_path)
+    asked = len(kaggle.requests)
+    assert len(find_cases(find("brats2021", tmp_path).root)) == 3
+    assert len(kaggle.requests) == asked
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"brats2021", ".brats2021.lock"}
+
+
+@pytest.mark.parametrize("client", ["kaggle", "kagglehub"])
+def test_a_download_without_patients_is_refused_and_removed(client, kaggle, tmp_path, monkeypatch):
+    if client == "kaggle":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    whole, kaggle.archive = kaggle.archive, pack_zip({"name_mapping.csv": b"Grade"})
+    assert "holds no *.nii*, only name_mapping.csv" in failure("kaggle", tmp_path)
     kaggle.archive = whole
     assert contents(find("kaggle", tmp_path).root) == contents_of_zip(whole)
 
