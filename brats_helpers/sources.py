@@ -98,7 +98,7 @@ MOUNT = Path("/kaggle/input")
 
 _LISTING = "listing.json"  # {path: bytes} of a whole download; written last, checked at each use
 _REACH_S = 12  # to start the client and get any answer from Kaggle
-_STALL_S = 120  # without one new byte before the client is restarted
+_STALL_S = 120  # without a byte more or less before the client is restarted
 _PAUSE_S = 2  # after an attempt that brought nothing
 _ATTEMPTS = 20  # restarts of a download that does get on
 _BLOCK = 1 << 20
@@ -225,7 +225,12 @@ def _check_whole(target: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    """Bytes of a file; 0 for anything else, also for a file that a client removes just now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 @contextlib.contextmanager
@@ -339,7 +344,8 @@ def _fetch(client: str, short: str, place: Path) -> Path:
 
 
 def _bytes_in(place: Path) -> int:
-    return sum(_size(path) for path in place.rglob("*")) if place.is_dir() else _size(place)
+    # os.walk, unlike rglob, does not mind a folder that is removed meanwhile
+    return _size(place) + sum(_size(Path(folder, name)) for folder, _, names in os.walk(place) for name in names)
 
 
 def _run_client(client: str, short: str, place: Path) -> dict:
@@ -369,7 +375,8 @@ def _run_client(client: str, short: str, place: Path) -> dict:
                         return facts
                     now, bytes_now = time.monotonic(), _bytes_in(place)
                     looking = time.monotonic() - now
-                    if bytes_now > arrived or not facts.get("reached"):
+                    # fewer count as well: kagglehub unpacks anew over what an earlier run had unpacked
+                    if bytes_now != arrived or not facts.get("reached"):
                         arrived, moved = bytes_now, now
                     if not facts.get("reached") and now - started > _REACH_S:
                         return facts | {"end": "unreachable"}
@@ -684,5 +691,5 @@ class _Progress:
             self._said = now
             rate = (done - self.start) / (now - self._began)
             rest = f" of {self.total / 1e9:.1f}" if self.total else ""
-            left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
+            left = f", {duration((self.total - done) / rate)} left" if self.total and rate > 0 else ""
             print(f"{self.what}: {done / 1e9:.1f}{rest} GB{left}", flush=True)

@@ -299,13 +299,16 @@ def test_two_runs_do_not_fetch_at_once(tmp_path):
 
 
 def test_progress_is_a_bar_for_a_person_and_a_calm_line_for_a_log(monkeypatch, capsys):
-    clock = iter([0.0, 30.0, 61.0, 90.0])  # at the start, then after each GB
+    clock = iter([0.0, 30.0, 61.0, 90.0, 0.0, 61.0])  # at the start, then after each GB
     monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
     with sources._Progress("set", total=4_000_000_000, start=1_000_000_000) as progress:
         for gigabytes in (2, 3, 4):
             progress.show(gigabytes * 1_000_000_000)
     # a minute has passed at the second: 2 GB since the start in 61 s, so the last takes 30.5 s
     assert capsys.readouterr() == ("set: 3.0 of 4.0 GB, 30 s left\n", "")
+    with sources._Progress("set", total=4_000_000_000, start=2_000_000_000) as progress:
+        progress.show(1_000_000_000)  # the server sends all of it again
+    assert capsys.readouterr() == ("set: 1.0 of 4.0 GB\n", "")
     monkeypatch.undo()
 
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
@@ -475,6 +478,37 @@ def test_kagglehub_and_a_damaged_archive(kaggle, tmp_path):
     assert "damaged" in failure("kaggle", tmp_path)
     kaggle.archive = whole
     assert contents(find("kaggle", tmp_path).root) == contents_of_zip(whole)
+
+
+SLOW_KAGGLEHUB = b"""
+import os, time
+from pathlib import Path
+
+def dataset_download(handle):
+    folder = Path(os.environ["KAGGLEHUB_CACHE"], "datasets", handle, "versions", "3")
+    for path in sorted(folder.iterdir()):
+        with open(path, "wb", buffering=0) as out:
+            for _ in range(10):
+                time.sleep(0.06)
+                out.write(bytes(100_000))
+    return str(folder)
+"""
+
+
+def test_unpacking_over_what_an_earlier_run_had_unpacked_is_no_standstill(kaggle, tmp_path, monkeypatch):
+    place(tmp_path / "fake", {"kagglehub/__init__.py": SLOW_KAGGLEHUB})
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.setattr(sources, "_STALL_S", 2)
+    folder = f".brats2020.kagglehub/datasets/{KAGGLE_SETS['brats2020'].handle}/versions/3"
+    place(tmp_path / "data", {f"{folder}/{number}.nii": bytes(1_000_000) for number in range(8)})
+    assert len(contents(find("kaggle", tmp_path).root)) == 8  # nearly 5 s, at no time more bytes than at the start
+
+
+def test_a_file_that_the_client_removes_while_it_is_looked_at_counts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda _: True)  # it was there a moment ago
+    monkeypatch.setattr(sources.os, "walk", lambda folder: [(folder, [], ["3.archive"])])
+    assert sources._size(tmp_path / "3.archive") == 0
+    assert sources._bytes_in(tmp_path) == 0
 
 
 def disk_is_full(*_, **__):
