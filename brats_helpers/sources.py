@@ -1,18 +1,18 @@
-"""Where the patients come from: a folder, the simulator, or one of three Kaggle data sets.
+"""Where the patients come from: a folder, the simulator, or one of two Kaggle data sets.
 
 `find_data` is the one resolver. For a Kaggle data set it looks, in this order, at
 
 1. the mounts of a Kaggle notebook, `/kaggle/input/<name>` and `/kaggle/input/datasets/<owner>/<name>`,
 2. an earlier download of ours, `data_dir/<short name>` with its `listing.json`,
 3. an archive fetched by hand, `data_dir/<name>.zip`,
-4. Kaggle: with kagglehub in Colab and without an account, else with the `kaggle` client.
+4. Kaggle: with kagglehub in Colab and without an account, else with the `kaggle` client; or with the one that the
+   variable BRATS_KAGGLE_CLIENT names.
 
 The Kaggle packages authenticate when imported, wait without a time limit and print what they like, so they run in a
 child process that reports into a file. The parent watches the bytes arrive, ends a child that stands still, starts
 another that resumes, and shows nothing that the packages said. Credentials are read by those packages alone.
 
-`brats2020-slices` (HDF5 slices, already normalised, order of the channels disputed) is fetched and unpacked but not
-read as cases: the rest of the suite needs volumes.
+`brats2020-slices` is refused before anything is fetched: the rest of the suite needs volumes.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from brats_helpers.cases import DataError
-from brats_helpers.log import done, duration, warn
+from brats_helpers.log import done, duration
 from brats_helpers.runs import write_json
 
 
@@ -89,7 +89,7 @@ KAGGLE_SETS = {
         "awsaf49/brats20-dataset-training-validation", "*.nii*", 494 * _TAR_2021 // 1251, (494 * 8 + 369) * _VOLUME
     ),
     "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", _TAR_2021, _TAR_2021),
-    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0, 0),
+    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0, 0),  # never fetched
 }
 """Kaggle data sets by short name; `kaggle` means the first."""
 
@@ -110,7 +110,7 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
     """Find, fetch or simulate the patients.
 
     Args:
-        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`, `brats2020-slices`.
+        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`; `brats2020-slices` is refused.
         data_dir: where simulated and downloaded patients are kept.
         phantom_cases: how many patients `phantom` simulates.
         seed: what `phantom` draws them from.
@@ -161,7 +161,11 @@ def _ways_out(wanted: KaggleSet, data_dir: Path) -> str:
 def _from_kaggle(short: str, data_dir: Path) -> Source:
     wanted = KAGGLE_SETS[short]
     if wanted.pattern == "*.h5":
-        warn(f"{short} holds normalised slices, not volumes: it is fetched, but no notebook reads it. Use brats2020.")
+        raise DataError(
+            f"{short} ({wanted.handle} on Kaggle) is not fetched, as nothing here can train on it: HDF5 slices, already"
+            " normalised, their channels in an order that is disputed, of scans whose geometry is gone. Take the same"
+            " patients as volumes: --data brats2020."
+        )
     tried: list[str] = []
     try:
         return _look(short, data_dir, tried)
@@ -259,6 +263,10 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _clients() -> list[str]:
+    if asked := os.environ.get("BRATS_KAGGLE_CLIENT"):
+        if asked not in ("kaggle", "kagglehub"):
+            raise DataError(f"BRATS_KAGGLE_CLIENT is {asked!r}, expected kaggle or kagglehub. Correct it or unset it.")
+        return [asked]
     in_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
     account = ["kaggle"] * bool(credentials())
     return ["kagglehub", *account] if in_colab else account or ["kagglehub"]

@@ -90,7 +90,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_sets(machine, monkeypatch):
-    """No test needs room for a real archive."""
+    """No test needs room for a real archive, nor heeds a client that its caller asks for."""
+    monkeypatch.delenv("BRATS_KAGGLE_CLIENT", raising=False)
     sets = {short: replace(one, archive_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
     monkeypatch.setattr(sources, "KAGGLE_SETS", sets)
 
@@ -200,10 +201,17 @@ def test_inner_tars_of_an_archive(tmp_path):
     assert not list(root.rglob("*.tar"))
 
 
-def test_slices_are_unpacked_and_said_to_be_unread(tmp_path, capsys):
-    place(tmp_path / "data", {"brats2020-training-data.zip": pack_zip({"data/volume_1_slice_0.h5": b"h5"})})
-    assert contents(find("brats2020-slices", tmp_path).root) == {"data/volume_1_slice_0.h5": b"h5"}
-    assert "no notebook reads it" in capsys.readouterr().out
+@pytest.mark.parametrize("where", ["nowhere", "mounted", "by hand"])
+def test_slices_are_refused_before_anything_is_fetched(where, kaggle, account, tmp_path):
+    files, name = {"data/volume_1_slice_0.h5": b"h5"}, "brats2020-training-data"
+    if where == "mounted":
+        place(tmp_path / "input" / name, files)
+    if where == "by hand":
+        place(tmp_path / "data", {f"{name}.zip": pack_zip(files)})
+    with pytest.raises(DataError, match="HDF5 slices, already normalised.*disputed.*geometry.*--data brats2020"):
+        find("brats2020-slices", tmp_path)
+    assert not kaggle.requests
+    assert not (tmp_path / "data" / "brats2020-slices").exists()
 
 
 def test_a_folder_that_is_not_whole_is_never_taken(tmp_path):
@@ -549,6 +557,22 @@ def test_colab_tries_kagglehub_first_and_the_account_second(kaggle, account, tmp
     kaggle.status = 404
     tried = failure("kaggle", tmp_path).split("Tried, in this order:")[1]
     assert tried.index("download with kagglehub") < tried.index("download with kaggle:")
+
+
+@pytest.mark.parametrize(("asked", "other"), [("kaggle", "kagglehub"), ("kagglehub", "kaggle")])
+def test_the_client_that_is_asked_for_is_the_only_one(asked, other, kaggle, account, tmp_path, monkeypatch):
+    if asked == "kaggle":
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.setenv("BRATS_KAGGLE_CLIENT", asked)
+    kaggle.status = 404
+    tried = failure("kaggle", tmp_path)
+    assert f"download with {asked}:" in tried and f"download with {other}:" not in tried
+
+
+def test_a_client_that_is_none(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRATS_KAGGLE_CLIENT", "curl")
+    assert "BRATS_KAGGLE_CLIENT is 'curl', expected kaggle or kagglehub" in failure("kaggle", tmp_path)
+    assert not kaggle.requests
 
 
 # --- without a network ---------------------------------------------------------------------------------------------
