@@ -80,9 +80,7 @@ class KaggleSet:
 
 
 _VOLUME = 240 * 240 * 155  # voxels
-_TAR_2021 = (
-    13_396_408_320  # bytes of the large tar of brats2021: 1251 patients in .nii.gz, which a zip makes no smaller
-)
+_TAR_2021 = 13_396_408_320  # bytes of brats2021's large tar: 1251 patients in .nii.gz, which a zip makes no smaller
 KAGGLE_SETS = {
     # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them; zipped like 2021's
     "brats2020": KaggleSet(
@@ -320,8 +318,11 @@ def _download(client: str, short: str, data_dir: Path) -> Source:
 
 def _remove(*places: Path) -> None:
     for place in places:
-        if place.is_dir():
-            shutil.rmtree(place)
+        if place.is_dir():  # out of sight first: a kill must not leave half of it under its name
+            doomed = place.with_name(f"{place.name}.removing")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(place, doomed)
+            shutil.rmtree(doomed)
         else:
             place.unlink(missing_ok=True)
 

@@ -542,6 +542,17 @@ def test_tars_that_kagglehub_fetched_outlast_an_unpacking_that_broke_off(kaggle,
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"brats2021", ".brats2021.lock"}
 
 
+def test_a_fetched_folder_that_is_removed_only_in_part_is_never_taken_for_whole(tmp_path, monkeypatch):
+    folder = place(tmp_path / ".brats2021.fetched", brats2021())
+    with monkeypatch.context() as killed:
+        killed.setattr(sources.shutil, "rmtree", lambda *_, ignore_errors=False: ignore_errors or disk_is_full())
+        with pytest.raises(OSError):
+            sources._remove(folder)
+    assert not folder.exists()
+    sources._remove(place(folder, brats2021()))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("client", ["kaggle", "kagglehub"])
 def test_a_download_without_patients_is_refused_and_removed(client, kaggle, tmp_path, monkeypatch):
     if client == "kaggle":
