@@ -1,23 +1,24 @@
-"""Where the patients come from: a folder, the simulator, or one of three Kaggle data sets.
+"""Where the patients come from: a folder, the simulator, or one of two Kaggle data sets.
 
 `find_data` is the one resolver. For a Kaggle data set it looks, in this order, at
 
 1. the mounts of a Kaggle notebook, `/kaggle/input/<name>` and `/kaggle/input/datasets/<owner>/<name>`,
 2. an earlier download of ours, `data_dir/<short name>` with its `listing.json`,
 3. an archive fetched by hand, `data_dir/<name>.zip`,
-4. Kaggle: with kagglehub in Colab and without an account, else with the `kaggle` client.
+4. Kaggle: with kagglehub in Colab and without an account, else with the `kaggle` client; or with the one that the
+   variable BRATS_KAGGLE_CLIENT names.
 
 The Kaggle packages authenticate when imported, wait without a time limit and print what they like, so they run in a
 child process that reports into a file. The parent watches the bytes arrive, ends a child that stands still, starts
 another that resumes, and shows nothing that the packages said. Credentials are read by those packages alone.
 
-`brats2020-slices` (HDF5 slices, already normalised, order of the channels disputed) is fetched and unpacked but not
-read as cases: the rest of the suite needs volumes.
+`brats2020-slices` is refused before anything is fetched: the rest of the suite needs volumes.
 """
 
 import contextlib
 import difflib
 import errno
+import importlib
 import io
 import json
 import os
@@ -38,7 +39,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from brats_helpers.cases import DataError
-from brats_helpers.log import done, duration, warn
+from brats_helpers.log import done, duration
 from brats_helpers.runs import write_json
 
 
@@ -53,10 +54,19 @@ class Source:
 
 @dataclass(frozen=True)
 class KaggleSet:
-    """A data set on Kaggle: `owner/name`, what its files look like, and bytes it needs at least once unpacked."""
+    """A data set on Kaggle.
+
+    Attributes:
+        handle: `owner/name`.
+        pattern: what its files look like.
+        archive_bytes: of the zip that Kaggle makes of it; estimated, as Kaggle tells it only while it sends.
+        unpacked_bytes: of what is in the zip. Zip and contents lie side by side until all is unpacked, and so do tars
+            from the zip and theirs, which are as large.
+    """
 
     handle: str
     pattern: str
+    archive_bytes: int
     unpacked_bytes: int
 
     @property
@@ -71,11 +81,14 @@ class KaggleSet:
 
 
 _VOLUME = 240 * 240 * 155  # voxels
+_TAR_2021 = 13_396_408_320  # bytes of brats2021's large tar: 1251 patients in .nii.gz, which a zip makes no smaller
 KAGGLE_SETS = {
-    # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them
-    "brats2020": KaggleSet("awsaf49/brats20-dataset-training-validation", "*.nii*", (494 * 8 + 369) * _VOLUME),
-    "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", 13_396_408_320),  # its large tar
-    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0),
+    # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them; zipped like 2021's
+    "brats2020": KaggleSet(
+        "awsaf49/brats20-dataset-training-validation", "*.nii*", 494 * _TAR_2021 // 1251, (494 * 8 + 369) * _VOLUME
+    ),
+    "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", _TAR_2021, _TAR_2021),
+    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0, 0),  # never fetched
 }
 """Kaggle data sets by short name; `kaggle` means the first."""
 
@@ -84,7 +97,7 @@ MOUNT = Path("/kaggle/input")
 
 _LISTING = "listing.json"  # {path: bytes} of a whole download; written last, checked at each use
 _REACH_S = 12  # to start the client and get any answer from Kaggle
-_STALL_S = 120  # without one new byte before the client is restarted
+_STALL_S = 120  # without a byte more or less before the client is restarted
 _PAUSE_S = 2  # after an attempt that brought nothing
 _ATTEMPTS = 20  # restarts of a download that does get on
 _BLOCK = 1 << 20
@@ -96,7 +109,7 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
     """Find, fetch or simulate the patients.
 
     Args:
-        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`, `brats2020-slices`.
+        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`; `brats2020-slices` is refused.
         data_dir: where simulated and downloaded patients are kept.
         phantom_cases: how many patients `phantom` simulates.
         seed: what `phantom` draws them from.
@@ -147,7 +160,11 @@ def _ways_out(wanted: KaggleSet, data_dir: Path) -> str:
 def _from_kaggle(short: str, data_dir: Path) -> Source:
     wanted = KAGGLE_SETS[short]
     if wanted.pattern == "*.h5":
-        warn(f"{short} holds normalised slices, not volumes: it is fetched, but no notebook reads it. Use brats2020.")
+        raise DataError(
+            f"{short} ({wanted.handle} on Kaggle) is not fetched, as nothing here can train on it: HDF5 slices, already"
+            " normalised, their channels in an order that is disputed, of scans whose geometry is gone. Take the same"
+            " patients as volumes: --data brats2020."
+        )
     tried: list[str] = []
     try:
         return _look(short, data_dir, tried)
@@ -211,7 +228,12 @@ def _check_whole(target: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    """Bytes of a file; 0 for anything else, also for a file that a client removes just now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 @contextlib.contextmanager
@@ -240,9 +262,25 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _clients() -> list[str]:
-    in_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
+    if asked := os.environ.get("BRATS_KAGGLE_CLIENT"):
+        if asked not in ("kaggle", "kagglehub"):
+            raise DataError(f"BRATS_KAGGLE_CLIENT is {asked!r}, expected kaggle or kagglehub. Correct it or unset it.")
+        return [asked]
+    _take_colab_secret()
     account = ["kaggle"] * bool(credentials())
-    return ["kagglehub", *account] if in_colab else account or ["kagglehub"]
+    return ["kagglehub", *account] if _in_colab() else account or ["kagglehub"]
+
+
+def _in_colab() -> bool:
+    return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
+
+
+def _take_colab_secret() -> None:
+    """Let the clients find a token that is in Colab's secrets, where its owner lets this notebook read it."""
+    if "google.colab" not in sys.modules or "KAGGLE_API_TOKEN" in os.environ:
+        return
+    with contextlib.suppress(Exception):  # Colab has errors of its own for: no such secret, not allowed
+        os.environ["KAGGLE_API_TOKEN"] = importlib.import_module("google.colab.userdata").get("KAGGLE_API_TOKEN")
 
 
 def credentials() -> str | None:
@@ -262,37 +300,45 @@ def credentials() -> str | None:
 def _download(client: str, short: str, data_dir: Path) -> Source:
     wanted, target = KAGGLE_SETS[short], data_dir / short
     archive, part = data_dir / f".{short}.zip", data_dir / f".{short}.zip.part"
-    if not archive.exists():
+    folder, cache = data_dir / f".{short}.fetched", data_dir / f".{short}.kagglehub"
+    if not archive.exists() and not folder.exists():
         print(f"{short}: fetching {wanted.handle} with {client} into {data_dir}", flush=True)
-        _check_space(data_dir, wanted.unpacked_bytes, f"{short}, unpacked,")
-        if client == "kagglehub":
-            return _download_with_kagglehub(short, target)
-        os.replace(_fetch(client, short, part), archive)
+        place = cache if client == "kagglehub" else part
+        needed = wanted.archive_bytes + wanted.unpacked_bytes - _bytes_in(place)
+        if not (client == "kagglehub" and _in_colab()):  # which mounts, and needs no room
+            _check_space(data_dir, needed, f"{short}, archive and unpacked,")
+        found = _fetch(client, short, place)
+        if not found.resolve().is_relative_to(place.resolve()):  # Colab and Kaggle mount instead of downloading
+            if _holds(found, wanted.pattern):
+                return Source(found, False, f"{short}, mounted at {found}")
+            return _adopt(found, target, short)
+        # In one step: by its marker kagglehub would for ever take for whole what is left of a folder half emptied.
+        os.replace(found, folder if client == "kagglehub" else archive)
     try:
-        _unzip(archive, target, short)
+        if archive.exists():
+            _unzip(archive, target, short)
+        elif _holds(folder, "*.tar"):
+            _adopt(folder, target, short)
+        else:
+            with _making(target, short, 0) as (temporary, _):
+                temporary.rmdir()
+                os.replace(folder, temporary)
     except _Damaged:
-        archive.unlink()
+        _remove(archive, folder)
         raise
-    archive.unlink()
+    _remove(archive, part, folder, cache)
     return Source(target, False, f"{short}, fetched from Kaggle to {target}")
 
 
-def _download_with_kagglehub(short: str, target: Path) -> Source:
-    cache = target.parent / f".{short}.kagglehub"
-    folder = _fetch("kagglehub", short, cache)
-    if not folder.resolve().is_relative_to(cache.resolve()):  # Colab and Kaggle mount instead of downloading
-        if _holds(folder, KAGGLE_SETS[short].pattern):
-            return Source(folder, False, f"{short}, mounted at {folder}")
-        return _adopt(folder, target, short)
-    with _making(target, short, sum(_size(tar) for tar in folder.rglob("*.tar"))) as (temporary, progress):
-        for path in folder.iterdir():
-            os.replace(path, temporary / path.name)
-        tars = _largest_first(temporary.rglob("*.tar"))
-        _untar_files(tars, temporary, temporary, progress)
-        for tar in tars:
-            tar.unlink()
-    shutil.rmtree(cache)
-    return Source(target, False, f"{short}, fetched from Kaggle to {target}")
+def _remove(*places: Path) -> None:
+    for place in places:
+        if place.is_dir():  # out of sight first: a kill must not leave half of it under its name
+            doomed = place.with_name(f"{place.name}.removing")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(place, doomed)
+            shutil.rmtree(doomed)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _fetch(client: str, short: str, place: Path) -> Path:
@@ -321,7 +367,8 @@ def _fetch(client: str, short: str, place: Path) -> Path:
 
 
 def _bytes_in(place: Path) -> int:
-    return sum(_size(path) for path in place.rglob("*")) if place.is_dir() else _size(place)
+    # os.walk, unlike rglob, does not mind a folder that is removed meanwhile
+    return _size(place) + sum(_size(Path(folder, name)) for folder, _, names in os.walk(place) for name in names)
 
 
 def _run_client(client: str, short: str, place: Path) -> dict:
@@ -351,7 +398,8 @@ def _run_client(client: str, short: str, place: Path) -> dict:
                         return facts
                     now, bytes_now = time.monotonic(), _bytes_in(place)
                     looking = time.monotonic() - now
-                    if bytes_now > arrived or not facts.get("reached"):
+                    # fewer count as well: kagglehub unpacks anew over what an earlier run had unpacked
+                    if bytes_now != arrived or not facts.get("reached"):
                         arrived, moved = bytes_now, now
                     if not facts.get("reached") and now - started > _REACH_S:
                         return facts | {"end": "unreachable"}
@@ -515,7 +563,7 @@ def _check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def _adopt(mount: Path, target: Path, short: str) -> Source:
-    """Unpack the tars of a read-only mount into `target`."""
+    """Unpack the tars of a folder, perhaps a read-only mount, into `target`."""
     tars = _largest_first(mount.rglob("*.tar"))
     with _making(target, short, sum(map(_size, tars))) as (temporary, progress):
         _untar_files(tars, mount, temporary, progress)
@@ -534,6 +582,12 @@ def _making(target: Path, short: str, total: int) -> Iterator[tuple[Path, "_Prog
             yield temporary, progress
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         files = {path.relative_to(temporary).as_posix(): _size(path) for path in paths}
+        wanted = KAGGLE_SETS[short]
+        if not any(path.match(wanted.pattern) for path in paths):
+            raise _Damaged(
+                f"what was unpacked holds no {wanted.pattern}, only {', '.join([*files][:3]) or 'nothing'}: not"
+                f" {wanted.handle}, or not all of it. Nothing was kept; fetch it again, from {wanted.url}."
+            )
         write_json(temporary / _LISTING, files)
         os.replace(temporary, target)
         done(f"{short}: {len(files):,} files, {sum(files.values()) / 1e9:.1f} GB in {target}")
@@ -660,5 +714,5 @@ class _Progress:
             self._said = now
             rate = (done - self.start) / (now - self._began)
             rest = f" of {self.total / 1e9:.1f}" if self.total else ""
-            left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
+            left = f", {duration((self.total - done) / rate)} left" if self.total and rate > 0 else ""
             print(f"{self.what}: {done / 1e9:.1f}{rest} GB{left}", flush=True)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import zipfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -85,6 +87,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files.pop("listing.json", None)
     return files
+
+
+@pytest.fixture(autouse=True)
+def small_sets(machine, monkeypatch):
+    """No test needs room for a real archive, nor heeds a client that its caller asks for."""
+    monkeypatch.delenv("BRATS_KAGGLE_CLIENT", raising=False)
+    sets = {short: replace(one, archive_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
+    monkeypatch.setattr(sources, "KAGGLE_SETS", sets)
 
 
 @pytest.fixture
@@ -192,10 +202,17 @@ def test_inner_tars_of_an_archive(tmp_path):
     assert not list(root.rglob("*.tar"))
 
 
-def test_slices_are_unpacked_and_said_to_be_unread(tmp_path, capsys):
-    place(tmp_path / "data", {"brats2020-training-data.zip": pack_zip({"data/volume_1_slice_0.h5": b"h5"})})
-    assert contents(find("brats2020-slices", tmp_path).root) == {"data/volume_1_slice_0.h5": b"h5"}
-    assert "no notebook reads it" in capsys.readouterr().out
+@pytest.mark.parametrize("where", ["nowhere", "mounted", "by hand"])
+def test_slices_are_refused_before_anything_is_fetched(where, kaggle, account, tmp_path):
+    files, name = {"data/volume_1_slice_0.h5": b"h5"}, "brats2020-training-data"
+    if where == "mounted":
+        place(tmp_path / "input" / name, files)
+    if where == "by hand":
+        place(tmp_path / "data", {f"{name}.zip": pack_zip(files)})
+    with pytest.raises(DataError, match="HDF5 slices, already normalised.*disputed.*geometry.*--data brats2020"):
+        find("brats2020-slices", tmp_path)
+    assert not kaggle.requests
+    assert not (tmp_path / "data" / "brats2020-slices").exists()
 
 
 def test_a_folder_that_is_not_whole_is_never_taken(tmp_path):
@@ -209,6 +226,14 @@ def test_a_folder_that_is_not_whole_is_never_taken(tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1])
     message = failure("kaggle", tmp_path)
     assert f"1 of {len(files)} files" in message and victim.name in message
+
+
+@pytest.mark.parametrize("files", [{}, {"BraTS2020_TrainingData/name_mapping.csv": b"Grade"}], ids=["empty", "other"])
+def test_an_archive_without_patients_is_refused(files, tmp_path):
+    place(tmp_path / "data", {f"{NAME}.zip": pack_zip(files)})
+    message = failure("kaggle", tmp_path)
+    assert f"holds no *.nii*, only {next(iter(files), 'nothing')}" in message and "fetch it again" in message
+    assert not (tmp_path / "data" / "brats2020").exists()
 
 
 def test_unpacking_that_was_killed_is_begun_anew(tmp_path):
@@ -283,13 +308,16 @@ def test_two_runs_do_not_fetch_at_once(tmp_path):
 
 
 def test_progress_is_a_bar_for_a_person_and_a_calm_line_for_a_log(monkeypatch, capsys):
-    clock = iter([0.0, 30.0, 61.0, 90.0])  # at the start, then after each GB
+    clock = iter([0.0, 30.0, 61.0, 90.0, 0.0, 61.0])  # at the start, then after each GB
     monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
     with sources._Progress("set", total=4_000_000_000, start=1_000_000_000) as progress:
         for gigabytes in (2, 3, 4):
             progress.show(gigabytes * 1_000_000_000)
     # a minute has passed at the second: 2 GB since the start in 61 s, so the last takes 30.5 s
     assert capsys.readouterr() == ("set: 3.0 of 4.0 GB, 30 s left\n", "")
+    with sources._Progress("set", total=4_000_000_000, start=2_000_000_000) as progress:
+        progress.show(1_000_000_000)  # the server sends all of it again
+    assert capsys.readouterr() == ("set: 1.0 of 4.0 GB\n", "")
     monkeypatch.undo()
 
     monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
@@ -395,6 +423,24 @@ def test_too_little_room_is_said_before_the_download(kaggle, account, tmp_path, 
     find("kaggle", tmp_path)
 
 
+@pytest.mark.parametrize("client", ["kaggle", "kagglehub"])
+def test_archive_and_contents_must_fit_side_by_side(client, kaggle, tmp_path, monkeypatch):
+    if client == "kaggle":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    one = replace(sources.KAGGLE_SETS["brats2020"], archive_bytes=2_000_000_000, unpacked_bytes=5_000_000_000)
+    monkeypatch.setitem(sources.KAGGLE_SETS, "brats2020", one)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage(0, 0, 7_000_000_000 - 1))
+    assert "archive and unpacked, needs 7.0 GB" in failure("kaggle", tmp_path)
+    assert not kaggle.requests
+    place(tmp_path / "data", {".brats2020.zip.part": b"1", ".brats2020.kagglehub/3.archive": b"1"})
+    find("kaggle", tmp_path)  # a byte that is there already needs no room
+
+
+def test_every_set_that_is_fetched_says_what_room_it_needs():
+    assert all(one.archive_bytes and one.unpacked_bytes for one in KAGGLE_SETS.values() if one.pattern != "*.h5")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a disk that is always full")
 def test_the_disk_fills_up_during_the_download(kaggle, account, tmp_path):
     (tmp_path / "data").mkdir()
@@ -443,11 +489,102 @@ def test_kagglehub_and_a_damaged_archive(kaggle, tmp_path):
     assert contents(find("kaggle", tmp_path).root) == contents_of_zip(whole)
 
 
+SLOW_KAGGLEHUB = b"""
+import os, time
+from pathlib import Path
+
+def dataset_download(handle):
+    folder = Path(os.environ["KAGGLEHUB_CACHE"], "datasets", handle, "versions", "3")
+    for path in sorted(folder.iterdir()):
+        with open(path, "wb", buffering=0) as out:
+            for _ in range(10):
+                time.sleep(0.06)
+                out.write(bytes(100_000))
+    return str(folder)
+"""
+
+
+def test_unpacking_over_what_an_earlier_run_had_unpacked_is_no_standstill(kaggle, tmp_path, monkeypatch):
+    place(tmp_path / "fake", {"kagglehub/__init__.py": SLOW_KAGGLEHUB})
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.setattr(sources, "_STALL_S", 2)
+    folder = f".brats2020.kagglehub/datasets/{KAGGLE_SETS['brats2020'].handle}/versions/3"
+    place(tmp_path / "data", {f"{folder}/{number}.nii": bytes(1_000_000) for number in range(8)})
+    assert len(contents(find("kaggle", tmp_path).root)) == 8  # nearly 5 s, at no time more bytes than at the start
+
+
+def test_a_file_that_the_client_removes_while_it_is_looked_at_counts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda _: True)  # it was there a moment ago
+    monkeypatch.setattr(sources.os, "walk", lambda folder: [(folder, [], ["3.archive"])])
+    assert sources._size(tmp_path / "3.archive") == 0
+    assert sources._bytes_in(tmp_path) == 0
+
+
+def disk_is_full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_kagglehub_fetched_is_never_taken_for_whole_once_its_unpacking_broke_off(kaggle, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "write_json", disk_is_full)  # the listing, after all else
+        assert "filled up while unpacking" in failure("kaggle", tmp_path)
+    assert contents(find("kaggle", tmp_path).root) == contents_of_zip(kaggle.archive)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"brats2020", ".brats2020.lock"}
+
+
+def test_tars_that_kagglehub_fetched_outlast_an_unpacking_that_broke_off(kaggle, tmp_path, monkeypatch):
+    kaggle.archive = pack_zip(brats2021())
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "_write", disk_is_full)
+        assert "filled up while unpacking" in failure("brats2021", tmp_path)
+    asked = len(kaggle.requests)
+    assert len(find_cases(find("brats2021", tmp_path).root)) == 3
+    assert len(kaggle.requests) == asked
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"brats2021", ".brats2021.lock"}
+
+
+def test_a_fetched_folder_that_is_removed_only_in_part_is_never_taken_for_whole(tmp_path, monkeypatch):
+    folder = place(tmp_path / ".brats2021.fetched", brats2021())
+    with monkeypatch.context() as killed:
+        killed.setattr(sources.shutil, "rmtree", lambda *_, ignore_errors=False: ignore_errors or disk_is_full())
+        with pytest.raises(OSError):
+            sources._remove(folder)
+    assert not folder.exists()
+    sources._remove(place(folder, brats2021()))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("client", ["kaggle", "kagglehub"])
+def test_a_download_without_patients_is_refused_and_removed(client, kaggle, tmp_path, monkeypatch):
+    if client == "kaggle":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    whole, kaggle.archive = kaggle.archive, pack_zip({"name_mapping.csv": b"Grade"})
+    assert "holds no *.nii*, only name_mapping.csv" in failure("kaggle", tmp_path)
+    kaggle.archive = whole
+    assert contents(find("kaggle", tmp_path).root) == contents_of_zip(whole)
+
+
 def test_colab_tries_kagglehub_first_and_the_account_second(kaggle, account, tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     kaggle.status = 404
     tried = failure("kaggle", tmp_path).split("Tried, in this order:")[1]
     assert tried.index("download with kagglehub") < tried.index("download with kaggle:")
+
+
+@pytest.mark.parametrize(("asked", "other"), [("kaggle", "kagglehub"), ("kagglehub", "kaggle")])
+def test_the_client_that_is_asked_for_is_the_only_one(asked, other, kaggle, account, tmp_path, monkeypatch):
+    if asked == "kaggle":
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.setenv("BRATS_KAGGLE_CLIENT", asked)
+    kaggle.status = 404
+    tried = failure("kaggle", tmp_path)
+    assert f"download with {asked}:" in tried and f"download with {other}:" not in tried
+
+
+def test_a_client_that_is_none(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRATS_KAGGLE_CLIENT", "curl")
+    assert "BRATS_KAGGLE_CLIENT is 'curl', expected kaggle or kagglehub" in failure("kaggle", tmp_path)
+    assert not kaggle.requests
 
 
 # --- without a network ---------------------------------------------------------------------------------------------
@@ -487,3 +624,19 @@ def test_the_headless_run_takes_every_data_set_by_name():
     from brats_helpers.suite import DATA_NAMES
 
     assert {"phantom", "kaggle", *KAGGLE_SETS} == set(DATA_NAMES)
+
+
+def test_a_token_in_colabs_secrets_is_used_where_its_owner_allows_it(monkeypatch):
+    secrets = types.ModuleType("google.colab.userdata")
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setitem(sys.modules, "google.colab.userdata", secrets)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "")
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+
+    def refused(name):
+        raise PermissionError(name)
+
+    secrets.get = refused
+    assert sources._clients() == ["kagglehub"]
+    secrets.get = {"KAGGLE_API_TOKEN": "KGAT_secret"}.get
+    assert sources._clients() == ["kagglehub", "kaggle"] and sources.credentials() == "KAGGLE_API_TOKEN"
