@@ -30,7 +30,7 @@ from brats_helpers.cases import (
     recognise,
     spacing_mm,
 )
-from brats_helpers.files import part_folder
+from brats_helpers.files import whole_file
 from brats_helpers.log import warn
 from brats_helpers.tables import read_tables
 
@@ -166,21 +166,28 @@ def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Pa
     cases = list(cases)
     stamps = {case.id: [_FORMAT, *map(_stamp, case.files.values())] for case in cases}
     place = cache_dir and _memory(found, Path(cache_dir))
-    remembered = json.loads(place.read_text()) if place and place.exists() else {}
+    remembered = _remembered(place) if place else {}
     todo = [case for case in cases if remembered.get(case.id, {}).get("stamp") != stamps[case.id]]
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_examine, root=found.root), todo))
     read = {case.id: {"stamp": stamps[case.id]} | result for case, result in zip(todo, results, strict=True)}
     if place and read:
-        with part_folder(place.parent) as part:
-            (part / place.name).write_text(json.dumps(remembered | read))
-            (part / place.name).replace(place)
+        with whole_file(place) as file:
+            file.write(json.dumps(remembered | read))
     return {case.id: (remembered | read)[case.id] for case in cases}
 
 
 def _memory(found: Survey, cache_dir: Path) -> Path:
     source = hashlib.sha256(f"{found.root.resolve()} {found.modalities}".encode()).hexdigest()[:16]
     return cache_dir / f"audit-{source}.json"
+
+
+def _remembered(place: Path) -> dict:
+    """What `examine` wrote; nothing where there is none, or one torn by a crash of the machine."""
+    try:
+        return json.loads(place.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _stamp(path: Path) -> list:

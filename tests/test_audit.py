@@ -428,6 +428,16 @@ def test_what_was_read_is_remembered_until_a_file_changes(tiny_patients, tmp_pat
     assert len(read) == 5
 
 
+def test_a_torn_memory_is_forgotten(tiny_patients, tmp_path):
+    before = check(tiny_patients, cache_dir=tmp_path)
+    (memory,) = tmp_path.iterdir()
+    whole = memory.read_bytes()
+    for torn in (b"", whole[:99], bytes(99), b"\xff"):
+        memory.write_bytes(torn)
+        assert check(tiny_patients, cache_dir=tmp_path) == before
+        assert memory.read_bytes() == whole
+
+
 def test_workers_find_the_same(tiny_patients):
     assert check(tiny_patients, workers=2) == check(tiny_patients)
 
