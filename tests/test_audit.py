@@ -114,9 +114,9 @@ def test_faults_of_names(patient):
     assert {f["file"] for f in report["summary"]["findings"]} >= {"A/._A_t1.nii.gz", ".DS_Store", "atlas.nii.gz"}
 
 
-def test_the_segmentation_of_another_name_is_a_note(patient):
+def test_the_segmentation_of_another_name_is_a_guess(patient):
     (patient / "A_seg.nii.gz").rename(patient / "W39_1998.09.19_Segm.nii.gz")
-    assert findings(check(patient.parent)) == {"unusual-name": "note"}
+    assert findings(check(patient.parent)) == {"unusual-name": "warning"}
 
 
 # --- files
