@@ -35,9 +35,10 @@ from brats_helpers.log import warn
 from brats_helpers.tables import read_tables
 
 _MOST_LABELS = 20  # listed of a file whose labels are none
+_LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
 """From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
-_FORMAT = 1  # raise it when `_examine` finds other things: what was remembered is then forgotten
+_FORMAT = 2  # raise it when `_examine` finds other things: what was remembered is then forgotten
 _TOLERANCE = 1e-3  # mm, by which geometries may differ: headers hold 32-bit numbers
 
 
@@ -228,7 +229,8 @@ def _examine(case: Case, root: Path) -> dict:
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
                 problems += _label_problems(values, case)
                 if brains and all(brain.shape == filled.shape for brain in brains):
-                    problems += _place_problems(filled[box], [brain[box] for brain in brains])
+                    most = max(map(np.count_nonzero, brains))
+                    problems += _place_problems(filled[box], [brain[box] for brain in brains], most)
             else:
                 problems += _image_problems(inside, ends, zero, whole=whole)
                 brains.append(filled)
@@ -348,12 +350,16 @@ def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 
-def _place_problems(labelled: np.ndarray, brains: list[np.ndarray]) -> Iterator[_Problem]:
+def _place_problems(labelled: np.ndarray, brains: list[np.ndarray], brain_voxels: int) -> Iterator[_Problem]:
     outside = np.count_nonzero(labelled & ~np.logical_or.reduce(brains))
     if outside:
         share = outside / np.count_nonzero(labelled)
         text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0; they are kept. Is it this patient's?"
         yield "outside-brain", "warning", text
+    share = (np.count_nonzero(labelled) - outside) / max(brain_voxels, 1)
+    if share > _LARGEST_TUMOUR:
+        text = f"{share:.0%} of the brain is labelled, more than any tumour fills; a brain mask? Replace or remove it."
+        yield "mostly-labelled", "error", text
 
 
 def _geometry_problems(files: dict[str, dict]) -> Iterator[tuple[str, str, str, str]]:

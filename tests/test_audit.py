@@ -278,6 +278,19 @@ def test_labels_outside_of_the_brain_are_counted(patient):
     assert finding["message"].startswith(f"5 labelled voxels ({5 / tumour:.0%})")
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"), [(1, {"mostly-labelled": "error"}), (0.55, {"mostly-labelled": "error"}), (0.45, {})]
+)
+def test_a_mask_of_the_brain_is_no_tumour(patient, share, expected):
+    brain = np.asanyarray(nib.load(patient / "A_t1.nii.gz").dataobj) != 0
+    labels = np.where(brain & (brain.cumsum().reshape(brain.shape) <= share * brain.sum()), 4, 0)
+    change(patient / "A_seg.nii.gz", lambda voxels: labels.astype(np.uint8))
+    report = check(patient.parent)
+    assert findings(report) == expected
+    for finding in report["cases"]["A"]["findings"]:
+        assert finding["message"].startswith(f"{share:.0%} of the brain is labelled")
+
+
 def test_a_scaled_file_means_what_its_slope_says(patient):
     """Stored as 2 (label - 1) with slope 0.5 and intercept 1: background is stored as -2."""
     path = patient / "A_seg.nii.gz"
@@ -532,6 +545,7 @@ ERRORS = {
     "same-image": lambda p: shutil.copy(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t1ce.nii.gz"),
     "fractional-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 0.5),
     "unknown-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 2),
+    "mostly-labelled": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.maximum(voxels, 1)),
     "labels-3-and-4": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 1, 3, voxels)),
 }
 OTHERS = {
@@ -540,7 +554,7 @@ OTHERS = {
     "no-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels + np.int16(500)),
     "label-3": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 4, 3, voxels)),
     "no-tumour": lambda p: change(p / f"{p.name}_seg.nii.gz", np.zeros_like),
-    "outside-brain": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.maximum(voxels, 1)),
+    "outside-brain": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.roll(voxels, 20, axis=0)),
     "same-scan": lambda p: shutil.copy(p.parent / "label-3" / "label-3_t2.nii.gz", p / f"{p.name}_t2.nii.gz"),
     "table": lambda p: (p.parent / "survival_info.csv").write_text(f"Brats20ID,Age\n{p.name},very old\n"),
     "stray-file": lambda p: (p / f"._{p.name}_t1.nii.gz").touch(),
