@@ -30,14 +30,15 @@ from brats_helpers.cases import (
     recognise,
     spacing_mm,
 )
-from brats_helpers.files import part_folder
+from brats_helpers.files import whole_file
 from brats_helpers.log import warn
 from brats_helpers.tables import read_tables
 
 _MOST_LABELS = 20  # listed of a file whose labels are none
+_LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
 """From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
-_FORMAT = 1  # raise it when `_examine` finds other things: what was remembered is then forgotten
+_FORMAT = 2  # raise it when `_examine` finds other things: what was remembered is then forgotten
 _TOLERANCE = 1e-3  # mm, by which geometries may differ: headers hold 32-bit numbers
 
 
@@ -166,21 +167,28 @@ def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Pa
     cases = list(cases)
     stamps = {case.id: [_FORMAT, *map(_stamp, case.files.values())] for case in cases}
     place = cache_dir and _memory(found, Path(cache_dir))
-    remembered = json.loads(place.read_text()) if place and place.exists() else {}
+    remembered = _remembered(place) if place else {}
     todo = [case for case in cases if remembered.get(case.id, {}).get("stamp") != stamps[case.id]]
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_examine, root=found.root), todo))
     read = {case.id: {"stamp": stamps[case.id]} | result for case, result in zip(todo, results, strict=True)}
     if place and read:
-        with part_folder(place.parent) as part:
-            (part / place.name).write_text(json.dumps(remembered | read))
-            (part / place.name).replace(place)
+        with whole_file(place) as file:
+            file.write(json.dumps(remembered | read))
     return {case.id: (remembered | read)[case.id] for case in cases}
 
 
 def _memory(found: Survey, cache_dir: Path) -> Path:
     source = hashlib.sha256(f"{found.root.resolve()} {found.modalities}".encode()).hexdigest()[:16]
     return cache_dir / f"audit-{source}.json"
+
+
+def _remembered(place: Path) -> dict:
+    """What `examine` wrote; nothing where there is none, or one torn by a crash of the machine."""
+    try:
+        return json.loads(place.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _stamp(path: Path) -> list:
@@ -221,7 +229,8 @@ def _examine(case: Case, root: Path) -> dict:
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
                 problems += _label_problems(values, case)
                 if brains and all(brain.shape == filled.shape for brain in brains):
-                    problems += _place_problems(filled[box], [brain[box] for brain in brains])
+                    most = max(map(np.count_nonzero, brains))
+                    problems += _place_problems(filled[box], [brain[box] for brain in brains], most)
             else:
                 problems += _image_problems(inside, ends, zero, whole=whole)
                 brains.append(filled)
@@ -341,12 +350,16 @@ def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 
-def _place_problems(labelled: np.ndarray, brains: list[np.ndarray]) -> Iterator[_Problem]:
+def _place_problems(labelled: np.ndarray, brains: list[np.ndarray], brain_voxels: int) -> Iterator[_Problem]:
     outside = np.count_nonzero(labelled & ~np.logical_or.reduce(brains))
     if outside:
         share = outside / np.count_nonzero(labelled)
         text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0; they are kept. Is it this patient's?"
         yield "outside-brain", "warning", text
+    share = (np.count_nonzero(labelled) - outside) / max(brain_voxels, 1)
+    if share > _LARGEST_TUMOUR:
+        text = f"{share:.0%} of the brain is labelled, more than any tumour fills; a brain mask? Replace or remove it."
+        yield "mostly-labelled", "error", text
 
 
 def _geometry_problems(files: dict[str, dict]) -> Iterator[tuple[str, str, str, str]]:

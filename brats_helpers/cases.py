@@ -5,6 +5,8 @@ numbers of labels and the sets of classes that make up a region; everything else
 """
 
 import gzip
+import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,7 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
 _HEADER_BYTES = 348
 _NAMED = 3  # patients in one error
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
+_NO_SEGMENTATION = re.compile("brain|skull|pred", re.IGNORECASE)  # names of other label maps people keep there
 _AMBIGUOUS = ("two-files", "two-folders", "two-segmentations")
 
 CLASSES = ("background", "NCR", "ED", "ET")
@@ -169,9 +172,9 @@ def has_error(findings: Iterable[Finding]) -> bool:
 def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list[Case]:
     """Find every patient below `root`, in the layouts of BraTS 2018 to 2023.
 
-    Folders may be nested. Files end in `_t1.nii`, `-t1n.nii.gz` and the like; the
-    segmentation is the file that ends in `seg` or, failing that, the one file of the folder
-    that is no modality (BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`).
+    Folders may be nested, or links to folders. Files end in `_t1.nii`, `-t1n.nii.gz` and the like; the
+    segmentation is the file that ends in `seg` or, failing that, the one file of the folder that is no
+    modality and by its name no brain mask or prediction (BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`).
 
     Args:
         root: a folder of patients, or one patient's folder.
@@ -239,8 +242,8 @@ def survey(root: Path | str, modalities: Sequence[str] = MODALITIES) -> Survey:
             found._add(case.id, "no-segmentation", "note", None, "No segmentation: predicted, but never scored.")
         elif recognise(case.seg)[2] != "seg":
             found._add(
-                case.id, "unusual-name", "note", case.seg,
-                "Taken as the segmentation: it is the one file of its folder that is no modality.",
+                case.id, "unusual-name", "warning", case.seg,
+                "Taken as the segmentation: the one file of its folder that is no modality. Remove it if it is none.",
             )  # fmt: skip
         cases.append(Case(case.id, images, case.seg))
     return replace(found, modalities=tuple(modalities), cases=cases)
@@ -253,12 +256,10 @@ def _scan(root: Path) -> Survey:
     scan = Survey(root)
     found: dict[Path, dict[str, dict[str, Path]]] = {}
     strangers: dict[Path, list[Path]] = {}
-    strays: dict[Path, None] = {}
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root).parts
-        stray = [k for k, part in enumerate(inside) if part.startswith(".") or part in _STRAYS]
-        if stray:
-            strays[root.joinpath(*inside[: stray[0] + 1])] = None
+    for path in walk(root):
+        if _is_stray(path.name):
+            message = "Left by an operating system or a broken-off copy; it is not used."
+            scan._add("", "stray-file", "note", path, message)
         elif path.name.lower().endswith(".csv"):
             scan.tables.append(path)
         elif path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
@@ -271,26 +272,54 @@ def _scan(root: Path) -> Survey:
                 scan._add(case_id, "two-files", "error", path, f"Two files for {kind}, {names}; keep one of them.")
             else:
                 files[kind] = path
-    for path in strays:
-        scan._add("", "stray-file", "note", path, "Left by an operating system or a broken-off copy; it is not used.")
 
     for folder, patients in found.items():
         others = strangers.pop(folder, [])
         for case_id, files in patients.items():
             seg = files.pop("seg", None)
-            if seg is None and others and len(patients) == 1:
-                if len(others) > 1:
-                    names = f"{', '.join(path.name for path in others)} in {scan.relative(folder)}"
+            if seg is None and len(patients) == 1:
+                maps = [path for path in others if not _NO_SEGMENTATION.search(_stem(path).removeprefix(case_id))]
+                if len(maps) > 1:
+                    names = f"{', '.join(path.name for path in maps)} in {scan.relative(folder)}"
                     scan._add(
-                        case_id, "two-segmentations", "error", others[0],
+                        case_id, "two-segmentations", "error", maps[0],
                         f"Which of {names} is the segmentation? Keep one of them there.",
                     )  # fmt: skip
-                seg, *others = others
+                seg = maps[0] if maps else None
+                others = [path for path in others if path != seg]
             scan.cases.append(Case(case_id, files, seg))
         for path in others:
             scan._unused(path)
     scan.cases.extend(Case(_stem(path), {}, path) for paths in strangers.values() for path in paths)
     return scan
+
+
+def walk(root: Path) -> list[Path]:
+    """All files below `root`, sorted, and strays, files or folders, which are not entered.
+
+    Links to folders are followed, those that lead back up excepted. A folder comes once, by its own path if it has one.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    tops = [os.fspath(root)]
+    for top in tops:  # which grows by the links
+        for folder, folders, files in os.walk(top):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            strays = [name for name in folders if _is_stray(name)]
+            folders[:] = sorted({*folders}.difference(strays))
+            found += [Path(folder, name) for name in (*files, *strays)]
+            for link in (os.path.join(folder, name) for name in folders):
+                if os.path.islink(link) and not Path(real).is_relative_to(os.path.realpath(link)):
+                    tops.append(link)
+    return sorted(found)
+
+
+def _is_stray(name: str) -> bool:
+    return name.startswith(".") or name in _STRAYS
 
 
 def check_modalities(modalities: Iterable[str]) -> None:

@@ -1,28 +1,38 @@
 """Files and folders that are there whole or not at all, whatever is killed in between."""
 
+import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
-_PART = f".part-{platform.node()}-"
+PART = ".part-"
+"""How the names of unfinished folders begin; nobody else's files are called so."""
+_STALE_S = 24 * 3600  # nothing takes so long to write
 
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write that takes its name only when it is whole and on disk; until then the old one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Open a file to write that takes its name only when it is whole and on disk; until then the old one stays.
+
+    Of several writers at once the last to finish is kept.
+    """
+    sweep(path.parent)
+    with part_folder(path.parent) as folder:
+        part = folder / path.name
+        with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -34,9 +44,8 @@ def write_json(path: Path, content: dict) -> None:
 @contextmanager
 def part_folder(beside: Path) -> Iterator[Path]:
     """A hidden folder inside `beside` to work in; rename it when whole. `sweep` removes what a kill leaves."""
-    beside.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_PART}{os.getpid()}-", dir=beside))
-    folder.chmod(0o755)
+    folder = beside / f"{PART}{_processes()}-{os.getpid()}-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -44,12 +53,31 @@ def part_folder(beside: Path) -> Iterator[Path]:
 
 
 def sweep(beside: Path) -> None:
-    """Remove the folders of `part_folder` whose process, of this machine, is no more."""
-    for folder in beside.glob(f"{_PART}*"):
-        process = int(folder.name.removeprefix(_PART).partition("-")[0])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            pass  # somebody else's, and alive
+    """Remove the folders of `part_folder` whose process is no more, or that are a day old.
+
+    The day is for those of other machines and containers, whose processes cannot be asked.
+    """
+    for folder in beside.glob(f"{PART}*"):
+        own = re.fullmatch(rf"{PART}{_processes()}-(\d+)-[0-9a-f]+", folder.name)
+        with suppress(OSError):  # somebody else swept it
+            if (own and not _alive(int(own[1]))) or time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+@cache
+def _processes() -> str:
+    """Stands for all among whom a process number is unique: a machine since its start, or one container of it."""
+    facts = [platform.node()]
+    with suppress(OSError):  # Linux alone has these
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(str(facts).encode()).hexdigest()[:12]

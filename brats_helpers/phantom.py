@@ -20,8 +20,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.special import expit, softmax
 
-from brats_helpers.cases import MODALITIES, DataError, classes_to_labels
-from brats_helpers.files import part_folder, sweep
+from brats_helpers.cases import MODALITIES, DataError, classes_to_labels, walk
+from brats_helpers.files import PART, part_folder, sweep, whole_file
 
 SHAPE = (240, 240, 155)
 """Voxels of 1 mm along X, Y, Z, as in every BraTS release."""
@@ -111,11 +111,14 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     mark = f"These patients are simulated by brats_helpers.phantom from seed {seed}. They never lived.\n"
-    found = (root / _MARKER).read_text() if (root / _MARKER).exists() else None
-    if found != mark and any(root.iterdir()):
+    held = any(not path.name.startswith(PART) for path in root.iterdir())
+    found = (root / _MARKER).read_text() if (root / _MARKER).exists() else None  # another run writes it before the rest
+    if found != mark and (found or held):
         what = "other simulated patients" if found else "files that are no simulated patients"
         raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed}.")
-    (root / _MARKER).write_text(mark)
+    if found is None:
+        with whole_file(root / _MARKER) as file:
+            file.write(mark)
     sweep(root)
     folders = [root / f"Sim_{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
@@ -130,9 +133,9 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
 
 
 def is_simulated(root: Path | str) -> bool:
-    """Whether `root`, or a folder above it, was written by `make_cases`."""
-    root = Path(root).resolve()
-    return any((folder / _MARKER).is_file() for folder in (root, *root.parents))
+    """Whether any patient in `root` was written by `make_cases`: there, further below, above, or behind a link."""
+    folders = {Path(root).resolve(), *(path.resolve().parent for path in walk(Path(root)))}
+    return any((place / _MARKER).is_file() for place in {place for one in folders for place in (one, *one.parents)})
 
 
 def _one_thread() -> None:
@@ -146,7 +149,11 @@ def _write_case(folder: Path, seed: int, index: int) -> None:
     with part_folder(folder.parent) as part:
         for name, volume in [*images.items(), ("seg", classes_to_labels(classes))]:
             nib.save(nib.Nifti1Image(volume, AFFINE), part / f"{folder.name}_{name}.nii.gz")
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster
+                raise
 
 
 def simulate_case(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -27,17 +27,20 @@ def read_tables(paths: Iterable[Path]) -> tuple[dict[str, dict], list[tuple[Path
             continue
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restval="", restkey=""))
+                rows = list(csv.DictReader(file, restval=""))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             problems.append((path, f"Cannot be read as a table ({error}); it is not used."))
             continue
+        surplus = [[field for field in row.pop(None, ()) if field.strip()] for row in rows]
         if not any(_is_id(column) for column in (rows[0] if rows else ())):
             problems.append((path, "No column of patients' IDs, or no row; it is not used."))
             continue
-        for row in rows:
+        for row, more in zip(rows, surplus, strict=True):
             ids = [row[column].strip() for column in row if _is_id(column)]
             ids = [case_id for case_id in ids if case_id.lower() not in _NONE]
             facts, odd = _facts(row)
+            if more:
+                odd.append(f"{', '.join(more)!r} is beyond the last column")
             problems += [(path, f"{ids[0] if ids else 'a row without ID'}: {text}; it is not used.") for text in odd]
             for case_id in ids:
                 others = [other for other in ids if other != case_id]

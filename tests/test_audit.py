@@ -114,9 +114,9 @@ def test_faults_of_names(patient):
     assert {f["file"] for f in report["summary"]["findings"]} >= {"A/._A_t1.nii.gz", ".DS_Store", "atlas.nii.gz"}
 
 
-def test_the_segmentation_of_another_name_is_a_note(patient):
+def test_the_segmentation_of_another_name_is_a_guess(patient):
     (patient / "A_seg.nii.gz").rename(patient / "W39_1998.09.19_Segm.nii.gz")
-    assert findings(check(patient.parent)) == {"unusual-name": "note"}
+    assert findings(check(patient.parent)) == {"unusual-name": "warning"}
 
 
 # --- files
@@ -278,6 +278,19 @@ def test_labels_outside_of_the_brain_are_counted(patient):
     assert finding["message"].startswith(f"5 labelled voxels ({5 / tumour:.0%})")
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"), [(1, {"mostly-labelled": "error"}), (0.55, {"mostly-labelled": "error"}), (0.45, {})]
+)
+def test_a_mask_of_the_brain_is_no_tumour(patient, share, expected):
+    brain = np.asanyarray(nib.load(patient / "A_t1.nii.gz").dataobj) != 0
+    labels = np.where(brain & (brain.cumsum().reshape(brain.shape) <= share * brain.sum()), 4, 0)
+    change(patient / "A_seg.nii.gz", lambda voxels: labels.astype(np.uint8))
+    report = check(patient.parent)
+    assert findings(report) == expected
+    for finding in report["cases"]["A"]["findings"]:
+        assert finding["message"].startswith(f"{share:.0%} of the brain is labelled")
+
+
 def test_a_scaled_file_means_what_its_slope_says(patient):
     """Stored as 2 (label - 1) with slope 0.5 and intercept 1: background is stored as -2."""
     path = patient / "A_seg.nii.gz"
@@ -386,6 +399,17 @@ def test_tables(tmp_path):
     assert not any(f["severity"] == "error" for f in report["summary"]["findings"])
 
 
+def test_more_fields_than_columns(patient):
+    write_tiny_case(patient.parent, "B", seed=1)
+    table = patient.parent / "name_mapping.csv"
+    table.write_text("Grade,BraTS_2020_subject_ID\nHGG,A,\nLGG,B, ,lost\n")
+    assert main(["check", str(patient.parent), "--workers", "1"]) == 0
+    report = check(patient.parent)
+    assert [report["cases"][case_id]["grade"] for case_id in "AB"] == ["HGG", "LGG"]
+    (finding,) = report["summary"]["findings"]
+    assert finding["message"] == "B: 'lost' is beyond the last column; it is not used."
+
+
 KEYS = ("grade", "earlier_ids", "age", "survival_days", "alive", "resection")
 
 
@@ -415,6 +439,16 @@ def test_what_was_read_is_remembered_until_a_file_changes(tiny_patients, tmp_pat
     assert differs == ["Tiny_2"]
     check(data)
     assert len(read) == 5
+
+
+def test_a_torn_memory_is_forgotten(tiny_patients, tmp_path):
+    before = check(tiny_patients, cache_dir=tmp_path)
+    (memory,) = tmp_path.iterdir()
+    whole = memory.read_bytes()
+    for torn in (b"", whole[:99], bytes(99), b"\xff"):
+        memory.write_bytes(torn)
+        assert check(tiny_patients, cache_dir=tmp_path) == before
+        assert memory.read_bytes() == whole
 
 
 def test_workers_find_the_same(tiny_patients):
@@ -511,6 +545,7 @@ ERRORS = {
     "same-image": lambda p: shutil.copy(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t1ce.nii.gz"),
     "fractional-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 0.5),
     "unknown-label": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: voxels * 2),
+    "mostly-labelled": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.maximum(voxels, 1)),
     "labels-3-and-4": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 1, 3, voxels)),
 }
 OTHERS = {
@@ -519,7 +554,7 @@ OTHERS = {
     "no-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels + np.int16(500)),
     "label-3": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 4, 3, voxels)),
     "no-tumour": lambda p: change(p / f"{p.name}_seg.nii.gz", np.zeros_like),
-    "outside-brain": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.maximum(voxels, 1)),
+    "outside-brain": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.roll(voxels, 20, axis=0)),
     "same-scan": lambda p: shutil.copy(p.parent / "label-3" / "label-3_t2.nii.gz", p / f"{p.name}_t2.nii.gz"),
     "table": lambda p: (p.parent / "survival_info.csv").write_text(f"Brats20ID,Age\n{p.name},very old\n"),
     "stray-file": lambda p: (p / f"._{p.name}_t1.nii.gz").touch(),

@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import pytest
 
 from brats_helpers import cache
 from brats_helpers.cases import DataError, find_cases
+
+from .test_files import leave_part
 
 
 def test_normalise_is_the_z_score_of_what_is_not_background():
@@ -239,8 +240,7 @@ def test_a_case_that_another_run_made_meanwhile_is_not_replaced(data, tmp_path, 
 
 def test_what_a_dead_process_left_is_swept_away(many, tmp_path):
     data, whole, _ = many
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    (tmp_path / f".part-{platform.node()}-{int(process.stdout)}-x").mkdir()
+    leave_part(tmp_path)
     _prepare_all(data, tmp_path)
     assert _contents(tmp_path) == _contents(whole)
 

@@ -131,6 +131,54 @@ def test_355_has_a_segmentation_of_another_name(tmp_path):
     assert find_segs(tmp_path) == {case.id: case.seg}
 
 
+@pytest.mark.parametrize(
+    "name", ["A_brain_mask.nii.gz", "Brainmask.nii", "A_skull.nii", "A_seg_pred.nii", "A-prediction.nii"]
+)
+def test_a_brain_mask_or_a_prediction_is_no_reference(tmp_path, name):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, f"A/{name}")
+    assert find_cases(tmp_path)[0].seg is None
+    codes = {case_id: [finding.code for finding in listed] for case_id, listed in survey(tmp_path).findings.items()}
+    assert codes == {"A": ["no-segmentation"], "": ["unused-file"]}
+    touch(tmp_path, "A/tumour.nii")
+    assert find_cases(tmp_path)[0].seg.name == "tumour.nii"
+
+
+def test_what_the_patient_is_called_rules_out_no_segmentation(tmp_path):
+    patient(tmp_path, "OpenBrain_1", "OpenBrain_1", kinds=ALL)
+    touch(tmp_path, "OpenBrain_1/OpenBrain_1_tumour.nii")
+    assert find_cases(tmp_path)[0].seg.name == "OpenBrain_1_tumour.nii"
+
+
+def test_a_folder_of_links_is_a_subset(tmp_path):
+    for case in "ABC":
+        patient(tmp_path, f"all/{case}", case)
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    for case in "CA":
+        (subset / case).symlink_to(tmp_path / "all" / case)
+    found = find_cases(subset)
+    assert [case.folder for case in found] == [subset / "A", subset / "C"]
+    assert [case.id for case in find_cases(subset / "A")] == ["A"]
+
+
+def test_links_neither_run_in_circles_nor_make_a_patient_two(tmp_path):
+    patient(tmp_path, "data/all/A", "A")
+    patient(tmp_path, "elsewhere/B", "B")
+    patient(tmp_path, "Z", "Z")  # above the data
+    data = tmp_path / "data"
+    for link, target in {
+        "again": "all", "A": "all/A", "all/up": "..", "all/A/self": ".", "above": "..", "there": "../elsewhere",
+        "twice": "../elsewhere/B", "lost": "nowhere", ".hidden": "../Z",
+    }.items():  # fmt: skip
+        (data / link).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to(data)
+    found = survey(data)
+    assert [(case.id, case.folder) for case in found.cases] == [("A", data / "all/A"), ("B", data / "there/B")]
+    assert [(finding.code, finding.file) for finding in found.findings.pop("")] == [("stray-file", ".hidden")]
+    assert found.findings == {}
+
+
 def test_a_stranger_among_several_patients_is_nobodys_segmentation(tmp_path):
     patient(tmp_path, ".", "A", kinds=ALL)
     patient(tmp_path, ".", "B", kinds=ALL)

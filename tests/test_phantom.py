@@ -108,6 +108,44 @@ def test_the_folder_says_that_it_is_simulated(made, tmp_path):
     assert not phantom.is_simulated(tmp_path)
 
 
+def test_patients_below_or_behind_links_are_simulated_too(made, tmp_path):
+    (tmp_path / "data" / "real" / "A").mkdir(parents=True)
+    assert not phantom.is_simulated(tmp_path / "data")
+    shutil.copytree(made[0], tmp_path / "data" / "simulated-3-2")  # real ones beside them: a mixture
+    assert phantom.is_simulated(tmp_path / "data") and not phantom.is_simulated(tmp_path / "data" / "real")
+    for name, target in {
+        "folders/Sim_000": made[1][0],
+        "files/Sim_000_t1.nii.gz": made[1][0] / "Sim_000_t1.nii.gz",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(target)
+        assert phantom.is_simulated((tmp_path / name).parent)
+
+
+def test_two_runs_at_once_end_as_one(tmp_path, monkeypatch):
+    blank = np.zeros((2, 2, 2), np.int16)
+    patient = (dict.fromkeys(MODALITIES, blank), blank)
+    made = []
+
+    def overtaken(rng):
+        monkeypatch.setattr(phantom, "simulate_case", lambda rng: patient)
+        made.extend(phantom.make_cases(tmp_path, n_cases=1, seed=3, workers=1)[0].iterdir())
+        return patient
+
+    monkeypatch.setattr(phantom, "simulate_case", overtaken)
+    assert sorted(phantom.make_cases(tmp_path, n_cases=1, seed=3, workers=1)[0].iterdir()) == sorted(made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SIMULATED.txt", "Sim_000"]
+
+
+def test_the_mark_is_written_once_and_whole(tmp_path):
+    (tmp_path / ".part-of-another-run").mkdir()  # which is about to write the mark, or was killed
+    phantom.make_cases(tmp_path, n_cases=0, seed=3, workers=1)
+    before = (tmp_path / "SIMULATED.txt").stat()
+    phantom.make_cases(tmp_path, n_cases=0, seed=3, workers=1)
+    after = (tmp_path / "SIMULATED.txt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 def test_mass_effect_pulls_no_tissue_across_the_centre():
     # Ball of 4/3 pi 20^3 mm3 = 33.51 ml that took no room before (strength 1), far from the skull.
     nodes = np.zeros((3, 3, 1, 1), np.float32)

@@ -1,0 +1,90 @@
+"""Files that are whole, whoever else writes and whatever is killed."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from brats_helpers import files
+from brats_helpers.files import part_folder, sweep, whole_file
+
+
+def leave_part(folder, processes=""):
+    """Leave in `folder` what a writer killed in the middle leaves, be it one of other `processes`."""
+    code = (
+        "import os, sys; from pathlib import Path; from brats_helpers import files\n"
+        "files._processes = lambda own=files._processes(): sys.argv[2] or own\n"
+        "with files.whole_file(Path(sys.argv[1], 'torn')) as file: file.write('half'), os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, folder, processes], check=False)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_writers_at_once_leave_what_one_of_them_wrote(tmp_path):
+    path = tmp_path / "splits.json"
+    with whole_file(path) as slow:
+        slow.write("slow, ")
+        with whole_file(path) as fast:
+            fast.write("fast")
+        assert path.read_text() == "fast"
+        slow.write("but whole")
+    assert path.read_text() == "slow, but whole" and names(tmp_path) == [path.name]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space"), whole_file(tmp_path / "a.bin", "wb") as file:
+        file.write(b"ne")
+        raise OSError("No space left on device")
+    assert (tmp_path / "a.bin").read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
+
+
+def test_what_a_killed_writer_leaves_goes_with_the_next_writing(tmp_path):
+    leave_part(tmp_path)
+    assert names(tmp_path)[0].startswith(files.PART)
+    with whole_file(tmp_path / "last.pt") as file:
+        file.write("whole")
+    assert names(tmp_path) == ["last.pt"]
+
+
+def test_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "a") as file:
+            file.write("")
+        with part_folder(tmp_path) as folder:
+            modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "a", folder)]
+    finally:
+        os.umask(before)
+    assert modes == [0o640, 0o750]
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [("platform.node", lambda: "node-gpu"), ("os.readlink", lambda path: "pid:[1]")]
+)
+def test_folders_of_another_machine_or_container_stay_for_a_day(tmp_path, monkeypatch, where, what):
+    """There the same process number is somebody else."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(f"brats_helpers.files.{where}", what)
+        files._processes.cache_clear()
+        leave_part(tmp_path, files._processes())
+    files._processes.cache_clear()
+    (tmp_path / ".part-node-gpu-12-x").mkdir()  # named otherwise, as by an older release
+    sweep(tmp_path)
+    assert len(names(tmp_path)) == 2
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (time.time() - files._STALE_S - 60,) * 2)
+    sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_living_writer_is_not_swept(tmp_path):
+    with part_folder(tmp_path) as folder:
+        sweep(tmp_path)
+        assert folder.is_dir()
+    sweep(tmp_path / "nowhere")
