@@ -231,7 +231,7 @@ def replaced_recipe(settings, train: list[Case], val: list[Case], device, *, lim
         now = spent + time.perf_counter() - began
         if now < (len(curve) + 1) * limit_s / 30:
             continue
-        scores = validate(network, recipe_volumes(val, device), len(val), criterion, accelerator)
+        scores = validate(network, recipe_volumes(val, device), len(val), criterion, accelerator, None)
         curve.append((now, mean_dice(scores)))
         print(f"the recipe after {now:.0f} s: Dice {curve[-1][1]:.3f}", flush=True)
         if curve[-1][1] >= TARGET or now > limit_s:
