@@ -159,7 +159,7 @@ def test_validation_gives_the_score_of_the_whole_predicted_volume(prepared):
         network.network.model[-1][-1].conv.unit0.conv.bias.zero_()  # else it answers background and every Dice is 0
     loader = patients(prepared, context_slices=0, patch_size=32, batch_size=7, workers=0, device=CPU)
     criterion = CrossEntropyDice(class_weights=(1, 1, 1, 1))
-    row = train.validate(network, loader, len(prepared), criterion, Accelerator(cpu=True))
+    row = train.validate(network, loader, len(prepared), criterion, Accelerator(cpu=True), None)
     whole = inference.Network(network.eval(), dataclasses.asdict(CUBES), frozenset(), frozenset(), 1)
     expected = []
     for case in prepared:

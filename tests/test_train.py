@@ -236,7 +236,7 @@ assert os.waitpid(child("killed"), 0)[1] == 0
 
 def test_killed_at_random_moments_it_ends_to_the_bit_the_same(tiny_patients, tmp_path):
     """The moments fall into steps, validations and the writing of checkpoints, one of which follows every step."""
-    kills = int(os.environ.get("TEST_KILLS", 4))
+    kills = int(os.environ.get("TEST_KILLS", 3))
     said = _program(KILLED, tiny_patients, tmp_path, str(kills))
     assert "killed True" in said
     whole, killed = (_weights(tmp_path / name) for name in ("whole", "killed"))
