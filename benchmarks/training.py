@@ -73,7 +73,7 @@ def main() -> None:
     results = {"machine": machine(device), "options": {k: str(v) for k, v in vars(options).items()}, "simulated": True}
     print(f"{results['machine']}\n{options.cases} simulated patients, {options.val} of them for validation\n")
     train, val = packed[options.val :], packed[: options.val]
-    settings = defaults(options)
+    settings = defaults(options, device)
     curves = {}
     if "overhead" in parts:
         results["overhead"] = overhead(settings, train, val[:1], device, repeats=options.repeats)
@@ -102,12 +102,12 @@ def machine(device: torch.device) -> str:
     )
 
 
-def defaults(options: argparse.Namespace) -> Settings:
+def defaults(options: argparse.Namespace, device: torch.device) -> Settings:
     """The settings of notebook 02 as it is stored, with short epochs and the encoder whose weights are in a package."""
     parameters = read_notebooks(ROOT)["02_train"].parameters
     values = {name: parameter.default for name, parameter in parameters.items()}
     values |= {"encoder": options.encoder, "minutes": options.minutes, "slices_per_epoch": options.epoch, "seed": 0}
-    values |= {"epochs": 1000, "patience": 0, "batch_size": SLICES, "modalities": "flair,t1,t1ce,t2"}
+    values |= {"epochs": 1000, "patience": 0, "batch_size": SLICES[device.type], "modalities": "flair,t1,t1ce,t2"}
     return Settings(**{field.name: values[field.name] for field in dataclasses.fields(Settings)})
 
 

@@ -14,8 +14,8 @@ from brats_helpers.cache import Packed
 from brats_helpers.dataset import Batch, Slices, make_loader
 from brats_helpers.model import build_model, sees_patches
 
-SLICES = 16
-"""Slices a step, if nobody says otherwise."""
+SLICES = {"cuda": 16, "cpu": 4}
+"""Slices a step, if nobody says otherwise: a CPU is as fast in small steps, and more steps learn more."""
 EDGES = (128, 96, 64, 32)
 LARGEST = {"cuda": (128, 8), "cpu": (64, 2)}
 """Edge and number of the patches of a step at most. A CPU has memory for more, but takes minutes a step then."""
@@ -37,7 +37,7 @@ def choose_patches(
         Patch size (of a network of slices as given) and batch size.
     """
     if not sees_patches(encoder):
-        return patch_size, batch_size or SLICES
+        return patch_size, batch_size or SLICES[device.type]
     largest_edge, largest_batch = LARGEST[device.type]
     facts = machine.describe(device)
     memory = facts.get("device_memory_gib", facts.get("memory_gib", 8)) * 2**30

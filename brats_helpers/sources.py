@@ -1,4 +1,4 @@
-"""Where the patients come from: a folder, the simulator, or one of two Kaggle data sets.
+"""Where the patients come from: a folder, the simulator, or one of three Kaggle data sets.
 
 `find_data` is the one resolver. For a Kaggle data set it looks, in this order, at
 
@@ -12,12 +12,13 @@ The Kaggle packages authenticate when imported, wait without a time limit and pr
 child process that reports into a file. The parent watches the bytes arrive, ends a child that stands still, starts
 another that resumes, and shows nothing that the packages said. Credentials are read by those packages alone.
 
-`brats2020-slices` is refused before anything is fetched: the rest of the suite needs volumes.
+HDF5 slices, of `brats2020-slices` or in a folder, are put together to volumes in `data_dir` by `slices.assemble`.
 """
 
 import contextlib
 import difflib
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -82,13 +83,15 @@ class KaggleSet:
 
 _VOLUME = 240 * 240 * 155  # voxels
 _TAR_2021 = 13_396_408_320  # bytes of brats2021's large tar: 1251 patients in .nii.gz, which a zip makes no smaller
+_SLICE = 128 << 10
 KAGGLE_SETS = {
     # plain .nii: four int16 images of 494 patients, one mask of at least 8 bits for 369 of them; zipped like 2021's
     "brats2020": KaggleSet(
         "awsaf49/brats20-dataset-training-validation", "*.nii*", 494 * _TAR_2021 // 1251, (494 * 8 + 369) * _VOLUME
     ),
     "brats2021": KaggleSet("dschettler8845/brats-2021-task1", "*.nii*", _TAR_2021, _TAR_2021),
-    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 0, 0),  # never fetched
+    # a guess: 57,195 slices of 128 kB; and the volumes made of them, compressed, 20 MB a patient
+    "brats2020-slices": KaggleSet("awsaf49/brats2020-training-data", "*.h5", 57_195 * _SLICE, 57_195 * _SLICE),
 }
 """Kaggle data sets by short name; `kaggle` means the first."""
 
@@ -109,7 +112,7 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
     """Find, fetch or simulate the patients.
 
     Args:
-        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`; `brats2020-slices` is refused.
+        data: a folder; or `phantom`; or `kaggle`, `brats2020`, `brats2021`, `brats2020-slices`.
         data_dir: where simulated and downloaded patients are kept.
         phantom_cases: how many patients `phantom` simulates.
         seed: what `phantom` draws them from.
@@ -130,17 +133,29 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
         return Source(root, True, f"{phantom_cases} simulated patients from seed {seed}, in {root}")
     short = next(iter(KAGGLE_SETS)) if data == "kaggle" else data
     if short in KAGGLE_SETS:
-        return _from_kaggle(short, data_dir)
+        return _as_volumes(_from_kaggle(short, data_dir), data_dir)
 
     from brats_helpers.phantom import is_simulated
 
     root = Path(data).expanduser()
     if root.is_dir():
-        return Source(root, is_simulated(root), f"{root}, as given")
+        return _as_volumes(Source(root, is_simulated(root), f"{root}, as given"), data_dir)
     near = difflib.get_close_matches(data, ["phantom", "kaggle", *KAGGLE_SETS], n=1)
     what = "a file, expected a folder" if root.exists() else "no such folder"
     hint = f"; did you mean {near[0]}?" if near else "."
     raise DataError(f"--data {data}: {what}{hint}\n{_ways_out(KAGGLE_SETS['brats2020'], data_dir)}")
+
+
+def _as_volumes(source: Source, data_dir: Path) -> Source:
+    """Slices put together to volumes; anything else as it is."""
+    if _holds(source.root, "*.nii*") or not _holds(source.root, "*.h5"):
+        return source
+    from brats_helpers.slices import assemble
+
+    place = hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:8]
+    volumes = data_dir / f"volumes-{place}"
+    says = assemble(source.root, volumes)
+    return Source(volumes, source.simulated, f"{source.origin}, put together in {volumes}: {says}")
 
 
 def _ways_out(wanted: KaggleSet, data_dir: Path) -> str:
@@ -159,12 +174,6 @@ def _ways_out(wanted: KaggleSet, data_dir: Path) -> str:
 
 def _from_kaggle(short: str, data_dir: Path) -> Source:
     wanted = KAGGLE_SETS[short]
-    if wanted.pattern == "*.h5":
-        raise DataError(
-            f"{short} ({wanted.handle} on Kaggle) is not fetched, as nothing here can train on it: HDF5 slices, already"
-            " normalised, their channels in an order that is disputed, of scans whose geometry is gone. Take the same"
-            " patients as volumes: --data brats2020."
-        )
     tried: list[str] = []
     try:
         return _look(short, data_dir, tried)

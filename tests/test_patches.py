@@ -123,7 +123,9 @@ def test_patch_and_batch_follow_the_memory(monkeypatch):
     of["device"] = CPU
     assert chosen(15, "no") == (64, 2)
     of["encoder"] = "resnet18"
-    assert chosen(15, "no") == (0, 16) and chosen(15, "no", batch_size=4) == (0, 4)
+    assert chosen(15, "no") == (0, 4) and chosen(15, "no", batch_size=8) == (0, 8)
+    of["device"] = torch.device("cuda")
+    assert chosen(15, "fp16") == (0, 16)
 
 
 @pytest.fixture(scope="module")

@@ -202,19 +202,6 @@ def test_inner_tars_of_an_archive(tmp_path):
     assert not list(root.rglob("*.tar"))
 
 
-@pytest.mark.parametrize("where", ["nowhere", "mounted", "by hand"])
-def test_slices_are_refused_before_anything_is_fetched(where, kaggle, account, tmp_path):
-    files, name = {"data/volume_1_slice_0.h5": b"h5"}, "brats2020-training-data"
-    if where == "mounted":
-        place(tmp_path / "input" / name, files)
-    if where == "by hand":
-        place(tmp_path / "data", {f"{name}.zip": pack_zip(files)})
-    with pytest.raises(DataError, match="HDF5 slices, already normalised.*disputed.*geometry.*--data brats2020"):
-        find("brats2020-slices", tmp_path)
-    assert not kaggle.requests
-    assert not (tmp_path / "data" / "brats2020-slices").exists()
-
-
 def test_a_folder_that_is_not_whole_is_never_taken(tmp_path):
     files = brats2020()
     place(tmp_path / "data" / "brats2020", files)

@@ -11,6 +11,7 @@ from brats_helpers.cache import prepare
 from brats_helpers.cases import survey
 from brats_helpers.environment import ROOT
 from brats_helpers.inference import load_networks, predict_files
+from brats_helpers.patches import SLICES
 from brats_helpers.suite import read_notebooks, read_profile
 from brats_helpers.train import Settings, fit
 
@@ -25,7 +26,7 @@ def main() -> None:
     demo = read_profile(ROOT / "profiles" / "demo.yaml")
     values = {name: p.read(demo[name]) if name in demo else p.default for name, p in own.items()}
     values |= {"modalities": ",".join(job["modalities"]), "seed": 0, "epochs": 1000, "patience": 0}
-    values |= {"minutes": job["seconds"] / 60}
+    values |= {"minutes": job["seconds"] / 60, "batch_size": SLICES[job["device"]]}
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     device = torch.device(job["device"])
     how = {"workers": 0, "checkpoint_minutes": 0, "deterministic": False, "tracker": "none"}
