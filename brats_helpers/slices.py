@@ -15,6 +15,7 @@ and voxels of 1 mm are assumed to be those of BraTS 2020. Patients keep the set'
 """
 
 import errno
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -54,11 +55,13 @@ def assemble(folder: Path, out: Path) -> str:
     """
     if find_spec("h5py") is None:
         raise DataError(f"{folder} holds HDF5 slices, which h5py reads: pip install h5py, then run again.")
-    patients = _patients(folder)
+    patients, kept = _patients(folder), out / "channels.json"
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
-    vote = _vote(folder, patients)
-    write_json(out / "channels.json", vote)
+    if not kept.exists():
+        print(f"{len(patients)} patients of slices are put together in {out}", flush=True)
+        write_json(kept, _vote(folder, patients))
+    vote = json.loads(kept.read_text())
 
     def put(number: int) -> bool:
         if (out / f"volume_{number:03}").exists():
@@ -70,7 +73,6 @@ def assemble(folder: Path, out: Path) -> str:
             return False
         return True
 
-    print(f"{len(patients)} patients of slices are put together in {out}", flush=True)
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             whole = sum(pool.map(put, sorted(patients)))
@@ -231,4 +233,8 @@ def _write(images: np.ndarray, masks: np.ndarray, vote: dict, folder: Path) -> N
     with part_folder(folder.parent) as part:
         for name, volume in volumes.items():
             nib.save(nib.Nifti1Image(volume, _AFFINE), part / f"{folder.name}_{name}.nii.gz")
-        os.rename(part, folder)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster
+                raise

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import tokenize
 from collections.abc import Iterable
@@ -717,8 +716,11 @@ def _what_failed(stage: str, path: Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
+    """Its name and message, whose lines are kept as they say what to do; cut after 20 and where they are too long."""
     name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
-    return textwrap.shorten(re.sub(r"\x1b\[[\d;]*m", "", f"{name}: {message}"), 500)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", f"{name}: {message}").splitlines()
+    cut = [*lines[:20], "[...]"] if len(lines) > 20 else lines
+    return "\n   ".join(line if len(line) <= 500 else f"{line[:500]} [...]" for line in cut)
 
 
 def _before(stages: Iterable[str]) -> set[str]:

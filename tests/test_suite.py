@@ -19,6 +19,7 @@ import yaml
 
 from brats_helpers import environment, suite
 from brats_helpers.__main__ import main
+from brats_helpers.cases import DataError
 from brats_helpers.metrics import CONVENTIONS
 from brats_helpers.runs import Run
 
@@ -308,6 +309,15 @@ def test_a_failing_notebook_says_where_and_leaves_itself(checkout):
     mended = run(checkout, "--run", "bad", "--only", "00,02,03", "-p", "epochs", "4")
     assert mended.returncode == 0
     assert [stage for stage in CELLS if f"{stage}: started" in mended.stdout] == ["02_train", "03_evaluate"]
+
+
+def test_every_line_of_a_message_that_says_what_to_do_is_shown():
+    tried = [f"  /kaggle/input/{k}: not there" for k in range(8)]
+    message = "\n".join(["No brats2020", "Tried, in this order:", *tried, "Three ways out:", "x" * 480])
+    assert suite._reason(DataError(message)).splitlines() == [
+        line if k == 0 else f"   {line}" for k, line in enumerate(f"DataError: {message}".splitlines())
+    ]
+    assert suite._reason(ValueError("\n".join("y" * 600 for _ in range(30)))).count("\n") == 20
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(checkout):
