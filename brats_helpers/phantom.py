@@ -28,7 +28,7 @@ SHAPE = (240, 240, 155)
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])
 """BraTS' voxel-to-world matrix."""
 
-_MARKER = "SIMULATED.txt"
+MARKER = "SIMULATED.txt"
 _MARGIN = 6  # voxels around the brain that are simulated too, so that blur and strip have something to cut from
 _COARSE = 4  # mm between the nodes that carry deformations and other smooth fields
 
@@ -112,12 +112,12 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
     root.mkdir(parents=True, exist_ok=True)
     mark = f"These patients are simulated by brats_helpers.phantom from seed {seed}. They never lived.\n"
     held = any(not path.name.startswith(PART) for path in root.iterdir())
-    found = (root / _MARKER).read_text() if (root / _MARKER).exists() else None  # another run writes it before the rest
+    found = (root / MARKER).read_text() if (root / MARKER).exists() else None  # another run writes it before the rest
     if found != mark and (found or held):
         what = "other simulated patients" if found else "files that are no simulated patients"
         raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed}.")
     if found is None:
-        with whole_file(root / _MARKER) as file:
+        with whole_file(root / MARKER) as file:
             file.write(mark)
     sweep(root)
     folders = [root / f"Sim_{index:03d}" for index in range(n_cases)]
@@ -135,7 +135,7 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
 def is_simulated(root: Path | str) -> bool:
     """Whether any patient in `root` was written by `make_cases`: there, further below, above, or behind a link."""
     folders = {Path(root).resolve(), *(path.resolve().parent for path in walk(Path(root)))}
-    return any((place / _MARKER).is_file() for place in {place for one in folders for place in (one, *one.parents)})
+    return any((place / MARKER).is_file() for place in {place for one in folders for place in (one, *one.parents)})
 
 
 def _one_thread() -> None:

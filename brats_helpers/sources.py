@@ -18,11 +18,11 @@ HDF5 slices, of `brats2020-slices` or in a folder, are put together to volumes i
 import contextlib
 import difflib
 import errno
-import hashlib
 import importlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -39,9 +39,10 @@ from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from brats_helpers.cases import DataError
+from brats_helpers.cases import DataError, walk
 from brats_helpers.log import done, duration
 from brats_helpers.runs import write_json
+from brats_helpers.slices import NAME, assemble, need_h5py
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
         return Source(root, True, f"{phantom_cases} simulated patients from seed {seed}, in {root}")
     short = next(iter(KAGGLE_SETS)) if data == "kaggle" else data
     if short in KAGGLE_SETS:
+        if KAGGLE_SETS[short].pattern == "*.h5":
+            need_h5py()  # before anything is fetched
         return _as_volumes(_from_kaggle(short, data_dir), data_dir)
 
     from brats_helpers.phantom import is_simulated
@@ -148,13 +151,16 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
 
 def _as_volumes(source: Source, data_dir: Path) -> Source:
     """Slices put together to volumes; anything else as it is."""
-    if _holds(source.root, "*.nii*") or not _holds(source.root, "*.h5"):
-        return source
-    from brats_helpers.slices import assemble
+    from brats_helpers.phantom import MARKER
 
-    place = hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:8]
-    volumes = data_dir / f"volumes-{place}"
-    says = assemble(source.root, volumes)
+    # `data_dir` may lie within, with what was put together before
+    places = [path for path in walk(source.root) if not re.search(r"(^|/)volumes-", str(path.relative_to(source.root)))]
+    slices = any(NAME.fullmatch(path.name) for path in places)
+    if not slices or any(path.name.lower().endswith((".nii", ".nii.gz")) for path in places):
+        return source
+    volumes, says = assemble(source.root, data_dir)
+    if source.simulated:
+        (volumes / MARKER).touch()
     return Source(volumes, source.simulated, f"{source.origin}, put together in {volumes}: {says}")
 
 

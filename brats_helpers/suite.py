@@ -716,10 +716,10 @@ def _what_failed(stage: str, path: Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Its name and message, whose lines are kept as they say what to do; cut after 20 and where they are too long."""
+    """Its name and message, whose lines say what to do and are kept; cut in the middle, and where they are too long."""
     name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
     lines = re.sub(r"\x1b\[[\d;]*m", "", f"{name}: {message}").splitlines()
-    cut = [*lines[:20], "[...]"] if len(lines) > 20 else lines
+    cut = [*lines[:8], "[...]", *lines[-12:]] if len(lines) > 20 else lines
     return "\n   ".join(line if len(line) <= 500 else f"{line[:500]} [...]" for line in cut)
 
 
