@@ -81,7 +81,6 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
     if not whole:
         raise DataError(f"no patient below {folder} could be put together, see above.")
     done(f"{whole} of {len(patients)} patients put together from their slices")
-    warn(vote["says"])
     return out, vote["says"]
 
 

@@ -90,7 +90,7 @@ def test_masks_and_t1ce_are_told_on_real_patients(real_patients):
 
 @pytest.mark.parametrize("kind", [tissues, regions])
 @pytest.mark.parametrize("first", [0, 1])
-def test_patients_come_back_whole(first, kind, brains, tmp_path, capsys):
+def test_patients_come_back_whole(first, kind, brains, tmp_path):
     places = {tissues: [1, 2, 0], regions: [2, 0, 1]}[kind]
     for number, (images, labels) in enumerate(brains, 1):
         shuffled = images[..., [2, 0, 3, 1]]
@@ -98,7 +98,7 @@ def test_patients_come_back_whole(first, kind, brains, tmp_path, capsys):
     out, says = assemble(tmp_path / "set", tmp_path)
     names = {tissues: "ED, ET, NCR", regions: "ET, WT, TC"}[kind]
     assert f"masks are {names}, as 2 of 2 patients show; channels are t1ce, flair, t2, t1" in says
-    assert "assumed: axes and voxels" in says and f"⚠️ {says}" in capsys.readouterr().out
+    assert "assumed: axes and voxels" in says
     cases = find_cases(out)
     assert [case.id for case in cases] == ["volume_001", "volume_002"]
     for case, (images, labels) in zip(cases, brains, strict=True):
