@@ -304,10 +304,20 @@ def _inputs(facts):
     return _mark(channels == modalities * slices), evidence
 
 
-@_line("Model architecture", "One output for each class")
+@_line("Model architecture", "The network is the one that is named, with one output for each class")
 def _outputs(facts):
-    outputs = len(facts.checkpoint["model"]["segmentation_head.0.bias"])
-    return _mark(outputs == len(CLASSES)), f"best.pt: {outputs}, for {', '.join(CLASSES)}"
+    import torch
+
+    from brats_helpers.model import build_model
+
+    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
+    of = {"encoder": settings["encoder"], "in_channels": saved["in_channels"], "patch_size": settings["patch_size"]}
+    with torch.device("meta"):  # shapes alone
+        expected = {name: tensor.shape for name, tensor in build_model(weights="none", **of).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in saved["model"].items()}
+    differ = [name for name in expected | found if expected.get(name) != found.get(name)]
+    evidence = f"best.pt: {len(found)} tensors, as {settings['encoder']} with outputs for {', '.join(CLASSES)} has them"
+    return _mark(not differ), f"{evidence}, but {', '.join(differ[:3])}" if differ else evidence
 
 
 @_line("Model architecture", "Every weight is finite")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from brats_helpers import log
+from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.review import review
 from brats_helpers.runs import Run
 from brats_helpers.validation import NOT_APPLICABLE, Line, tally, validate, write_markdown
@@ -133,6 +134,21 @@ def test_a_weight_that_is_not_finite_and_channels_that_do_not_fit(run):
     lines = look(run)
     assert lines["Every weight is finite"].mark == log.FAIL
     assert lines["Input channels are modalities times slices"].mark == log.FAIL
+
+
+@pytest.mark.parametrize("encoder, patch_size", [(PACKAGED_ENCODER, 0), ("monai-unet", 32)])
+def test_a_network_that_is_another_than_its_settings_say(run, encoder, patch_size):
+    saved = torch.load(run.best, weights_only=True)
+    model = build_model(encoder=encoder, weights="none", in_channels=2, patch_size=patch_size).state_dict()
+    saved["settings"] |= {"encoder": encoder, "patch_size": patch_size}
+    check = "The network is the one that is named, with one output for each class"
+    torch.save(saved | {"model": model}, run.best)
+    assert look(run)[check].mark == log.OK
+    last = [*model][-1]
+    torch.save(saved | {"model": model | {last: model[last][:3]}}, run.best)
+    line = look(run)[check]
+    assert line.mark == log.FAIL and last in line.evidence
+    assert model[last].shape[0] == 4
 
 
 @pytest.mark.parametrize(
