@@ -297,7 +297,7 @@ def test_a_failing_notebook_says_where_and_leaves_itself(checkout):
     path = checkout / "runs" / "bad" / "notebooks" / "03_evaluate.ipynb"
     assert (
         "❌ 03_evaluate failed in code cell 4, under 'The last step': trained = Path(run_dir, 'trained').read_text()\n"
-        "   AssertionError: thirteen brings bad luck\n"
+        "   AssertionError: thirteen\n   brings bad luck\n"
         f"   The notebook as far as it came: {path}\n"
     ) in answer.stdout
     assert "Traceback" not in answer.stdout + answer.stderr
