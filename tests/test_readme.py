@@ -16,6 +16,7 @@ QUOTED = [
     for quoted in re.findall(r"`([^`]+)`", row)
 ]
 ANY = "\0"  # in place of what is filled in
+ENOUGH = 0.42  # of a quoted message, the rest being examples of what is filled in
 
 
 def messages() -> list[str]:
@@ -36,48 +37,58 @@ def messages() -> list[str]:
 MESSAGES = messages()
 
 
-def is_one(quoted: str) -> bool:
-    """Whether a part of some message reads so: `...`, and what the message fills in, stand for any text."""
+def share(quoted: str) -> float:
+    """How much of a quoted message is fixed text of one message of the code that may read so: 0 to 1.
+
+    `...`, and what the message fills in, stand for any text.
+    """
     quoted = quoted.replace("...", ANY)
-    for message in MESSAGES:
-        fixed = sum(len(part) for part in message.split(ANY) if len(part) > 3 and part.strip() in quoted)
-        inside = sum(len(part) for part in quoted.split(ANY) if len(part) > 3 and part in message)
-        if max(fixed, inside) > 0.25 * len(quoted) and _fits(quoted, message):
-            return True
-    return False
+    known = [message for message in MESSAGES if _common(quoted, message)]
+    return max((_fixed(quoted, message) for message in known), default=0) / len(quoted.replace(ANY, ""))
 
 
-def _fits(quoted: str, message: str) -> bool:
-    """Whether all of `quoted` can be read from some place of `message` on, by what can be reached after each letter."""
-    reached = set(range(len(message) + 1))
+def _common(quoted: str, message: str) -> bool:
+    """Whether they share a piece of five letters, without which nothing is worth a closer look."""
+    pieces = (quoted[k : k + 5] for k in range(max(len(quoted) - 4, 1)))
+    return any(piece in message for piece in pieces if ANY not in piece)
+
+
+def _fixed(quoted: str, message: str) -> int:
+    """The most letters of `quoted` that are letters of `message`, if all of it can be read from some place there on."""
+    reached = dict.fromkeys(range(len(message) + 1), 0)  # by place in the message
     for letter in quoted:
+        after: dict[int, int] = {}
         if letter == ANY:
-            reached = set(range(min(reached), len(message) + 1))
-            continue
-        after = {k + 1 for k in reached if message[k : k + 1] == letter}
-        stays = {k for k in reached if message[k : k + 1] == ANY}
-        reached = after | stays | {k + 1 for k in stays}
-        reached |= {k + 1 for k in reached if message[k : k + 1] == ANY}  # which may fill in nothing
-        if not reached:
-            return False
-    return True
+            best = -1
+            for k in range(min(reached, default=0), len(message) + 1):
+                best = max(best, reached.get(k, -1))
+                after[k] = best
+        for k, n in reached.items() if letter != ANY else ():
+            while message[k : k + 1] == ANY:  # which may take the letter, or nothing
+                after[k] = max(after.get(k, 0), n)
+                k += 1
+            if message[k : k + 1] == letter:
+                after[k + 1] = max(after.get(k + 1, 0), n + 1)
+        reached = after
+    return max(reached.values(), default=0)
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_every_message_of_the_troubleshooting_table_is_one_of_the_code(quoted):
-    assert is_one(quoted)
+    assert share(quoted) > ENOUGH
 
 
 @pytest.mark.parametrize(
     "quoted",
     [
         "ImageNet weights have to be fetched",
+        "HDF5 slices, which h5py reads",
         "out of memory: going home with 8 slices at a time",
         "one slice alone does not fit into the memory",
     ],
 )
 def test_a_message_that_is_none_is_noticed(quoted):
-    assert len(QUOTED) > 15 and not is_one(quoted)
+    assert len(QUOTED) > 15 and share(quoted) < ENOUGH
 
 
 def test_every_file_that_the_readme_links_is_there():
