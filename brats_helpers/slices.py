@@ -73,8 +73,7 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
             print(f"{len(patients)} patients of slices are put together in {out}", flush=True)
             write_json(out / "channels.json", _vote(folder, patients))
         vote = json.loads((out / "channels.json").read_text())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(min(cores, _WORKERS)) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _WORKERS)) as pool:
             whole = sum(pool.map(lambda item: _put(*item, vote, out), sorted(patients.items())))
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error}). Make room or choose another data_dir.") from error
@@ -209,10 +208,9 @@ def mask_kind(masks: np.ndarray) -> str:
 
     `either` where fewer than two are there. Raises `DataError` for anything else.
     """
-    overlap = (masks.sum(axis=3) > 1).any()
     if masks.any(axis=(0, 1, 2)).sum() < 2:
         return "either"
-    if not overlap:
+    if not (masks.sum(axis=3) > 1).any():
         return "tissues"
     outer, middle, inner = _by_size(masks)
     if (masks[..., inner] & ~masks[..., middle]).any() or (masks[..., middle] & ~masks[..., outer]).any():
