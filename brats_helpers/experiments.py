@@ -1,6 +1,7 @@
 """Experiments of the same length on the same patients, scored alike, and what they say."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ import torch
 
 from brats_helpers.cache import Packed
 from brats_helpers.cases import DataError
+from brats_helpers.files import write_json
 from brats_helpers.inference import leaked, load_network, predict
 from brats_helpers.metrics import collect, compare, region_dice
 from brats_helpers.model import build_model, summary
+from brats_helpers.runs import Run
 from brats_helpers.train import Settings, fit
 
 MEAN = "mean"
@@ -116,6 +119,14 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
             f" ({low:+.3f} to {high:+.3f}), {result['n']} {patients}."
         )
     return sentences
+
+
+def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping]) -> None:
+    """Print the `answers` of a question, and keep them in `experiments.json` under the name of its figure."""
+    sentences = answers(metrics)
+    known = json.loads(run.experiments.read_text("utf-8")) if run.experiments.exists() else {}
+    write_json(run.experiments, known | {name: sentences})
+    print(*sentences, sep="\n")
 
 
 def backbones(

@@ -850,13 +850,17 @@ def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
 
 
 @_styled
-def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], *, simulated: bool) -> Figure:
-    """Experiments side by side: validation Dice over training time, and test Dice with its 95 % interval.
+def comparison(
+    histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], *, headline: str, simulated: bool
+) -> Figure:
+    """Trainings side by side: validation Dice over training time, and test Dice with its 95 % interval.
 
     Args:
         histories: `history.csv` of each run by name; `seconds` counts from the start of training.
         metrics: `metrics.json` of each run that was scored, by the same names.
+        headline: the question that they answer.
     """
+    end_s = max(history["seconds"].max() for history in histories.values())
     heights = [2, 0.5 + 0.35 * len(histories)]
     figure, axes = plt.subplots(2, 3, figsize=(_WIDTH, 6.4), height_ratios=heights, sharey="row")
     dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D")
@@ -872,8 +876,8 @@ def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapp
                 below.plot(dice.get("ci95") or [mean, mean], [place, place], color=COLOURS[region], linewidth=2)
                 below.plot(mean, place, markersize=7, **style)
                 below.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha="center")
-        above.set(title=_named(region), xlabel="training time (s)", ylim=(-0.02, 1.02))
-        above.set_xlim(left=0)
+        limits = {"xlim": (0, 1.05 * end_s), "ylim": (-0.02, 1.02)}
+        above.set(title=_named(region), xlabel="training time (s)", **limits)
         below.set(xlabel="test Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
         below.set_yticklabels(list(histories))
         above.grid(axis="y")
@@ -886,7 +890,7 @@ def comparison(histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapp
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=4)
     detail = " · ".join(["validation Dice by epoch", *sorted({_convention(found) for found in metrics.values()})])
-    _title(figure, f"Experiments compared · {', '.join(histories)}", detail, simulated)
+    _title(figure, headline, detail, simulated)
     return figure
 
 

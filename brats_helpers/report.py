@@ -8,6 +8,7 @@ toggles prediction and reference; three canvases over 8-bit tiles do, at a third
 """
 
 import base64
+import csv
 import hashlib
 import html
 import json
@@ -16,12 +17,14 @@ from collections.abc import Mapping
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from urllib.parse import quote
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers import plots
-from brats_helpers.cases import CLASSES, REGIONS
+from brats_helpers.cases import CLASSES, REGIONS, Case
 from brats_helpers.log import FAIL, WARN, duration
 from brats_helpers.review import CAUSES, Review, review
 from brats_helpers.runs import Run
@@ -37,13 +40,13 @@ def build_report(run: Run) -> Path:
     """Write the report of a run from whatever its folder holds so far; sections without content say what is missing.
 
     Returns:
-        `report/index.html` of the run; `validation.md` and `figures/03_volumes.png` are written besides.
+        `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides, and
+        the reports of a cross-validation's folds and of a sweep's combinations.
     """
     manifest, metrics = run.manifest, _read(run.metrics)
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
     reviewed = review(run, metrics)
-    if any("volume_ml" in scores.get("WT", {}) for scores in metrics.get("cases", {}).values()):
-        plots.save_figure(plots.volume_agreement(metrics, simulated=simulated), run.figures / "03_volumes.png")
+    _draw(run, metrics, reviewed, simulated=simulated)
     lines = validate(run, reviewed)
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
 
@@ -78,6 +81,9 @@ def build_report(run: Run) -> Path:
         regions=list(REGIONS),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
+        experiments=_read(run.experiments),
+        folds=_folds(run),
+        sweep=_sweep(run),
         review=reviewed,
         causes=CAUSES,
         audit=_audit(run, manifest),
@@ -105,11 +111,82 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
     by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
     if status == "finished" or (status is None and by_hand):
         return ""
+    if status is None and stages and run.manifest.get("shared"):
+        return f"{stage} did not run here: in folds and sweeps 00 and 01 run once for all, 02 and 03 in each, 04 not."
     if status is None:
         name = run.name if run.folder.parent.name == "runs" else run.folder
         how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
         return f"{stage} has not run yet: {how} makes this section."
     return f"{stage} is not finished ({status}): this section shows what it left."
+
+
+def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> None:
+    """The figures that no notebook draws: volumes, and what is known of all folds together."""
+    figures, cases = {}, metrics.get("cases", {})
+    if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
+        figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
+    if run.folds:
+        scored = {f"fold {own.name}": own for own in run.folds if own.history.exists() and own.metrics.exists()}
+        if scored:
+            histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
+            by_fold = {name: _read(own.metrics) for name, own in scored.items()}
+            headline = f"{len(scored)} folds of a cross-validation"
+            figures["02_folds"] = plots.comparison(histories, by_fold, headline=headline, simulated=simulated)
+        if cases:
+            figures["03_scores"] = plots.score_distributions(metrics, simulated=simulated)
+            figures["03_patients"] = plots.patient_dice(metrics, simulated=simulated)
+        if reviewed.cases:
+            shown = _modality(next(iter(reviewed.cases.values())))
+            how = {"modality": shown, "simulated": simulated}
+            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, cases, **how)
+    for name, figure in figures.items():
+        plots.save_figure(figure, run.figures / f"{name}.png")
+
+
+def _modality(case: Case) -> str:
+    """The one to show first."""
+    return "t1ce" if "t1ce" in case.images else next(iter(case.images))
+
+
+def _folds(run: Run) -> list[dict]:
+    """A row for each fold of a cross-validation, with its own report behind it."""
+    rows = []
+    for own in run.folds:
+        manifest, summary = own.manifest, _read(own.metrics).get("summary", {})
+        best = manifest.get("best_epoch")
+        epoch = pd.read_csv(own.history).iloc[best - 1] if best else {}
+        rows.append(
+            {
+                "name": own.name,
+                "link": _link(run, _fresh(own)),
+                "patients": manifest["patients"],
+                "best": best,
+                "validation": fmean(epoch[f"dice_{region}"] for region in REGIONS) if best else None,
+                "dice": {region: summary.get(region, {}).get("dice", {}).get("mean") for region in REGIONS},
+                "seconds": sum(entry.get("seconds") or 0 for entry in manifest["stages"].values()),
+            }
+        )
+    return rows
+
+
+def _sweep(run: Run) -> dict:
+    """`sweep.csv`, with the report of each combination behind it."""
+    if not (path := run.folder / "sweep.csv").exists():
+        return {}
+    with open(path, newline="") as file:
+        head, *rows = csv.reader(file)
+    links = [_link(run, _fresh(Run(run.folder / "sweep" / row[0]))) for row in rows]
+    return {"head": head, "rows": list(zip(links, rows, strict=True))}
+
+
+def _fresh(run: Run) -> Path:
+    """The report of a fold or combination, written unless it is newer than its scores."""
+    made = run.report.stat().st_mtime if run.report.exists() else 0
+    return run.report if run.metrics.exists() and made > run.metrics.stat().st_mtime else build_report(run)
+
+
+def _link(run: Run, path: Path) -> str:
+    return quote(f"../{path.relative_to(run.folder)}")
 
 
 def _figures(run: Run) -> dict[str, dict[str, str]]:
@@ -157,9 +234,8 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
         dice = ", ".join(f"{region} {_number(metrics['cases'][case_id][region]['dice'], 2)}" for region in REGIONS)
         tiles["images"] = {name: _data_uri(content, "image/webp") for name, content in tiles["images"].items()}
         tiles["labels"] = _data_uri(tiles["labels"], "image/png")
-        modality = "t1ce" if "t1ce" in case.images else next(iter(case.images))
         names = {name: plots.PRINTED[name] for name in case.images}
-        about = {"id": case_id, "rank": rank, "dice": dice, "modality": modality, "printed": names}
+        about = {"id": case_id, "rank": rank, "dice": dice, "modality": _modality(case), "printed": names}
         patients.append(about | tiles)
     regions = [
         {

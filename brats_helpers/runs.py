@@ -34,9 +34,17 @@ class Run:
         self.postprocess = self.folder / "postprocess.json"
         self.soft = self.folder / "soft"
         self.submission = self.folder / "submission"
+        self.experiments = self.folder / "experiments.json"
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
         self.report = self.folder / "report" / "index.html"
+
+    @property
+    def folds(self) -> list["Run"]:
+        """The runs of a cross-validation inside this one, as far as they have begun."""
+        parts = json.loads(self.splits.read_text()).get("folds", ()) if self.splits.exists() else ()
+        places = [self.folder / "folds" / str(k) for k in range(len(parts))]
+        return [Run(place) for place in places if (place / "manifest.json").exists()]
 
     @property
     def manifest(self) -> dict:
@@ -65,6 +73,8 @@ class Run:
         paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
         if stage == "03_evaluate":
             paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
+        if stage == "04_advanced":
+            paths.append(self.experiments)
         for path in paths:
             path.unlink(missing_ok=True)
 

@@ -111,7 +111,14 @@ class _Facts:
 
     @cached_property
     def parts(self) -> dict[str, list[str]]:
+        """The parts that must share nobody: of a cross-validation the test parts of its folds."""
+        if self.run.folds:
+            return {f"fold {k}": parts["test"] for k, parts in enumerate(self.splits["folds"])}
         return {name: self.splits[name] for name in ("train", "val", "test")}
+
+    @property
+    def tested(self) -> list[str]:
+        return sum(self.parts.values(), []) if self.run.folds else self.parts["test"]
 
     @cached_property
     def metrics(self) -> dict:
@@ -234,6 +241,23 @@ def _unseen(facts):
     seen = {*facts.checkpoint["train_cases"], *facts.checkpoint["val_cases"]}
     leaked = sorted((seen & set(facts.parts["test"])) | set(facts.metrics.get("leakage", ())))
     evidence = f"best.pt names {len(seen)} patients it was trained on or chosen by, {len(leaked)} of them test patients"
+    return _mark(not leaked), evidence + _but("seen", leaked)
+
+
+@_line("Data set integration", "No fold has seen its test patients")
+def _out_of_fold(facts):
+    import torch
+
+    trained = [fold for fold in facts.run.folds if fold.best.exists()]
+    if not trained:
+        raise _NotDone("no cross-validation")
+    leaked = []
+    for fold in trained:
+        saved = torch.load(fold.best, map_location="cpu", weights_only=True, mmap=True)
+        leaked += sorted({*saved["train_cases"], *saved["val_cases"]} & {*facts.parts[f"fold {fold.name}"]})
+    evidence = (
+        f"best.pt of {len(trained)} folds: {len(leaked)} of their own test patients among those they learned from"
+    )
     return _mark(not leaked), evidence + _but("seen", leaked)
 
 
@@ -419,9 +443,9 @@ def _predicted(facts):
 
 @_line("Evaluation metrics", "Every test patient is scored")
 def _scored(facts):
-    lacking = [name for name in facts.parts["test"] if name not in facts.metrics["cases"]]
+    lacking = [name for name in facts.tested if name not in facts.metrics["cases"]]
     silent = [name for name in lacking if name not in facts.metrics.get("not_scored", {})]
-    n = len(facts.parts["test"])
+    n = len(facts.tested)
     evidence = f"metrics.json: {n - len(lacking)} of {n}" + _but("lacking", lacking) + _but("without a reason", silent)
     return FAIL if silent else _mark(not lacking, WARN), evidence
 
@@ -497,7 +521,8 @@ def _finished(facts):
     broken = [stage for stage in status if status[stage] not in ("finished", None)]
     evidence = f"manifest.json: {len(NEEDS) - len(never) - len(broken)} of {len(NEEDS)}"
     evidence += _but("not finished", broken) + _but("not run", never)
-    return FAIL if broken else _mark(not never, WARN), evidence
+    shared = facts.manifest.get("shared", False)  # folds and sweeps run 00 and 01 once, 02 and 03 in each, 04 not
+    return FAIL if broken else _mark(shared or not never, WARN), evidence
 
 
 @_line("Code quality", "Notebooks ran from top to bottom without an error")

@@ -1,6 +1,7 @@
 """Experiments: shared where two questions ask for the same, decided only where patients agree."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,11 @@ import torch
 from brats_helpers import experiments
 from brats_helpers.cache import pack, prepare
 from brats_helpers.cases import DataError, find_cases
-from brats_helpers.experiments import ENOUGH, MEAN, Bench, answers, backbones, merged, rounds_of_few
+from brats_helpers.experiments import ENOUGH, MEAN, Bench, answers, backbones, keep_answers, merged, rounds_of_few
 from brats_helpers.inference import load_network
 from brats_helpers.metrics import collect
 from brats_helpers.model import WeightsError, build_model
+from brats_helpers.runs import Run
 from brats_helpers.train import fit
 
 from .test_train import HOW, SETTINGS
@@ -34,6 +36,17 @@ def test_an_answer_needs_enough_patients_that_agree():
     assert sentence.startswith("b against a: not decided by this run.")
     (sentence,) = answers({"a": scores(low), "b": scores([0.4, 0.7, 0.4, 0.7, 0.4, 0.7])})  # they do not agree
     assert sentence.startswith("b against a: not decided by this run.")
+
+
+def test_answers_are_kept_for_the_report_by_question(tmp_path, capsys):
+    run, found = Run(tmp_path), {"a": scores([0.5] * ENOUGH), "b": scores([0.6] * ENOUGH)}
+    keep_answers(run, "04_start.png", found)
+    keep_answers(run, "04_few_1.png", {"b": found["b"], "a": found["a"]})
+    kept = json.loads(run.experiments.read_text())
+    assert list(kept) == ["04_start.png", "04_few_1.png"] and kept["04_start.png"] == answers(found)
+    assert capsys.readouterr().out.splitlines() == sum(kept.values(), [])
+    run.forget("04_advanced")
+    assert not run.experiments.exists()
 
 
 def test_with_few_to_test_everyone_is_left_out_once(tiny_patients):

@@ -52,7 +52,8 @@ FOLD_CELLS = {
         "import os\nimport time\nfrom pathlib import Path",
         "here = Path(run_dir)\n(here / 'trained').open('a').write(f'{os.getppid()} ')\n"
         "while hold and here.name == '1' and not Path(hold).exists():\n    time.sleep(0.05)\n"
-        "(here / 'history.csv').write_text(f'dice_WT,dice_TC,dice_ET\\n0,0,{lr}\\n0,0,{3 * lr}\\n0,0,0\\n')",
+        "epochs = f'1,0,0,{lr}\\n2,0,0,{3 * lr}\\n3,0,0,0\\n'\n"
+        "(here / 'history.csv').write_text(f'seconds,dice_WT,dice_TC,dice_ET\\n{epochs}')",
     ],
     "03_evaluate": [
         'run_dir: str = ""  # folder of the run\ndevice: str = "cpu"  # device\nflips: bool = False  # mirrored too\n'
@@ -118,7 +119,8 @@ def check_table(run):
     assert dice == {f"P{k}": k / 10 for k in range(2 * N)}
     assert metrics["summary"]["WT"]["dice"]["mean"] == pytest.approx((2 * N - 1) / 20) and metrics["simulated"] is True
     assert sorted(path.read_text() for path in (run / "predictions").iterdir()) == sorted(dice)
-    assert (run / "cases.csv").exists() and (run / "report" / "index.html").exists()
+    assert (run / "cases.csv").exists() and "fold 1" in (run / "report" / "index.html").read_text("utf-8")
+    assert (run / "folds" / "1" / "report" / "index.html").exists()
 
 
 def test_folds_shared_by_two_processes_survive_kills_and_a_restart(checkout, tmp_path):

@@ -325,7 +325,8 @@ def test_patients_are_ordered_and_their_names_are_text(metrics):
 
 
 def test_comparison_over_time_with_intervals(history, metrics):
-    figure = plots.comparison({"frozen": history, "tuned": history}, {"tuned": metrics}, simulated=True)
+    arms = {"frozen": history, "tuned": history}
+    figure = plots.comparison(arms, {"tuned": metrics}, headline="Frozen?", simulated=True)
     above = panels(figure)["WT whole tumour"]
     assert [line.get_xdata().tolist() for line in above.lines] == [[5, 10, 15]] * 2
     assert len({line.get_linestyle() for line in above.lines}) == 2
@@ -333,7 +334,7 @@ def test_comparison_over_time_with_intervals(history, metrics):
     assert [list(line.get_xdata()) for line in below.lines] == [[0.6, 0.9], [0.767]]
     assert [label.get_text() for label in below.get_yticklabels()] == ["frozen", "tuned"]
     said = everything_said(figure)
-    assert "simulated" in said and "convention brats2020" in said and "the rules in full" not in said
+    assert "Frozen? · simulated" in said and "convention brats2020" in said and "the rules in full" not in said
 
 
 def test_saved_figure_carries_its_title_and_is_shown_once(tmp_path, metrics):

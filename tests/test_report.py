@@ -16,7 +16,7 @@ from brats_helpers.report import build_report
 from brats_helpers.runs import Run
 from brats_helpers.suite import NEEDS
 
-from .tiny_run import HOSTILE, write_tiny_run
+from .tiny_run import HOSTILE, write_tiny_folds, write_tiny_run
 
 
 class Page(HTMLParser):
@@ -194,11 +194,13 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     bare.record(excluded={"D_1": ["flat"]}, preflight={"predicted": {"seconds": 100}, "measured": {"seconds": 150.0}})
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
     post = {"rules": {"et_voxels": 30}, "test": {"n": 2, "before": dice, "after": dice | {"ET": 0.65}}}
+    bare.experiments.write_text(json.dumps({"04_start.png": ["frozen against fine-tuned: better."]}))
     uncertainty = {"auc": 0.9312, "auc_tumour": 0.75}
     page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
     assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
     assert ["D_1", "flat"] in page.rows and ["seconds", "100", "150", "1.50"] in page.rows
     assert ["test", "2", "0.900", "0.900", "0.800", "0.800", "0.700", "0.650"] in page.rows
+    assert "frozen against fine-tuned: better." in page.text
     assert "0.931 of all pairs" in page.text and "in 0.750" in page.text
     assert "These figures mean nothing: the network has seen A_1" in page.text
 
@@ -215,6 +217,31 @@ def test_notebooks_run_by_hand_have_run(run):
     run.record(stages={})
     text = Page(build_report(run)).text
     assert "has not run yet" not in text.replace("04_advanced has not run yet: its notebook makes this section", "")
+
+
+def test_a_cross_validation_shows_its_folds_with_their_own_reports(tmp_path):
+    run = write_tiny_folds(tmp_path)
+    page = Page(build_report(run))
+    folds = [row for row in page.rows if row[0].startswith("fold ")]
+    by_id = json.loads(run.metrics.read_text())["cases"]
+    exact = [f"{by_id['Exact_0'][region]['dice']:.3f}" for region in ("WT", "TC", "ET")]
+    assert folds[0] == ["fold 0", "1", "1", "1", "2", "0.800", *exact, "1 min 01 s"] and len(folds) == 2
+    for k in range(2):
+        link = f"../folds/{k}/report/index.html"
+        assert link in page.links and (run.report.parent / link).exists()
+    assert len([row for row in page.rows if row[0] in by_id and len(row) == 9]) == 3  # every patient of either fold
+    drawn = {path.name for path in run.figures.glob("0[23]*")}
+    assert drawn == {"02_folds.png", "03_volumes.png", "03_scores.png", "03_patients.png", "03_overlays.png"}
+    assert "04_advanced did not run here: in folds and sweeps" in page.text and "--only 04" not in page.text
+
+
+def test_a_sweep_shows_its_ranking(bare):
+    (bare.folder / "sweep.csv").write_text("combination,fold 0\nlr=0.1;flips=true,0.2\n")
+    Run(bare.folder / "sweep" / "lr=0.1;flips=true").record(stages={})
+    page = Page(build_report(bare))
+    assert ["lr=0.1;flips=true", "0.2"] in page.rows
+    assert (bare.folder / "sweep" / "lr=0.1;flips=true" / "report" / "index.html").exists()
+    assert "../sweep/lr%3D0.1%3Bflips%3Dtrue/report/index.html" in page.links
 
 
 def test_simulated_is_marked_on_every_page_or_on_none(run, bare):

@@ -13,7 +13,7 @@ from brats_helpers.review import review
 from brats_helpers.runs import Run
 from brats_helpers.validation import NOT_APPLICABLE, Line, tally, validate, write_markdown
 
-from .tiny_run import HOSTILE, PARTS, png, write_tiny_run
+from .tiny_run import HOSTILE, PARTS, png, write_tiny_folds, write_tiny_run
 
 HEADINGS = [
     "Data set integration", "Data pipeline", "Model architecture", "Training loop", "Evaluation metrics",
@@ -50,6 +50,7 @@ def test_a_finished_run_holds_but_for_its_few_patients_and_what_it_did_not_do(wh
     ]
     assert {check for check, line in lines.items() if line.mark == NOT_APPLICABLE} == {
         "Nobody is in two parts under two names",
+        "No fold has seen its test patients",
         "The audit has nothing against the patients used",
         "Time and memory were as the preflight predicted",
         "Post-processing was chosen on validation and gains on test",
@@ -77,6 +78,24 @@ def test_a_network_that_saw_a_test_patient(run):
     torch.save(saved | {"train_cases": ["Train_0", "NoET_0"]}, run.best)
     line = look(run)["The scored network has seen no test patient"]
     assert line.mark == log.FAIL and line.evidence.endswith("1 of them test patients; seen: NoET_0")
+
+
+def test_folds_that_know_their_test_patients_and_folds_that_share_them(tmp_path):
+    run = write_tiny_folds(tmp_path)
+    lines = look(run)
+    assert lines["No fold has seen its test patients"].mark == log.OK
+    assert lines["No patient is in two parts"].evidence == "splits.json: fold 0 ∩ fold 1 0"
+    assert lines["Every test patient is scored"].evidence == "metrics.json: 3 of 3"
+    assert lines["Every notebook finished"].mark == log.OK
+    best = run.folds[1].best
+    torch.save(torch.load(best, weights_only=True) | {"val_cases": ["NoET_0"]}, best)
+    content = json.loads(run.splits.read_text())
+    content["folds"][0]["test"].append("NoET_0")
+    run.splits.write_text(json.dumps(content))
+    lines = look(run)
+    assert lines["No fold has seen its test patients"].mark == log.FAIL
+    assert lines["No fold has seen its test patients"].evidence.endswith("seen: NoET_0")
+    assert lines["No patient is in two parts"].mark == log.FAIL
 
 
 def test_people_under_two_names_and_findings_of_the_audit(run):

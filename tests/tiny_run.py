@@ -3,6 +3,8 @@
 import base64
 import csv
 import io
+import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from brats_helpers.audit import examine
 from brats_helpers.cases import read_mask, read_nifti, survey, write_mask
 from brats_helpers.files import write_json
-from brats_helpers.metrics import CONVENTIONS, score_files, summarise
+from brats_helpers.folds import gather, member, shares
+from brats_helpers.metrics import CONVENTIONS, collect, score_files, summarise
 from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.runs import Run
 from brats_helpers.splits import fingerprint, write_splits
@@ -109,6 +112,31 @@ def write_tiny_run(root: Path) -> Run:
         device={"device": "CPU"}, data=str(data), origin=f"tiny patients of {HOSTILE}", simulated=True,
         modalities=MODALITIES, cache_dir=str(root / "cache"), best_epoch=2,
     )  # fmt: skip
+    return run
+
+
+def write_tiny_folds(root: Path) -> Run:
+    """The tiny run as a cross-validation of two folds, put together from what it scored."""
+    run = write_tiny_run(root)
+    tests = [PARTS["test"][:1], PARTS["test"][1:]]
+    parts = [{"train": PARTS["train"], "val": PARTS["val"], "test": test} for test in tests]
+    write_json(run.splits, json.loads(run.splits.read_text()) | {"folds": parts, "unlabelled": []})
+    scores, members = json.loads(run.metrics.read_text())["cases"], []
+    for k, part in enumerate(shares(run)):
+        own = member(run, f"folds/{k}", part)
+        own.record(best_epoch=2, stages={"02_train": {"status": "finished", "seconds": 61.0}}, shared=True)
+        shutil.copy(run.history, own.history)
+        shutil.copytree(run.checkpoints, own.checkpoints)
+        shutil.copytree(run.predictions, own.predictions)
+        cases = {case_id: scores[case_id] for case_id in part["test"]}
+        write_json(own.metrics, collect(cases, convention="brats2020", simulated=True, not_scored={}, leakage=[]))
+        members.append(own)
+    for path in (run.metrics, run.history, run.best, *run.figures.glob("0[23]*"), *run.notebooks.glob("0[234]*")):
+        path.unlink()
+    gather(run, members, device="cpu", flips=False, convention="brats2020", labels="2020")
+    stages = run.manifest["stages"]
+    del stages["04_advanced"]
+    run.record(shared=True, stages=stages)
     return run
 
 
