@@ -3,7 +3,9 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hosted=${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-}
-active=${VIRTUAL_ENV:-}${CONDA_PREFIX:-}$hosted
+conda=${CONDA_PREFIX:-}
+if [[ ${CONDA_DEFAULT_ENV:-} == base ]]; then conda=; fi # always active, and not to be filled
+active=${VIRTUAL_ENV:-}$conda$hosted
 
 # Sets $python: that of the active environment, of .venv, or one that can make .venv.
 find_python() {

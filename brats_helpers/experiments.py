@@ -122,10 +122,10 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
 
 
 def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping]) -> None:
-    """Print the `answers` of a question, and keep them in `experiments.json` under the name of its figure."""
+    """Print the `answers` of a question, and keep them in `answers.json` under the name of its figure."""
     sentences = answers(metrics)
-    known = json.loads(run.experiments.read_text("utf-8")) if run.experiments.exists() else {}
-    write_json(run.experiments, known | {name: sentences})
+    known = json.loads(run.answers.read_text("utf-8")) if run.answers.exists() else {}
+    write_json(run.answers, known | {name: sentences})
     print(*sentences, sep="\n")
 
 

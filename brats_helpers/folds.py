@@ -16,7 +16,7 @@ import pandas as pd
 
 from brats_helpers.files import whole_file, write_json
 from brats_helpers.metrics import collect, write_cases_csv
-from brats_helpers.runs import Run
+from brats_helpers.runs import ONCE, PER_FOLD, Run
 from brats_helpers.splits import PARTS, check_disjoint, load_parts, read_splits
 from brats_helpers.workers import POLL_S, awaited, claimed
 
@@ -28,8 +28,6 @@ def share_out(
     plan: "Plan",
     run: Run,
     *,
-    once: Sequence[str],
-    per_fold: Sequence[str],
     begin: Callable,
     run_stages: Callable[["Plan", Run, Sequence[str]], bool],
 ) -> bool:
@@ -38,9 +36,7 @@ def share_out(
     Args:
         plan: of `suite`, with folds or a sweep.
         run: its run.
-        once: notebooks that run once.
-        per_fold: notebooks that run for each fold and combination.
-        begin: notes in the run's manifest what was begun.
+        begin: notes in a run's manifest what was begun.
         run_stages: runs notebooks that are not finished; whether all are now.
 
     Returns:
@@ -48,10 +44,19 @@ def share_out(
     """
     claims = run.folder / "claims"
     with awaited(claims, "run"):
-        begin(plan, run, shared=True)
-        if not run_stages(plan, run, once):
+        begin(plan, run, shared=True, expected=[*ONCE, *(PER_FOLD if "" in plan.sweep else ())])
+        if not run_stages(plan, run, ONCE):
             return False
-    parts = shares(run) if plan.folds else [read_splits(run.splits)]
+        parts = shares(run) if plan.folds else [read_splits(run.splits)]
+        whole = {name: _whole(run, name) for name in plan.sweep} if plan.folds else {}
+        for name, own in whole.items():
+            if not _finished(own, plan):  # what was gathered before is of other trainings
+                made = {stage: entry for stage, entry in own.manifest["stages"].items() if stage not in PER_FOLD}
+                begin(plan, own, stages=made, **({"expected": PER_FOLD} if name else {}))
+                for stage in PER_FOLD:
+                    own.forget(stage)
+        if any(plan.sweep):
+            (run.folder / "sweep.csv").unlink(missing_ok=True)
     places = {name: [_place(name, k if plan.folds else None) for k in range(len(parts))] for name in plan.sweep}
     todo = [(name, place, part) for name in places for place, part in zip(places[name], parts, strict=True)]
     while todo:
@@ -63,22 +68,23 @@ def share_out(
                     continue
                 print(f"{place}:", flush=True)
                 own = member(run, place, part)
-                if not run_stages(_plan_of(plan, own, name), own, per_fold):
+                if not _finished(own, plan):
+                    begin(plan, own, expected=PER_FOLD)
+                if not run_stages(_plan_of(plan, own, name), own, PER_FOLD):
                     return False
         if len(elsewhere) == len(todo):
             time.sleep(POLL_S)
         todo = elsewhere
 
     with awaited(claims, "run"):
-        for name in plan.sweep if plan.folds else ():
-            own = member(run, _place(name, None), read_splits(run.splits)) if name else run
-            made, key = own.manifest["stages"], plan.keys[per_fold[-1]]
-            if made.get(per_fold[-1], {}).get("key") == key:
+        for name, own in whole.items():
+            if _finished(own, plan):
                 continue
             own_plan, members = _plan_of(plan, own, name), [Run(run.folder / place) for place in places[name]]
-            how = own_plan.values[per_fold[-1]]
+            how = own_plan.values[PER_FOLD[-1]]
             gather(own, members, **{key: how[key] for key in ("device", "flips", "convention", "labels")})
-            for stage in per_fold:
+            made = own.manifest["stages"]
+            for stage in PER_FOLD:
                 seconds = round(sum(fold.manifest["stages"][stage]["seconds"] for fold in members), 1)
                 entry = {"status": "finished", "key": plan.keys[stage], "seconds": seconds}
                 made[stage] = entry | {"parameters": own_plan.values[stage]}
@@ -86,6 +92,17 @@ def share_out(
         if any(plan.sweep):
             print(compare_by_validation(run, places))
     return True
+
+
+def _whole(run: Run, name: str) -> Run:
+    """The run that gathers the folds of a combination: one inside `run`, or, of no combination, `run` itself."""
+    return member(run, _place(name, None), read_splits(run.splits) | {"folds": shares(run)}) if name else run
+
+
+def _finished(run: Run, plan: "Plan") -> bool:
+    made = run.manifest.get("stages", {})
+    entries = [(made.get(stage, {}), plan.keys[stage]) for stage in PER_FOLD]
+    return all(entry.get("status") == "finished" and entry["key"] == key for entry, key in entries)
 
 
 def _place(name: str, fold: int | None) -> str:
@@ -118,8 +135,8 @@ def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
     own = Run(run.folder / name)
     content = json.loads(run.splits.read_text())
     check_disjoint(parts, content.get("groups", {}))
-    content |= parts | {"unlabelled": []}
     content.pop("folds", None)
+    content |= parts | {"unlabelled": []}
     if not own.splits.exists() or json.loads(own.splits.read_text()) != content:
         patients = {part: len(parts[part]) for part in PARTS} | {"unlabelled": 0}
         own.record(**run.manifest | {"patients": patients, "stages": {}})
@@ -188,7 +205,9 @@ def compare_by_validation(run: Run, places: Mapping[str, Sequence[str]]) -> pd.D
         for name, own in places.items()
     }
     table = pd.DataFrame(dice).T.rename(columns="fold {}".format)
-    table.insert(0, "validation Dice of WT, TC and ET", table.mean(axis=1))
+    mean = table.mean(axis=1)
+    table = table if len(table.columns) > 1 else table[[]]
+    table.insert(0, "validation Dice of WT, TC and ET", mean)
     table = table.sort_values(table.columns[0], ascending=False).round(4)
     with whole_file(run.folder / "sweep.csv") as file:
         table.to_csv(file, index_label="combination")

@@ -97,7 +97,8 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
     started again. Patient k of a seed is the same whatever `n_cases` and `workers` are.
 
     Args:
-        root: `root/Sim_000/Sim_000_{flair,t1,t1ce,t2,seg}.nii.gz` and so on; made where it does not exist.
+        root: `root/Sim_000/Sim_000_{flair,t1,t1ce,t2,seg}.nii.gz` and so on; made where it does not exist. Of another
+            seed than 0 it is `Sim_7_000`, as they are other patients.
         n_cases: how many patients.
         seed: what they are drawn from.
         workers: processes; None is one per CPU core.
@@ -120,7 +121,8 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
         with whole_file(root / MARKER) as file:
             file.write(mark)
     sweep(root)
-    folders = [root / f"Sim_{index:03d}" for index in range(n_cases)]
+    name = f"Sim_{seed}_" if seed else "Sim_"
+    folders = [root / f"{name}{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
     workers = min(workers or os.cpu_count() or 1, len(missing))
     if workers > 1:

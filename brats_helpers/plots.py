@@ -25,6 +25,7 @@ from matplotlib.patches import Patch
 
 from brats_helpers.cache import Packed, normalise
 from brats_helpers.cases import CLASSES, REGIONS, Case, read_image, read_mask, spacing_mm
+from brats_helpers.files import whole_file
 from brats_helpers.uncertainty import entropy
 
 COLOURS = {
@@ -99,9 +100,9 @@ def _styled(draw):
 
 def save_figure(figure: Figure, path: Path) -> Figure:
     """Write a figure as PNG, its title in the file's metadata (the report's captions), and give it back to be shown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     title = " · ".join(text.get_text().strip() for text in figure.texts)
-    figure.savefig(path, dpi=150, metadata={"Title": title})
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150, metadata={"Title": title})
     return figure
 
 
@@ -858,16 +859,16 @@ def comparison(
     Args:
         histories: `history.csv` of each run by name; `seconds` counts from the start of training.
         metrics: `metrics.json` of each run that was scored, by the same names.
-        headline: the question that they answer.
+        headline: what they are, or the question that they answer.
     """
     end_s = max(history["seconds"].max() for history in histories.values())
-    heights = [2, 0.5 + 0.35 * len(histories)]
-    figure, axes = plt.subplots(2, 3, figsize=(_WIDTH, 6.4), height_ratios=heights, sharey="row")
-    dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+    heights = [3.6, 0.9 + 0.63 * len(histories)]
+    figure, axes = plt.subplots(2, 3, figsize=(_WIDTH, sum(heights)), height_ratios=heights, sharey="row")
+    dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
     for column, region in enumerate(REGIONS):
         above, below = axes[:, column]
         for place, (name, history) in enumerate(histories.items()):
-            style = {"color": COLOURS[region], "marker": markers[place % 4]}
+            style = {"color": COLOURS[region], "marker": markers[place % 7]}
             if f"dice_{region}" in history:
                 above.plot(history["seconds"], history[f"dice_{region}"], linestyle=dashes[place % 4], **style)
             dice = metrics.get(name, {}).get("summary", {}).get(region, {}).get("dice", {})
@@ -885,11 +886,12 @@ def comparison(
     axes[1, 0].set_ylim(len(histories) - 0.4, -0.6)
     axes[0, 0].set_ylabel("validation Dice (0 to 1)")
     handles = [
-        Line2D([], [], color=_INK, linestyle=dashes[place % 4], marker=markers[place % 4], label=name)
+        Line2D([], [], color=_INK, linestyle=dashes[place % 4], marker=markers[place % 7], label=name)
         for place, name in enumerate(histories)
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=4)
-    detail = " · ".join(["validation Dice by epoch", *sorted({_convention(found) for found in metrics.values()})])
+    conventions = sorted({_convention(found) for found in metrics.values()})
+    detail = " · ".join([", ".join(histories), "validation Dice by epoch", *conventions])
     _title(figure, headline, detail, simulated)
     return figure
 

@@ -1,5 +1,7 @@
 """A run's report: `report/index.html`, one page that opens from disk, with validation and notebooks as pages behind it.
 
+Folds of a cross-validation and combinations of a sweep are runs with reports of their own, which it links.
+
 No page loads anything from a network, and its content security policy says so; the one script that may run is known
 by its hash. Whatever comes from the data (case IDs, paths, titles) goes through jinja's escaping and is text.
 
@@ -13,11 +15,10 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 from urllib.parse import quote
 
 import pandas as pd
@@ -25,23 +26,34 @@ from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers import plots
 from brats_helpers.cases import CLASSES, REGIONS, Case
-from brats_helpers.log import FAIL, WARN, duration
+from brats_helpers.files import whole_file
+from brats_helpers.log import FAIL, WARN, duration, warn
 from brats_helpers.review import CAUSES, Review, review
-from brats_helpers.runs import Run
-from brats_helpers.suite import NEEDS
-from brats_helpers.validation import MEANINGS, predicted_and_measured, tally, validate, write_markdown
+from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
+from brats_helpers.splits import PARTS
+from brats_helpers.validation import MEANINGS, best_epoch, predicted_and_measured, tally, validate, write_markdown
 
 _PAGES = Path(__file__).with_name("pages")
 _STRUCTURES = [*REGIONS, *(name for name in CLASSES[1:] if name not in REGIONS)]
 _IMAGES = {".png": "image/png", ".gif": "image/gif"}
 
 
-def build_report(run: Run) -> Path:
+def fresh_report(run: Run) -> Path:
+    """The report of a run, written unless it is newer than the run's manifest, which each notebook writes last."""
+    if run.report.exists() and run.report.stat().st_mtime > (run.folder / "manifest.json").stat().st_mtime:
+        return run.report
+    return build_report(run, inner=fresh_report)
+
+
+def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Path:
     """Write the report of a run from whatever its folder holds so far; sections without content say what is missing.
 
+    Args:
+        run: any run, also a fold of a cross-validation or a combination of a sweep.
+        inner: writes the reports of the folds and combinations in it; None is this function.
+
     Returns:
-        `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides, and
-        the reports of a cross-validation's folds and of a sweep's combinations.
+        `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides.
     """
     manifest, metrics = run.manifest, _read(run.metrics)
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
@@ -60,11 +72,11 @@ def build_report(run: Run) -> Path:
         body, highlighting = _notebook_body(path, [view.name for view in run.figures.glob(f"{path.stem[:2]}_*.html")])
         page = pages.get_template("notebook.html")
         page = page.render(page=path.stem, body=body, highlighting=highlighting, **common)
-        (run.report.parent / f"{path.stem}.html").write_text(page, "utf-8")
+        _write(run.report.parent / f"{path.stem}.html", page)
 
     by_heading = [(heading, list(own)) for heading, own in groupby(lines, attrgetter("heading"))]
     page = pages.get_template("validation.html").render(headings=by_heading, tally=tally(lines), **common)
-    (run.report.parent / "validation.html").write_text(page, "utf-8")
+    _write(run.report.parent / "validation.html", page)
 
     script = (_PAGES / "report.js").read_text("utf-8")
     page = pages.get_template("index.html").render(
@@ -81,13 +93,14 @@ def build_report(run: Run) -> Path:
         regions=list(REGIONS),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
-        experiments=_read(run.experiments),
-        folds=_folds(run),
-        sweep=_sweep(run),
+        answers=_read(run.answers),
+        folds=_folds(run, inner or build_report),
+        sweep=_sweep(run, inner or build_report),
+        outer=(run.folder.parent.parent / "manifest.json").exists() and run.expected == list(PER_FOLD),
         review=reviewed,
         causes=CAUSES,
         audit=_audit(run, manifest),
-        splits=_read(run.splits),
+        shared_out=_shared_out(run),
         manifest=manifest,
         compared=predicted_and_measured(manifest),
         duration=duration,
@@ -96,8 +109,13 @@ def build_report(run: Run) -> Path:
         },
         **common,
     )
-    run.report.write_text(page, "utf-8")
+    _write(run.report, page)
     return run.report
+
+
+def _write(path: Path, page: str) -> None:
+    with whole_file(path) as file:
+        file.write(page)
 
 
 def _read(path: Path) -> dict:
@@ -111,11 +129,13 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
     by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
     if status == "finished" or (status is None and by_hand):
         return ""
-    if status is None and stages and run.manifest.get("shared"):
-        return f"{stage} did not run here: in folds and sweeps 00 and 01 run once for all, 02 and 03 in each, 04 not."
+    if stage not in run.expected:
+        once, each = ", ".join(ONCE), ", ".join(PER_FOLD)
+        return f"{stage} is no part of this run: of a cross-validation or a sweep, {once} run once, {each} each time."
     if status is None:
         name = run.name if run.folder.parent.name == "runs" else run.folder
         how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
+        how = run.manifest["command"] if run.manifest.get("shared") else how
         return f"{stage} has not run yet: {how} makes this section."
     return f"{stage} is not finished ({status}): this section shows what it left."
 
@@ -125,43 +145,42 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
     figures, cases = {}, metrics.get("cases", {})
     if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
         figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
-    if run.folds:
-        scored = {f"fold {own.name}": own for own in run.folds if own.history.exists() and own.metrics.exists()}
+    if folds := run.folds:
+        scored = {f"fold {own.folder.name}": own for own in folds if own.history.exists() and own.metrics.exists()}
         if scored:
             histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
             by_fold = {name: _read(own.metrics) for name, own in scored.items()}
-            headline = f"{len(scored)} folds of a cross-validation"
+            headline = f"{len(scored)} of {len(_read(run.splits)['folds'])} folds"
             figures["02_folds"] = plots.comparison(histories, by_fold, headline=headline, simulated=simulated)
         if cases:
             figures["03_scores"] = plots.score_distributions(metrics, simulated=simulated)
             figures["03_patients"] = plots.patient_dice(metrics, simulated=simulated)
-        if reviewed.cases:
-            shown = _modality(next(iter(reviewed.cases.values())))
-            how = {"modality": shown, "simulated": simulated}
-            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, cases, **how)
+        if known := {case_id: cases[case_id] for case_id in reviewed.cases}:
+            how = {"modality": _shown_first(reviewed.cases[next(iter(known))]), "simulated": simulated}
+            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, known, **how)
     for name, figure in figures.items():
         plots.save_figure(figure, run.figures / f"{name}.png")
 
 
-def _modality(case: Case) -> str:
-    """The one to show first."""
+def _shown_first(case: Case) -> str:
+    """The modality to show first: T1ce, where there is one."""
     return "t1ce" if "t1ce" in case.images else next(iter(case.images))
 
 
-def _folds(run: Run) -> list[dict]:
+def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
     """A row for each fold of a cross-validation, with its own report behind it."""
     rows = []
     for own in run.folds:
         manifest, summary = own.manifest, _read(own.metrics).get("summary", {})
-        best = manifest.get("best_epoch")
-        epoch = pd.read_csv(own.history).iloc[best - 1] if best else {}
+        history = pd.read_csv(own.history).to_dict("records") if own.history.exists() else []
+        best, dice = best_epoch(history) if history else (None, None)
         rows.append(
             {
-                "name": own.name,
-                "link": _link(run, _fresh(own)),
+                "name": own.folder.name,
+                "link": _link(run, own.folder, inner),
                 "patients": manifest["patients"],
                 "best": best,
-                "validation": fmean(epoch[f"dice_{region}"] for region in REGIONS) if best else None,
+                "validation": dice,
                 "dice": {region: summary.get(region, {}).get("dice", {}).get("mean") for region in REGIONS},
                 "seconds": sum(entry.get("seconds") or 0 for entry in manifest["stages"].values()),
             }
@@ -169,24 +188,34 @@ def _folds(run: Run) -> list[dict]:
     return rows
 
 
-def _sweep(run: Run) -> dict:
+def _sweep(run: Run, inner: Callable[[Run], Path]) -> dict:
     """`sweep.csv`, with the report of each combination behind it."""
     if not (path := run.folder / "sweep.csv").exists():
         return {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
-    links = [_link(run, _fresh(Run(run.folder / "sweep" / row[0]))) for row in rows]
-    return {"head": head, "rows": list(zip(links, rows, strict=True))}
+    rows = [(name, _link(run, run.folder / "sweep" / name, inner), list(map(float, dice))) for name, *dice in rows]
+    return {"head": head, "rows": rows}
 
 
-def _fresh(run: Run) -> Path:
-    """The report of a fold or combination, written unless it is newer than its scores."""
-    made = run.report.stat().st_mtime if run.report.exists() else 0
-    return run.report if run.metrics.exists() and made > run.metrics.stat().st_mtime else build_report(run)
+def _link(run: Run, folder: Path, inner: Callable[[Run], Path]) -> str | None:
+    """From the report of `run` to that of the run in `folder`, which `inner` writes first; None where it cannot."""
+    if not (folder / "manifest.json").exists():
+        return None
+    try:
+        return quote(f"../{inner(Run(folder)).relative_to(run.folder).as_posix()}")
+    except Exception as error:  # a run that goes on elsewhere, a disk that is full: no reason to have no report here
+        warn(f"the report of {folder} failed: {error}")
+        return None
 
 
-def _link(run: Run, path: Path) -> str:
-    return quote(f"../{path.relative_to(run.folder)}")
+def _shared_out(run: Run) -> dict[str, list[str]]:
+    """Patients by part, of a cross-validation by the fold that tests them."""
+    splits = _read(run.splits)
+    parts = {part: splits.get(part, []) for part in PARTS}
+    if run.folds:
+        parts = {f"tested by fold {k}": fold["test"] for k, fold in enumerate(splits["folds"])}
+    return {part: ids for part, ids in (parts | {"unlabelled": splits.get("unlabelled", [])}).items() if ids}
 
 
 def _figures(run: Run) -> dict[str, dict[str, str]]:
@@ -235,7 +264,7 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
         tiles["images"] = {name: _data_uri(content, "image/webp") for name, content in tiles["images"].items()}
         tiles["labels"] = _data_uri(tiles["labels"], "image/png")
         names = {name: plots.PRINTED[name] for name in case.images}
-        about = {"id": case_id, "rank": rank, "dice": dice, "modality": _modality(case), "printed": names}
+        about = {"id": case_id, "rank": rank, "dice": dice, "modality": _shown_first(case), "printed": names}
         patients.append(about | tiles)
     regions = [
         {

@@ -6,6 +6,19 @@ from pathlib import Path
 
 from brats_helpers.files import write_json
 
+NEEDS = {
+    "00_setup": (),
+    "01_explore": ("00_setup",),
+    "02_train": ("00_setup",),
+    "03_evaluate": ("02_train",),
+    "04_advanced": ("02_train",),
+}
+"""The notebooks in their order, each with those whose files it reads."""
+
+ONCE = ("00_setup", "01_explore")
+PER_FOLD = ("02_train", "03_evaluate")
+"""With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
+
 
 class RunError(Exception):
     """A run's folder lacks something; the message says what, and which notebook makes it."""
@@ -21,7 +34,7 @@ class Run:
     def __init__(self, folder: Path | str):
         self.folder = from_root(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.name = self.folder.resolve().name
+        self.name = _name(self.folder.resolve())
         self.audit = self.folder / "audit.json"
         self.splits = self.folder / "splits.json"
         self.history = self.folder / "history.csv"
@@ -34,17 +47,26 @@ class Run:
         self.postprocess = self.folder / "postprocess.json"
         self.soft = self.folder / "soft"
         self.submission = self.folder / "submission"
-        self.experiments = self.folder / "experiments.json"
+        self.answers = self.folder / "answers.json"
         self.figures = self.folder / "figures"
         self.notebooks = self.folder / "notebooks"
         self.report = self.folder / "report" / "index.html"
 
     @property
     def folds(self) -> list["Run"]:
-        """The runs of a cross-validation inside this one, as far as they have begun."""
+        """The runs of a cross-validation inside this one, as far as they have begun with the patients of now."""
         parts = json.loads(self.splits.read_text()).get("folds", ()) if self.splits.exists() else ()
-        places = [self.folder / "folds" / str(k) for k in range(len(parts))]
-        return [Run(place) for place in places if (place / "manifest.json").exists()]
+        begun = []
+        for k, part in enumerate(parts):
+            place = self.folder / "folds" / str(k) / "splits.json"
+            if place.exists() and part.items() <= json.loads(place.read_text()).items():
+                begun.append(Run(place.parent))
+        return begun
+
+    @property
+    def expected(self) -> list[str]:
+        """The notebooks that belong to this run: all, but in folds and sweeps, and what holds them, not all."""
+        return self.manifest.get("expected", list(NEEDS))
 
     @property
     def manifest(self) -> dict:
@@ -74,9 +96,17 @@ class Run:
         if stage == "03_evaluate":
             paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
         if stage == "04_advanced":
-            paths.append(self.experiments)
+            paths.append(self.answers)
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+def _name(folder: Path) -> str:
+    """Its folder's name; of a fold or a combination after that of the run that holds it."""
+    kinds = {"folds": "fold ", "sweep": ""}
+    if folder.parent.name in kinds:
+        return f"{_name(folder.parent.parent)}, {kinds[folder.parent.name]}{folder.name}"
+    return folder.name
 
 
 def from_root(path: Path | str) -> Path:

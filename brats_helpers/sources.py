@@ -277,11 +277,11 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _clients() -> list[str]:
+    _take_colab_secret()
     if asked := os.environ.get("BRATS_KAGGLE_CLIENT"):
         if asked not in ("kaggle", "kagglehub"):
             raise DataError(f"BRATS_KAGGLE_CLIENT is {asked!r}, expected kaggle or kagglehub. Correct it or unset it.")
         return [asked]
-    _take_colab_secret()
     account = ["kaggle"] * bool(credentials())
     return ["kagglehub", *account] if _in_colab() else account or ["kagglehub"]
 

@@ -30,20 +30,7 @@ from typing import TextIO
 
 from brats_helpers.environment import ROOT, installed, name_of, required
 from brats_helpers.log import done, duration, fail, timing, warn
-from brats_helpers.runs import Run
-
-NEEDS = {
-    "00_setup": (),
-    "01_explore": ("00_setup",),
-    "02_train": ("00_setup",),
-    "03_evaluate": ("02_train",),
-    "04_advanced": ("02_train",),
-}
-"""The notebooks in their order, each with those whose files it reads."""
-
-ONCE = ("00_setup", "01_explore")
-PER_FOLD = ("02_train", "03_evaluate")
-"""With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
+from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 
 EXIT_CODES = {
     0: "it is finished; where --time-limit came first, it is scored all the same",
@@ -196,7 +183,10 @@ def _arguments() -> _Arguments:
     )
     parser.add_argument("--profile", metavar="NAME", help="a set of parameters, see below; default: demo")
     parser.add_argument(
-        "--data", metavar="PATH|phantom|kaggle", help="a folder of patients, simulated ones, or Kaggle's"
+        "--data",
+        metavar="FOLDER|NAME",
+        help="a folder of patients, or phantom (simulated ones), kaggle (which is brats2020), brats2021,"
+        " brats2020-slices",
     )
     parser.add_argument(
         "--run", metavar="NAME|FOLDER", help="folder runs/NAME, or any, as on a drive; default: the profile's name"
@@ -221,7 +211,7 @@ def _arguments() -> _Arguments:
         default=0.0,
         help="of the whole run: training ends in time to be scored, and what runs when it comes is stopped",
     )
-    parser.add_argument("--log", metavar="FILE", type=Path, help="write what is printed to FILE too, after what it has")
+    parser.add_argument("--log", metavar="FILE", type=Path, help="append what is printed to FILE")
     parser.add_argument(
         "--on", choices=["kaggle"], help="run it as a private notebook on Kaggle's GPUs and bring back what it leaves"
     )
@@ -470,7 +460,7 @@ def help_text(root: Path = ROOT) -> str:
     for stage, notebook in read_notebooks(root).items():
         lines.append(f"  {stage}")
         for p in notebook.parameters.values():
-            lines.append(f"    {p.name:<18} {p.type:<6} {str(p.default) or '(empty)':<26} {p.meaning}")
+            lines.append(f"    {p.name:<18} {p.type:<6} {str(p.default) or '(empty)':<26}  {p.meaning}")
     return "\n".join(lines)
 
 
@@ -537,6 +527,9 @@ def _start_workers(plan: Plan, argv: list[str]) -> int:
     except ImportError:
         fail("--workers needs submitit: pip install submitit. Or start the same command several times without it.")
         return 1
+    except OSError as error:
+        fail(str(error))
+        return 1
 
 
 def _work(argv: list[str]) -> int:
@@ -550,7 +543,7 @@ def _run(plan: Plan) -> int:
     if plan.folds or any(plan.sweep):
         from brats_helpers.folds import share_out
 
-        finished = share_out(plan, run, once=ONCE, per_fold=PER_FOLD, begin=_begin, run_stages=_run_stages)
+        finished = share_out(plan, run, begin=_begin, run_stages=_run_stages)
     else:
         _begin(plan, run)
         for need in sorted(_before(plan.stages) - set(plan.stages)):
@@ -577,10 +570,12 @@ def _begin(plan: Plan, run: Run, **entries) -> None:
 
 
 def _report(run: Run) -> bool:
-    from brats_helpers.report import build_report
+    from brats_helpers.report import fresh_report
+    from brats_helpers.workers import awaited
 
     try:
-        build_report(run)
+        with awaited(run.folder / "claims", "report") if run.manifest.get("shared") else contextlib.nullcontext():
+            fresh_report(run)
     except Exception as error:
         fail(f"the report failed: {_reason(error)}")
         return False
@@ -645,6 +640,8 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     try:
         _papermill(plan, stage, run.notebooks)
         status = "finished"
+        if stage == "00_setup":
+            entry["splits"] = _shared_out(run)
     except Exception as error:
         status = "failed"
         fail(_what_failed(stage, run.notebooks / f"{stage}.ipynb", error))
@@ -656,10 +653,18 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     return status == "finished"
 
 
+def _shared_out(run: Run) -> str | None:
+    """A digest of who is in which part."""
+    return hashlib.sha256(run.splits.read_bytes()).hexdigest()[:16] if run.splits.exists() else None
+
+
 def _data_changed(run: Run, stage: str) -> bool:
-    """Whether the patients that 00_setup shared out are no longer those on disk."""
+    """Whether the patients that 00_setup shared out here are no longer those on disk, or shared out otherwise."""
     if stage != "00_setup" or not run.splits.exists():
         return False
+    if run.manifest["stages"][stage].get("splits", _shared_out(run)) != _shared_out(run):
+        warn(f"{run.splits} is not what {stage} left in this run: the notebook was run by hand as well")
+        return True
     from brats_helpers.cases import DataError
     from brats_helpers.splits import load_parts
 

@@ -14,10 +14,10 @@ from itertools import combinations
 from pathlib import Path
 
 from brats_helpers.cases import CLASSES, LABELS, REGIONS
+from brats_helpers.files import whole_file
 from brats_helpers.log import FAIL, OK, WARN, duration
 from brats_helpers.review import Review
 from brats_helpers.runs import Run
-from brats_helpers.suite import NEEDS
 
 NOT_APPLICABLE = "not applicable"
 MEANINGS = {OK: "held", WARN: "partly", FAIL: "not", NOT_APPLICABLE: "not applicable"}
@@ -72,7 +72,8 @@ def write_markdown(path: Path, name: str, lines: list[Line], *, simulated: bool)
         text += ["", f"## {heading}", "", "| held? | check | evidence |", "| --- | --- | --- |"]
         own = [line for line in lines if line.heading == heading]
         text += [f"| {line.mark} | {_literal(line.check)} | {_literal(line.evidence)} |" for line in own]
-    path.write_text("\n".join(text) + "\n", "utf-8")
+    with whole_file(path) as file:
+        file.write("\n".join(text) + "\n")
 
 
 def _literal(text: str) -> str:
@@ -112,13 +113,18 @@ class _Facts:
     @cached_property
     def parts(self) -> dict[str, list[str]]:
         """The parts that must share nobody: of a cross-validation the test parts of its folds."""
-        if self.run.folds:
+        if self.folds:
             return {f"fold {k}": parts["test"] for k, parts in enumerate(self.splits["folds"])}
         return {name: self.splits[name] for name in ("train", "val", "test")}
 
     @property
     def tested(self) -> list[str]:
-        return sum(self.parts.values(), []) if self.run.folds else self.parts["test"]
+        """Who is to be scored: of a cross-validation everyone."""
+        return sum(self.parts.values(), []) if self.folds else self.parts["test"]
+
+    @cached_property
+    def folds(self) -> list[Run]:
+        return self.run.folds
 
     @cached_property
     def metrics(self) -> dict:
@@ -219,6 +225,13 @@ def _parts(facts):
 
 @_line("Data set integration", "No patient is in two parts")
 def _disjoint(facts):
+    if facts.folds:
+        tests = Counter(case_id for ids in facts.parts.values() for case_id in ids)
+        twice = {case_id for case_id, times in tests.items() if times > 1}
+        for parts in facts.splits["folds"]:
+            twice |= {case_id for case_id, times in Counter(sum(parts.values(), [])).items() if times > 1}
+        evidence = f"splits.json: {len(tests)} patients, each tested by one of {len(facts.parts)} folds and in one part"
+        return _mark(not twice), evidence + _but("but not", sorted(twice))
     pairs = list(combinations(facts.parts, 2))
     shared = {f"{a} ∩ {b}": set(facts.parts[a]) & set(facts.parts[b]) for a, b in pairs}
     evidence = "splits.json: " + ", ".join(f"{pair} {len(ids)}" for pair, ids in shared.items())
@@ -248,16 +261,16 @@ def _unseen(facts):
 def _out_of_fold(facts):
     import torch
 
-    trained = [fold for fold in facts.run.folds if fold.best.exists()]
-    if not trained:
+    if not facts.folds:
         raise _NotDone("no cross-validation")
-    leaked = []
+    trained = [fold for fold in facts.folds if fold.best.exists()]
+    if not trained:
+        raise _NotDone("no fold is trained yet")
+    leaked = [*facts.metrics.get("leakage", ())]
     for fold in trained:
         saved = torch.load(fold.best, map_location="cpu", weights_only=True, mmap=True)
-        leaked += sorted({*saved["train_cases"], *saved["val_cases"]} & {*facts.parts[f"fold {fold.name}"]})
-    evidence = (
-        f"best.pt of {len(trained)} folds: {len(leaked)} of their own test patients among those they learned from"
-    )
+        leaked += sorted({*saved["train_cases"], *saved["val_cases"]} & {*facts.parts[f"fold {fold.folder.name}"]})
+    evidence = f"best.pt of {len(trained)} of {len(facts.parts)} folds, and metrics.json: {len(leaked)} leaked"
     return _mark(not leaked), evidence + _but("seen", leaked)
 
 
@@ -390,7 +403,7 @@ def _fell(facts):
     return _mark(finite and losses[-1] < losses[0]), evidence
 
 
-def _best(history: list[dict[str, float]]) -> tuple[int, float]:
+def best_epoch(history: list[dict[str, float]]) -> tuple[int, float]:
     """The first epoch with the highest mean validation Dice of the regions, and that Dice."""
     means = [sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS) for row in history]
     return means.index(max(means)) + 1, max(means)
@@ -398,7 +411,7 @@ def _best(history: list[dict[str, float]]) -> tuple[int, float]:
 
 @_line("Training loop", "The kept epoch is the best one on validation")
 def _kept(facts):
-    best, dice = _best(facts.history)
+    best, dice = best_epoch(facts.history)
     kept, named = facts.checkpoint["epoch"], facts.manifest["best_epoch"]
     evidence = f"history.csv: epoch {best}, mean Dice {dice:.3f}; best.pt: epoch {kept}; manifest.json: epoch {named}"
     return _mark(best == kept == named), evidence
@@ -408,7 +421,7 @@ def _kept(facts):
 def _stopped(facts):
     settings, n = facts.checkpoint["settings"], len(facts.history)
     epochs, patience, minutes = (settings[name] for name in ("epochs", "patience", "minutes"))
-    (best, _), seconds = _best(facts.history), facts.history[-1]["seconds"]
+    (best, _), seconds = best_epoch(facts.history), facts.history[-1]["seconds"]
     reasons = [
         (n == epochs, f"all {n} epochs are done"),
         (patience and n - best == patience, f"{patience} epochs without progress after epoch {best}"),
@@ -516,13 +529,12 @@ def _honest(facts):
 
 @_line("Code quality", "Every notebook finished")
 def _finished(facts):
-    status = {stage: facts.manifest.get("stages", {}).get(stage, {}).get("status") for stage in NEEDS}
+    status = {stage: facts.manifest.get("stages", {}).get(stage, {}).get("status") for stage in facts.run.expected}
     never = [stage for stage in status if status[stage] is None]
     broken = [stage for stage in status if status[stage] not in ("finished", None)]
-    evidence = f"manifest.json: {len(NEEDS) - len(never) - len(broken)} of {len(NEEDS)}"
+    evidence = f"manifest.json: {len(status) - len(never) - len(broken)} of {len(status)}"
     evidence += _but("not finished", broken) + _but("not run", never)
-    shared = facts.manifest.get("shared", False)  # folds and sweeps run 00 and 01 once, 02 and 03 in each, 04 not
-    return FAIL if broken else _mark(shared or not never, WARN), evidence
+    return FAIL if broken else _mark(not never, WARN), evidence
 
 
 @_line("Code quality", "Notebooks ran from top to bottom without an error")

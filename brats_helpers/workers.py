@@ -94,6 +94,12 @@ def _beat(own: Path, next_one: Path, over: threading.Event) -> None:
         os.utime(own)
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def start(work: Callable[[list[str]], int], argv: list[str], *, workers: int, folder: Path, job: dict) -> int:
     """Start `workers` times `work(argv)` through submitit, and wait for them.
 
@@ -103,13 +109,15 @@ def start(work: Callable[[list[str]], int], argv: list[str], *, workers: int, fo
     Args:
         work: returns 0 once all of the run is finished, by whichever worker.
         folder: for submitit's files, among them what each worker prints.
-        job: what submitit asks of SLURM for each worker, such as `{"timeout_min": 600, "slurm_partition": "gpu"}`.
+        job: what submitit asks of SLURM for each worker, such as `{"timeout_min": 600, "slurm_partition": "gpu"}`;
+            a day each unless it says so.
 
     Returns:
         0 if the run is finished, else 1.
 
     Raises:
         ImportError: submitit is not installed.
+        OSError: this machine has GPUs, and no SLURM that would give each worker its own.
     """
     import submitit
 
@@ -120,7 +128,12 @@ def start(work: Callable[[list[str]], int], argv: list[str], *, workers: int, fo
             return work(argv)
 
     executor = submitit.AutoExecutor(folder)  # SLURM where there is one, else processes of this machine
-    executor.update_parameters(**({"timeout_min": 60 * 24 * 7} if executor.cluster == "local" else {}) | job)
+    if executor.cluster == "local" and _has_gpu():
+        raise OSError(
+            "on one machine workers cannot share out its GPUs: start the same command once for each of them instead,"
+            " with CUDA_VISIBLE_DEVICES=0 and so on before it"
+        )
+    executor.update_parameters(**{"timeout_min": 60 * 24} | job)
     jobs = executor.map_array(Worker(), [argv] * workers)
     print(f"{workers} workers on {executor.cluster}; what they print: {jobs[0].paths.stdout} and so on", flush=True)
     codes = []

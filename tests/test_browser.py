@@ -11,7 +11,7 @@ from PIL import Image
 
 from brats_helpers.plots import COLOURS
 from brats_helpers.report import build_report
-from brats_helpers.suite import NEEDS
+from brats_helpers.runs import NEEDS
 
 from .tiny_run import HOSTILE, write_tiny_run
 

@@ -128,6 +128,13 @@ def test_an_offline_laptop_without_the_suite_fails_at_once(machine, tmp_path):
     assert not facts and "CalledProcessError" in done.stderr and "git" in done.stderr
 
 
+@pytest.mark.parametrize(("name", "active"), [("base", ""), ("brats", "/opt/conda")])
+def test_condas_base_is_not_filled(name, active):
+    environ = {"PATH": os.environ["PATH"], "CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": name}
+    command = ["bash", "-c", f'source "{ROOT}/setup_env.sh"; echo "$active"']
+    assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout.strip() == active
+
+
 def test_where_the_package_is_nothing_is_done(machine, tmp_path):
     done, facts = machine(tmp_path, PYTHONPATH=str(ROOT), PATH="/nowhere")
     assert facts["from"] == str(ROOT / "brats_helpers" / "__init__.py"), done.stderr

@@ -42,11 +42,11 @@ def test_answers_are_kept_for_the_report_by_question(tmp_path, capsys):
     run, found = Run(tmp_path), {"a": scores([0.5] * ENOUGH), "b": scores([0.6] * ENOUGH)}
     keep_answers(run, "04_start.png", found)
     keep_answers(run, "04_few_1.png", {"b": found["b"], "a": found["a"]})
-    kept = json.loads(run.experiments.read_text())
+    kept = json.loads(run.answers.read_text())
     assert list(kept) == ["04_start.png", "04_few_1.png"] and kept["04_start.png"] == answers(found)
     assert capsys.readouterr().out.splitlines() == sum(kept.values(), [])
     run.forget("04_advanced")
-    assert not run.experiments.exists()
+    assert not run.answers.exists()
 
 
 def test_with_few_to_test_everyone_is_left_out_once(tiny_patients):

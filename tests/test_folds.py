@@ -165,13 +165,47 @@ def test_a_sweep_is_told_by_validation_and_keeps_each_combination(checkout):
     assert code == 0, said
     run = checkout / "runs" / "swept"
     # The stub's best epoch has Dice 0, 0 and 3 lr.
-    assert (run / "sweep.csv").read_text().splitlines()[1:] == [
-        "lr=0.2;flips=true,0.2,0.2",
-        "lr=0.1;flips=true,0.1,0.1",
-    ]
+    assert (run / "sweep.csv").read_text().splitlines()[1:] == ["lr=0.2;flips=true,0.2", "lr=0.1;flips=true,0.1"]
+    assert "lr=0.2;flips=true" in (run / "report" / "index.html").read_text("utf-8")
     for lr in (0.1, 0.2):
         stages = json.loads((run / "sweep" / f"lr={lr};flips=true" / "manifest.json").read_text())["stages"]
         assert stages["02_train"]["parameters"]["lr"] == lr and stages["03_evaluate"]["parameters"]["flips"] is True
+
+
+def test_a_sweep_of_folds_gathers_each_combination_and_two_may_share_it_to_its_end(checkout):
+    command = ["--run", "both", "--folds", str(N), "--sweep", "lr", "0.1", "0.2"]
+    together = [start(checkout, *command) for _ in range(2)]
+    for process in together:
+        code, said = finish(process)
+        assert code == 0, said
+    run = checkout / "runs" / "both"
+    for lr in (0.1, 0.2):
+        check_table(run / "sweep" / f"lr={lr}")
+    assert (run / "sweep.csv").read_text().splitlines()[1:] == ["lr=0.2,0.2,0.2,0.2", "lr=0.1,0.1,0.1,0.1"]
+    assert not (run / "metrics.json").exists()
+
+
+def test_other_parameters_leave_nothing_of_the_old_scores(checkout):
+    run = checkout / "runs" / "changed"
+    code, said = finish(start(checkout, "--folds", str(N), "--run", "changed"))
+    assert code == 0, said
+    process = start(checkout, "--folds", str(N), "--run", "changed", "-p", "hold", str(run / "never"))
+    holder(run, set(map(int, (run / "folds" / "1" / "trained").read_text().split())))
+    process.kill()
+    finish(process)
+    assert not (run / "metrics.json").exists()
+    assert "-p hold" in json.loads((run / "folds" / "1" / "manifest.json").read_text())["command"]
+    code, said = finish(start(checkout, "--folds", str(N), "--run", "changed"))
+    assert code == 0, said
+    check_table(run)
+    assert "-p hold" not in json.loads((run / "folds" / "1" / "manifest.json").read_text())["command"]
+
+
+def test_workers_are_refused_where_they_would_fight_for_gpus(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(workers, "_has_gpu", lambda: True)
+    with pytest.raises(OSError, match="start the same command once for each"):
+        workers.start(print, [], workers=2, folder=tmp_path, job={})
 
 
 @pytest.mark.parametrize(

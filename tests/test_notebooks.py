@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers.suite import NEEDS, profiles, read_notebooks, read_profile
+from brats_helpers.runs import NEEDS
+from brats_helpers.suite import profiles, read_notebooks, read_profile
 
 ROOT = Path(__file__).parents[1]
 STAGES = list(NEEDS)

@@ -26,8 +26,8 @@ def load(folder):
 
 def test_files_are_brats_files(made):
     root, folders = made
-    assert [folder.relative_to(root).as_posix() for folder in folders] == ["Sim_000", "Sim_001"]
-    files = {f"Sim_000_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2", "seg")}
+    assert [folder.relative_to(root).as_posix() for folder in folders] == ["Sim_3_000", "Sim_3_001"]
+    files = {f"Sim_3_000_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2", "seg")}
     assert {path.name for path in folders[0].iterdir()} == files
     for path in folders[0].iterdir():
         image = nib.load(path)
@@ -36,7 +36,7 @@ def test_files_are_brats_files(made):
         # BraTS: X runs to the right-hand side's minus, Y to the front's minus, first voxel at (0, 239, 0).
         assert image.affine.tolist() == [[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]]
         assert image.get_data_dtype() == (np.uint8 if "seg" in path.name else np.int16)
-    stored = np.asanyarray(nib.load(folders[0] / "Sim_000_seg.nii.gz").dataobj)
+    stored = np.asanyarray(nib.load(folders[0] / "Sim_3_000_seg.nii.gz").dataobj)
     assert set(np.unique(stored)) <= {0, 1, 2, 4}
 
 
@@ -74,13 +74,14 @@ def test_a_patient_depends_on_seed_and_number_alone(made, tmp_path):
     other = phantom.make_cases(tmp_path / "other", n_cases=1, seed=4, workers=1)
     assert not np.array_equal(load(folders[0])[1], load(other[0])[1])
     assert not np.array_equal(load(folders[0])[1], load(folders[1])[1])
+    assert [folder.name for folder in (*folders, *other)] == ["Sim_3_000", "Sim_3_001", "Sim_4_000"]
 
 
 def test_finished_folders_are_kept_and_half_ones_never_appear(made, tmp_path, monkeypatch):
     root = tmp_path / "root"
     shutil.copytree(made[0], root)
-    shutil.rmtree(root / "Sim_001")
-    (root / "Sim_000" / "note").touch()
+    shutil.rmtree(root / "Sim_3_001")
+    (root / "Sim_3_000" / "note").touch()
 
     blank = np.zeros((2, 2, 2), np.int16)
     monkeypatch.setattr(phantom, "simulate_case", lambda rng: (dict.fromkeys(MODALITIES, blank), blank))
@@ -94,12 +95,12 @@ def test_finished_folders_are_kept_and_half_ones_never_appear(made, tmp_path, mo
     monkeypatch.setattr(nib, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         phantom.make_cases(root, n_cases=2, seed=3, workers=1)
-    assert sorted(path.name for path in root.iterdir()) == ["SIMULATED.txt", "Sim_000"]
+    assert sorted(path.name for path in root.iterdir()) == ["SIMULATED.txt", "Sim_3_000"]
 
     monkeypatch.setattr(nib, "save", real_save)
     phantom.make_cases(root, n_cases=2, seed=3, workers=1)
-    assert (root / "Sim_000" / "note").exists()
-    assert len(list((root / "Sim_001").iterdir())) == len(MODALITIES) + 1
+    assert (root / "Sim_3_000" / "note").exists()
+    assert len(list((root / "Sim_3_001").iterdir())) == len(MODALITIES) + 1
 
 
 def test_the_folder_says_that_it_is_simulated(made, tmp_path):
@@ -114,8 +115,8 @@ def test_patients_below_or_behind_links_are_simulated_too(made, tmp_path):
     shutil.copytree(made[0], tmp_path / "data" / "simulated-3-2")  # real ones beside them: a mixture
     assert phantom.is_simulated(tmp_path / "data") and not phantom.is_simulated(tmp_path / "data" / "real")
     for name, target in {
-        "folders/Sim_000": made[1][0],
-        "files/Sim_000_t1.nii.gz": made[1][0] / "Sim_000_t1.nii.gz",
+        "folders/Sim_3_000": made[1][0],
+        "files/Sim_3_000_t1.nii.gz": made[1][0] / "Sim_3_000_t1.nii.gz",
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).symlink_to(target)
@@ -134,7 +135,7 @@ def test_two_runs_at_once_end_as_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(phantom, "simulate_case", overtaken)
     assert sorted(phantom.make_cases(tmp_path, n_cases=1, seed=3, workers=1)[0].iterdir()) == sorted(made)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["SIMULATED.txt", "Sim_000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SIMULATED.txt", "Sim_3_000"]
 
 
 def test_the_mark_is_written_once_and_whole(tmp_path):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from brats_helpers import report
 from brats_helpers.__main__ import main
-from brats_helpers.report import build_report
-from brats_helpers.runs import Run
-from brats_helpers.suite import NEEDS
+from brats_helpers.report import build_report, fresh_report
+from brats_helpers.runs import NEEDS, Run
 
 from .tiny_run import HOSTILE, write_tiny_folds, write_tiny_run
 
@@ -194,7 +194,7 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     bare.record(excluded={"D_1": ["flat"]}, preflight={"predicted": {"seconds": 100}, "measured": {"seconds": 150.0}})
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
     post = {"rules": {"et_voxels": 30}, "test": {"n": 2, "before": dice, "after": dice | {"ET": 0.65}}}
-    bare.experiments.write_text(json.dumps({"04_start.png": ["frozen against fine-tuned: better."]}))
+    bare.answers.write_text(json.dumps({"04_start.png": ["frozen against fine-tuned: better."]}))
     uncertainty = {"auc": 0.9312, "auc_tumour": 0.75}
     page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
     assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
@@ -225,23 +225,74 @@ def test_a_cross_validation_shows_its_folds_with_their_own_reports(tmp_path):
     folds = [row for row in page.rows if row[0].startswith("fold ")]
     by_id = json.loads(run.metrics.read_text())["cases"]
     exact = [f"{by_id['Exact_0'][region]['dice']:.3f}" for region in ("WT", "TC", "ET")]
-    assert folds[0] == ["fold 0", "1", "1", "1", "2", "0.800", *exact, "1 min 01 s"] and len(folds) == 2
+    assert folds[0] == ["fold 0", "1", "1", "1", "2", "0.800", *exact, "2 min 02 s"] and len(folds) == 2
     for k in range(2):
         link = f"../folds/{k}/report/index.html"
         assert link in page.links and (run.report.parent / link).exists()
     assert len([row for row in page.rows if row[0] in by_id and len(row) == 9]) == 3  # every patient of either fold
     drawn = {path.name for path in run.figures.glob("0[23]*")}
     assert drawn == {"02_folds.png", "03_volumes.png", "03_scores.png", "03_patients.png", "03_overlays.png"}
-    assert "04_advanced did not run here: in folds and sweeps" in page.text and "--only 04" not in page.text
+    assert "04_advanced is no part of this run" in page.text and "--only 04" not in page.text
+    assert "over 3 simulated patients, each scored by the fold that tested it" in " ".join(page.text.split())
+    assert ["tested by fold 1", "2", f"{HOSTILE}, NoET_0"] in page.rows
+    own = Page(run.folds[1].report)
+    assert "Run tiny, fold 1" in own.text and "../../../report/index.html" in own.links
+    assert "00_setup is no part of this run" not in own.text and "01_explore is no part of this run" in own.text
 
 
-def test_a_sweep_shows_its_ranking(bare):
-    (bare.folder / "sweep.csv").write_text("combination,fold 0\nlr=0.1;flips=true,0.2\n")
+def test_a_cross_validation_that_goes_on_shows_what_there_is(tmp_path):
+    run = write_tiny_folds(tmp_path)
+    done, again = run.folds
+    again.metrics.unlink()
+    again.forget("02_train")
+    again.record(best_epoch=12, stages={"02_train": {"status": "running"}})  # of its last training
+    lines = again.history.read_text().splitlines(keepends=True)
+    again.history.write_text("".join(lines[:2]))
+    page = Page(build_report(run))
+    assert ["fold 1", "1", "1", "2", "1", "0.500", "–", "–", "–", "–"] in page.rows
+    assert "03_evaluate has not run yet: ./run_all.sh --run tiny makes this section" in Page(again.report).text
+    parts = json.loads(run.splits.read_text())
+    parts["folds"][1]["test"] = ["Train_0"]
+    run.splits.write_text(json.dumps(parts))  # 00_setup again, with other parts: the old fold is none of this run
+    assert [fold.name for fold in run.folds] == ["tiny, fold 0"] == [done.name]
+    assert not any(row[0] == "fold 1" for row in Page(build_report(run)).rows)
+
+
+def test_reports_of_folds_are_written_again_where_they_are_older_and_one_that_fails_is_no_link(tmp_path, monkeypatch):
+    run = write_tiny_folds(tmp_path)
+    built = []
+
+    def noting(own, **how):
+        built.append(own.name)
+        if own.folder.name == "1" and len(built) > 3:
+            raise OSError("a disk that is full")
+        return build(own, **how)
+
+    build = report.build_report
+    monkeypatch.setattr(report, "build_report", noting)
+    fresh_report(run)
+    assert built == ["tiny", "tiny, fold 0", "tiny, fold 1"]
+    fresh_report(run)
+    assert len(built) == 3
+    run.folds[1].record(seed=1)
+    run.record(seed=0)
+    fresh_report(run)
+    assert built[3:] == ["tiny", "tiny, fold 1"]
+    page = Page(run.report)
+    assert "../folds/0/report/index.html" in page.links and "../folds/1/report/index.html" not in page.links
+
+
+def test_a_sweep_shows_its_ranking_and_has_no_scores_of_its_own(bare):
+    bare.metrics.unlink()
+    (bare.folder / "sweep.csv").write_text("combination,validation Dice\nlr=0.1;flips=true,0.25\ngone,0.2\n")
     Run(bare.folder / "sweep" / "lr=0.1;flips=true").record(stages={})
     page = Page(build_report(bare))
-    assert ["lr=0.1;flips=true", "0.2"] in page.rows
+    assert ["lr=0.1;flips=true", "0.250"] in page.rows and ["gone", "0.200"] in page.rows
     assert (bare.folder / "sweep" / "lr=0.1;flips=true" / "report" / "index.html").exists()
-    assert "../sweep/lr%3D0.1%3Bflips%3Dtrue/report/index.html" in page.links
+    assert [link for link in page.links if "sweep" in link] == [
+        "#sweep", "#sweep", "../sweep/lr%3D0.1%3Bflips%3Dtrue/report/index.html",
+    ]  # fmt: skip
+    assert not (bare.folder / "sweep" / "gone").exists() and "No patient is scored yet" not in page.text
 
 
 def test_simulated_is_marked_on_every_page_or_on_none(run, bare):

@@ -627,3 +627,6 @@ def test_a_token_in_colabs_secrets_is_used_where_its_owner_allows_it(monkeypatch
     assert sources._clients() == ["kagglehub"]
     secrets.get = {"KAGGLE_API_TOKEN": "KGAT_secret"}.get
     assert sources._clients() == ["kagglehub", "kaggle"] and sources.credentials() == "KAGGLE_API_TOKEN"
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    monkeypatch.setenv("BRATS_KAGGLE_CLIENT", "kaggle")
+    assert sources._clients() == ["kaggle"] and sources.credentials() == "KAGGLE_API_TOKEN"

@@ -10,7 +10,7 @@ import torch
 from brats_helpers import log
 from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.review import review
-from brats_helpers.runs import Run
+from brats_helpers.runs import NEEDS, Run
 from brats_helpers.validation import NOT_APPLICABLE, Line, tally, validate, write_markdown
 
 from .tiny_run import HOSTILE, PARTS, png, write_tiny_folds, write_tiny_run
@@ -80,22 +80,36 @@ def test_a_network_that_saw_a_test_patient(run):
     assert line.mark == log.FAIL and line.evidence.endswith("1 of them test patients; seen: NoET_0")
 
 
-def test_folds_that_know_their_test_patients_and_folds_that_share_them(tmp_path):
+def test_folds_that_know_their_test_patients(tmp_path):
     run = write_tiny_folds(tmp_path)
     lines = look(run)
     assert lines["No fold has seen its test patients"].mark == log.OK
-    assert lines["No patient is in two parts"].evidence == "splits.json: fold 0 ∩ fold 1 0"
+    evidence = "splits.json: 3 patients, each tested by one of 2 folds and in one part"
+    assert lines["No patient is in two parts"].evidence == evidence
     assert lines["Every test patient is scored"].evidence == "metrics.json: 3 of 3"
     assert lines["Every notebook finished"].mark == log.OK
     best = run.folds[1].best
     torch.save(torch.load(best, weights_only=True) | {"val_cases": ["NoET_0"]}, best)
-    content = json.loads(run.splits.read_text())
-    content["folds"][0]["test"].append("NoET_0")
-    run.splits.write_text(json.dumps(content))
     lines = look(run)
     assert lines["No fold has seen its test patients"].mark == log.FAIL
     assert lines["No fold has seen its test patients"].evidence.endswith("seen: NoET_0")
-    assert lines["No patient is in two parts"].mark == log.FAIL
+    run.folds[0].best.unlink()
+    rewrite(run.metrics, leakage=["Exact_0"])
+    line = look(run)["No fold has seen its test patients"]
+    assert line.evidence == "best.pt of 1 of 2 folds, and metrics.json: 2 leaked; seen: Exact_0, NoET_0"
+    run.record(expected=[*NEEDS])
+    assert look(run)["Every notebook finished"].evidence == "manifest.json: 4 of 5; not run: 04_advanced"
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_folds_that_share_patients(tmp_path, part):
+    run = write_tiny_folds(tmp_path)
+    for own, splits in ((run, "folds"), (run.folds[0], None)):
+        content = json.loads(own.splits.read_text())
+        (content[splits][0] if splits else content)[part].append("NoET_0" if part == "test" else "Train_0")
+        own.splits.write_text(json.dumps(content))
+    line = look(run)["No patient is in two parts"]
+    assert line.mark == log.FAIL and line.evidence.endswith("but not: " + ("NoET_0" if part == "test" else "Train_0"))
 
 
 def test_people_under_two_names_and_findings_of_the_audit(run):

@@ -20,9 +20,8 @@ from brats_helpers.files import write_json
 from brats_helpers.folds import gather, member, shares
 from brats_helpers.metrics import CONVENTIONS, collect, score_files, summarise
 from brats_helpers.model import PACKAGED_ENCODER, build_model
-from brats_helpers.runs import Run
+from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.splits import fingerprint, write_splits
-from brats_helpers.suite import NEEDS
 
 from .conftest import write_tiny_case
 
@@ -124,7 +123,8 @@ def write_tiny_folds(root: Path) -> Run:
     scores, members = json.loads(run.metrics.read_text())["cases"], []
     for k, part in enumerate(shares(run)):
         own = member(run, f"folds/{k}", part)
-        own.record(best_epoch=2, stages={"02_train": {"status": "finished", "seconds": 61.0}}, shared=True)
+        made = {stage: {"status": "finished", "seconds": 61.0} for stage in PER_FOLD}
+        own.record(stages=made, shared=True, expected=PER_FOLD)
         shutil.copy(run.history, own.history)
         shutil.copytree(run.checkpoints, own.checkpoints)
         shutil.copytree(run.predictions, own.predictions)
@@ -136,7 +136,7 @@ def write_tiny_folds(root: Path) -> Run:
     gather(run, members, device="cpu", flips=False, convention="brats2020", labels="2020")
     stages = run.manifest["stages"]
     del stages["04_advanced"]
-    run.record(shared=True, stages=stages)
+    run.record(shared=True, stages=stages, expected=[*ONCE, *PER_FOLD])
     return run
 
 
