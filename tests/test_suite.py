@@ -61,7 +61,7 @@ CELLS = {
     ],
 }
 REPORT = """
-def build_report(run):
+def fresh_report(run):
     run.report.parent.mkdir(exist_ok=True)
     run.report.write_text("report")
     return run.report
