@@ -74,9 +74,13 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
             write_json(out / "channels.json", _vote(folder, patients))
         vote = json.loads((out / "channels.json").read_text())
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _WORKERS)) as pool:
-            whole = sum(pool.map(lambda item: _put(*item, vote, out), sorted(patients.items())))
+            problems = list(pool.map(lambda item: _put(*item, vote, out), sorted(patients.items())))
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error}). Make room or choose another data_dir.") from error
+    for volume, problem in zip(sorted(patients), problems, strict=True):
+        if problem:
+            warn(f"left out: volume {volume}: {problem}")
+    whole = problems.count("")
     if not whole:
         raise DataError(f"no patient below {folder} could be put together, see above.")
     done(f"{whole} of {len(patients)} patients put together from their slices")
@@ -105,19 +109,18 @@ def _patients(folder: Path) -> tuple[dict[int, list[Path]], str]:
     }, digest.hexdigest()[:8]
 
 
-def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> bool:
-    """Write one patient unless it is there; say why where that is impossible."""
+def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:
+    """Write one patient unless it is there; return why that is impossible, or nothing."""
     folder = out / f"volume_{volume:03}"
     if folder.exists():
-        return True
+        return ""
     try:
         images, masks = _read(slices)
         kind, order = vote["masks"]
         if masks.any() and mask_kind(masks) not in (kind, "either"):
             raise DataError(f"its masks are no {kind}, as those of the others are.")
     except DataError as error:
-        warn(f"left out: volume {volume}: {error}")
-        return False
+        return str(error)
     volumes = {name: images[..., place] for name, place in zip(MODALITIES, vote["channels"], strict=True)}
     volumes["seg"] = to_labels(masks, kind, order)
     with part_folder(out) as part:
@@ -128,7 +131,7 @@ def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> bool:
         except OSError:
             if not folder.exists():  # else another run was faster
                 raise
-    return True
+    return ""
 
 
 def _read(slices: list[Path]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """The report in a browser: headless Chromium, through playwright. Skipped, with the reason, where there is none."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -24,10 +25,11 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: install the extra `test`")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     found = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as p:
+    with contextlib.ExitStack() as stack:
         try:
+            p = stack.enter_context(playwright.sync_playwright())
             browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
+        except Exception as error:  # playwright's own, or a plain one where its driver lacks a library
             pytest.skip(f"no browser that starts: {str(error).splitlines()[0]}; install Chromium")
         yield browser
         browser.close()
