@@ -90,6 +90,7 @@ def test_colab_with_a_clone_and_results_on_drive(machine, tmp_path):
     assert f"mounted {tmp_path}/content/drive\n" in done.stdout
     assert facts["from"].startswith(str(tmp_path / "python"))  # a plain install, that a running kernel can import
     assert facts["torch"].startswith(str(tmp_path / "python"))
+    assert "would be ignored" not in done.stdout + done.stderr  # setuptools, of folders that are no packages
     assert not (tmp_path / "python" / "bin" / "torchrun").exists()  # the torch that was there, not another
     assert facts["clients"] == ["kagglehub"]
 
