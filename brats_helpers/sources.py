@@ -34,14 +34,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from brats_helpers.cases import DataError, walk
+from brats_helpers.files import write_json
 from brats_helpers.log import done, duration
-from brats_helpers.runs import write_json
 from brats_helpers.slices import NAME, assemble, need_h5py
 
 
@@ -126,9 +126,9 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
             Without a network it comes within 30 seconds.
     """
     data_dir = Path(data_dir)
-    if data == "phantom":
-        from brats_helpers.phantom import make_cases
+    from brats_helpers.phantom import is_simulated, make_cases
 
+    if data == "phantom":
         root = data_dir / f"simulated-{seed}-{phantom_cases}"
         make_cases(root, n_cases=phantom_cases, seed=seed, workers=None)
         return Source(root, True, f"{phantom_cases} simulated patients from seed {seed}, in {root}")
@@ -136,9 +136,8 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
     if short in KAGGLE_SETS:
         if KAGGLE_SETS[short].pattern == "*.h5":
             need_h5py()  # before anything is fetched
-        return _as_volumes(_from_kaggle(short, data_dir), data_dir)
-
-    from brats_helpers.phantom import is_simulated
+        source = _from_kaggle(short, data_dir)
+        return _as_volumes(replace(source, simulated=is_simulated(source.root)), data_dir)
 
     root = Path(data).expanduser()
     if root.is_dir():

@@ -530,6 +530,8 @@ def _honest(facts):
 @_line("Code quality", "Every notebook finished")
 def _finished(facts):
     status = {stage: facts.manifest.get("stages", {}).get(stage, {}).get("status") for stage in facts.run.expected}
+    if not any(status.values()):
+        raise _NotDone("manifest.json has no notebook; those that are run by hand leave no note there")
     never = [stage for stage in status if status[stage] is None]
     broken = [stage for stage in status if status[stage] not in ("finished", None)]
     evidence = f"manifest.json: {len(status) - len(never) - len(broken)} of {len(status)}"

@@ -170,6 +170,8 @@ def test_kaggle_mounts_old_and_new(mount, tmp_path):
         assert found.root == root and not found.simulated and str(root) in found.origin
     assert len(find_cases(found.root)) == 2
     assert not (tmp_path / "data").exists()
+    (root / "SIMULATED.txt").touch()  # simulated patients that somebody attached say so all the same
+    assert find("kaggle", tmp_path).simulated
 
 
 def test_tars_of_a_read_only_mount_are_unpacked_elsewhere(tmp_path):
