@@ -53,11 +53,18 @@ def share_out(
             if not _finished(own, plan):  # what was gathered before is of other trainings
                 made = {stage: entry for stage, entry in own.manifest["stages"].items() if stage not in PER_FOLD}
                 begin(plan, own, stages=made, **({"expected": PER_FOLD} if name else {}))
-                for stage in PER_FOLD:
-                    own.forget(stage)
-        if any(plan.sweep):
+                _forget(own, PER_FOLD)
+        if "" not in plan.sweep:  # what an earlier cross-validation gathered here
+            run.record(stages={stage: entry for stage, entry in run.manifest["stages"].items() if stage in ONCE})
+            _forget(run, PER_FOLD)
+        else:
             (run.folder / "sweep.csv").unlink(missing_ok=True)
     places = {name: [_place(name, k if plan.folds else None) for k in range(len(parts))] for name in plan.sweep}
+    for place in sum(places.values(), []):  # scores of other parameters do not wait for their fold's turn
+        with claimed(claims, place.replace("/", "-")) as held:
+            if held and (run.folder / place).exists() and not _finished(Run(run.folder / place), plan):
+                _forget(Run(run.folder / place), PER_FOLD[1:])
+                (run.folder / "sweep.csv").unlink(missing_ok=True)
     todo = [(name, place, part) for name in places for place, part in zip(places[name], parts, strict=True)]
     while todo:
         elsewhere = []
@@ -94,9 +101,17 @@ def share_out(
     return True
 
 
+def _forget(run: Run, stages: Sequence[str]) -> None:
+    for stage in stages:
+        run.forget(stage)
+
+
 def _whole(run: Run, name: str) -> Run:
     """The run that gathers the folds of a combination: one inside `run`, or, of no combination, `run` itself."""
-    return member(run, _place(name, None), read_splits(run.splits) | {"folds": shares(run)}) if name else run
+    if not name:
+        return run
+    also = {"folds": shares(run), "unlabelled": json.loads(run.splits.read_text())["unlabelled"]}
+    return member(run, _place(name, None), read_splits(run.splits) | also)
 
 
 def _finished(run: Run, plan: "Plan") -> bool:
@@ -136,9 +151,9 @@ def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
     content = json.loads(run.splits.read_text())
     check_disjoint(parts, content.get("groups", {}))
     content.pop("folds", None)
-    content |= parts | {"unlabelled": []}
+    content |= {"unlabelled": []} | parts
     if not own.splits.exists() or json.loads(own.splits.read_text()) != content:
-        patients = {part: len(parts[part]) for part in PARTS} | {"unlabelled": 0}
+        patients = {part: len(content[part]) for part in (*PARTS, "unlabelled")}
         own.record(**run.manifest | {"patients": patients, "stages": {}})
         write_json(own.splits, content)
     return own

@@ -219,8 +219,8 @@ def _fetch(run: Run, kernel: str) -> str:
                 raise KaggleError(f"{error} What has arrived is kept. {_LATER}") from error
             print("Kaggle: the connection broke, fetching goes on", flush=True)
             time.sleep(_POLL_S)
-    if (arriving / run.name).is_dir():
-        shutil.copytree(arriving / run.name, run.folder, dirs_exist_ok=True)
+    if (arriving / run.folder.name).is_dir():
+        shutil.copytree(arriving / run.folder.name, run.folder, dirs_exist_ok=True)
     log = "\n".join(_words(path.read_text("utf-8")) for path in arriving.glob("*.log"))
     (run.folder / "kaggle.log").write_text(log, "utf-8")
     shutil.rmtree(arriving)

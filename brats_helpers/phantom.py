@@ -121,7 +121,7 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
         with whole_file(root / MARKER) as file:
             file.write(mark)
     sweep(root)
-    name = f"Sim_{seed}_" if seed else "Sim_"
+    name = f"Sim_{seed}_" if seed and not (root / "Sim_000").exists() else "Sim_"  # older ones had one name for all
     folders = [root / f"{name}{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
     workers = min(workers or os.cpu_count() or 1, len(missing))

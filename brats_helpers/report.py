@@ -15,6 +15,7 @@ import hashlib
 import html
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import attrgetter
@@ -39,10 +40,17 @@ _IMAGES = {".png": "image/png", ".gif": "image/gif"}
 
 
 def fresh_report(run: Run) -> Path:
-    """The report of a run, written unless it is newer than the run's manifest, which each notebook writes last."""
-    if run.report.exists() and run.report.stat().st_mtime > (run.folder / "manifest.json").stat().st_mtime:
+    """The report of a run, written unless it, and that of each fold in it, is of what is there."""
+    reports = [(own.report, _newest(own)) for own in (run, *run.folds)]
+    if all(report.exists() and report.stat().st_mtime_ns >= newest for report, newest in reports):
         return run.report
     return build_report(run, inner=fresh_report)
+
+
+def _newest(run: Run) -> int:
+    """When what a report is made from was last written, in ns."""
+    paths = (run.folder / "manifest.json", run.history, run.metrics, run.folder / "sweep.csv")
+    return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
 
 
 def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Path:
@@ -55,6 +63,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     Returns:
         `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides.
     """
+    newest = _newest(run)
     manifest, metrics = run.manifest, _read(run.metrics)
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
     reviewed = review(run, metrics)
@@ -110,6 +119,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         **common,
     )
     _write(run.report, page)
+    os.utime(run.report, ns=(newest, newest))  # what comes in meanwhile is newer, see `fresh_report`
     return run.report
 
 
@@ -145,7 +155,7 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
     figures, cases = {}, metrics.get("cases", {})
     if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
         figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
-    if folds := run.folds:
+    if folds := _whole_folds(run):
         scored = {f"fold {own.folder.name}": own for own in folds if own.history.exists() and own.metrics.exists()}
         if scored:
             histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
@@ -170,7 +180,7 @@ def _shown_first(case: Case) -> str:
 def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
     """A row for each fold of a cross-validation, with its own report behind it."""
     rows = []
-    for own in run.folds:
+    for own in _whole_folds(run):
         manifest, summary = own.manifest, _read(own.metrics).get("summary", {})
         history = pd.read_csv(own.history).to_dict("records") if own.history.exists() else []
         best, dice = best_epoch(history) if history else (None, None)
@@ -209,11 +219,16 @@ def _link(run: Run, folder: Path, inner: Callable[[Run], Path]) -> str | None:
         return None
 
 
+def _whole_folds(run: Run) -> list[Run]:
+    """The folds whose scores are those of `run`: none where a sweep was made of them since."""
+    return run.folds if "03_evaluate" in run.expected else []
+
+
 def _shared_out(run: Run) -> dict[str, list[str]]:
     """Patients by part, of a cross-validation by the fold that tests them."""
     splits = _read(run.splits)
     parts = {part: splits.get(part, []) for part in PARTS}
-    if run.folds:
+    if _whole_folds(run):
         parts = {f"tested by fold {k}": fold["test"] for k, fold in enumerate(splits["folds"])}
     return {part: ids for part, ids in (parts | {"unlabelled": splits.get("unlabelled", [])}).items() if ids}
 

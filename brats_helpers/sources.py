@@ -126,7 +126,7 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
             Without a network it comes within 30 seconds.
     """
     data_dir = Path(data_dir)
-    from brats_helpers.phantom import is_simulated, make_cases
+    from brats_helpers.phantom import MARKER, is_simulated, make_cases
 
     if data == "phantom":
         root = data_dir / f"simulated-{seed}-{phantom_cases}"
@@ -137,7 +137,7 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
         if KAGGLE_SETS[short].pattern == "*.h5":
             need_h5py()  # before anything is fetched
         source = _from_kaggle(short, data_dir)
-        return _as_volumes(replace(source, simulated=is_simulated(source.root)), data_dir)
+        return _as_volumes(replace(source, simulated=any(source.root.rglob(MARKER))), data_dir)
 
     root = Path(data).expanduser()
     if root.is_dir():

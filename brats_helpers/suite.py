@@ -230,7 +230,7 @@ def _arguments() -> _Arguments:
         metavar="N",
         type=int,
         default=0,
-        help="share folds and sweeps among N processes: a SLURM array where there is SLURM, else on this machine",
+        help="share folds and sweeps among N processes: a SLURM array where there is SLURM, else on this CPU",
     )
     parser.add_argument(
         "--job",
@@ -641,7 +641,7 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
         _papermill(plan, stage, run.notebooks)
         status = "finished"
         if stage == "00_setup":
-            entry["splits"] = _shared_out(run)
+            entry["splits_digest"] = _splits_digest(run)
     except Exception as error:
         status = "failed"
         fail(_what_failed(stage, run.notebooks / f"{stage}.ipynb", error))
@@ -653,7 +653,7 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     return status == "finished"
 
 
-def _shared_out(run: Run) -> str | None:
+def _splits_digest(run: Run) -> str | None:
     """A digest of who is in which part."""
     return hashlib.sha256(run.splits.read_bytes()).hexdigest()[:16] if run.splits.exists() else None
 
@@ -662,7 +662,8 @@ def _data_changed(run: Run, stage: str) -> bool:
     """Whether the patients that 00_setup shared out here are no longer those on disk, or shared out otherwise."""
     if stage != "00_setup" or not run.splits.exists():
         return False
-    if run.manifest["stages"][stage].get("splits", _shared_out(run)) != _shared_out(run):
+    digest = _splits_digest(run)
+    if run.manifest["stages"][stage].get("splits_digest", digest) != digest:
         warn(f"{run.splits} is not what {stage} left in this run: the notebook was run by hand as well")
         return True
     from brats_helpers.cases import DataError

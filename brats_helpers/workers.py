@@ -131,7 +131,7 @@ def start(work: Callable[[list[str]], int], argv: list[str], *, workers: int, fo
     if executor.cluster == "local" and _has_gpu():
         raise OSError(
             "on one machine workers cannot share out its GPUs: start the same command once for each of them instead,"
-            " with CUDA_VISIBLE_DEVICES=0 and so on before it"
+            " with CUDA_VISIBLE_DEVICES=0 and so on before it; for its CPU alone with CUDA_VISIBLE_DEVICES= before it"
         )
     executor.update_parameters(**{"timeout_min": 60 * 24} | job)
     jobs = executor.map_array(Worker(), [argv] * workers)

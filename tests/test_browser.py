@@ -30,7 +30,8 @@ def browser():
             p = stack.enter_context(playwright.sync_playwright())
             browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
         except Exception as error:  # playwright's own, or a plain one where its driver lacks a library
-            pytest.skip(f"no browser that starts: {str(error).splitlines()[0]}; install Chromium")
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            pytest.skip(f"no browser that starts: {reason}; install Chromium")
         yield browser
         browser.close()
 

@@ -90,7 +90,6 @@ def test_colab_with_a_clone_and_results_on_drive(machine, tmp_path):
     assert f"mounted {tmp_path}/content/drive\n" in done.stdout
     assert facts["from"].startswith(str(tmp_path / "python"))  # a plain install, that a running kernel can import
     assert facts["torch"].startswith(str(tmp_path / "python"))
-    assert "would be ignored" not in done.stdout + done.stderr  # setuptools, of folders that are no packages
     assert not (tmp_path / "python" / "bin" / "torchrun").exists()  # the torch that was there, not another
     assert facts["clients"] == ["kagglehub"]
 
@@ -129,11 +128,12 @@ def test_an_offline_laptop_without_the_suite_fails_at_once(machine, tmp_path):
     assert not facts and "CalledProcessError" in done.stderr and "git" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "active"), [("base", ""), ("brats", "/opt/conda")])
+@pytest.mark.parametrize(("name", "active"), [("base", ""), ("brats", "/opt/conda"), (None, "")])
 def test_condas_base_is_not_filled(name, active):
-    environ = {"PATH": os.environ["PATH"], "CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": name}
-    command = ["bash", "-c", f'source "{ROOT}/setup_env.sh"; echo "$active"']
-    assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout.strip() == active
+    conda = {"CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": name} if name else {}
+    environ = {"PATH": os.environ["PATH"]} | conda
+    command = ["bash", "-euo", "pipefail", "-c", f'source "{ROOT}/setup_env.sh"; echo "active: $active"']
+    assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout == f"active: {active}\n"
 
 
 def test_where_the_package_is_nothing_is_done(machine, tmp_path):
@@ -173,6 +173,12 @@ def test_the_table_of_dependencies_is_of_the_requirements():
         name, _, bound = requirement.partition(">=")
         assert oldest.pop(name).startswith(bound), requirement
     assert not oldest
+
+
+def test_every_folder_of_the_package_is_named_for_setuptools():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "brats_helpers").rglob("*") if path.suffix != ".pyc"}
+    assert sorted(named) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_every_module_is_on_the_map():

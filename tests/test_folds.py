@@ -86,14 +86,14 @@ def checkout(tmp_path_factory):
 
 def start(checkout, *arguments):
     command = [sys.executable, "-m", "brats_helpers", "run", *arguments]
-    environ = os.environ | {"PYTHONPATH": str(checkout)}
+    environ = os.environ | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command, cwd=checkout, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def finish(process):
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=300)[0]
     return process.returncode, said
 
 
@@ -201,8 +201,19 @@ def test_other_parameters_leave_nothing_of_the_old_scores(checkout):
     assert "-p hold" not in json.loads((run / "folds" / "1" / "manifest.json").read_text())["command"]
 
 
+def test_folds_leave_nothing_to_a_sweep_of_the_same_run_and_the_other_way_round(checkout):
+    run, command = checkout / "runs" / "other", ["--run", "other", "--folds", str(N)]
+    for more, gathered in ([], True), (["--sweep", "lr", "0.1"], False), ([], True):
+        code, said = finish(start(checkout, *command, *more))
+        assert code == 0, said
+        assert ((run / "metrics.json").exists(), (run / "sweep.csv").exists()) == (gathered, not gathered)
+        assert ("Folds</h2>" in (run / "report" / "index.html").read_text("utf-8")) == gathered
+    check_table(run)
+
+
 def test_workers_are_refused_where_they_would_fight_for_gpus(tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.AutoExecutor, "which", lambda *_: "local")
     monkeypatch.setattr(workers, "_has_gpu", lambda: True)
     with pytest.raises(OSError, match="start the same command once for each"):
         workers.start(print, [], workers=2, folder=tmp_path, job={})

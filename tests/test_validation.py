@@ -92,9 +92,12 @@ def test_folds_that_know_their_test_patients(tmp_path):
     assert lines["No fold has seen its test patients"].mark == log.FAIL
     assert lines["No fold has seen its test patients"].evidence.endswith("seen: NoET_0")
     run.folds[0].best.unlink()
-    rewrite(run.metrics, leakage=["Exact_0"])
+    rewrite(run.metrics, leakage=["Exact_0", "NoET_0"])
     line = look(run)["No fold has seen its test patients"]
-    assert line.evidence == "best.pt of 1 of 2 folds, and metrics.json: 2 leaked; seen: Exact_0, NoET_0"
+    evidence = "best.pt of 1 of 2 folds, metrics.json: 2 leaked; seen: Exact_0, NoET_0"
+    assert line.evidence == evidence
+    run.metrics.unlink()  # folds still run
+    assert look(run)["No fold has seen its test patients"].mark == log.FAIL
     run.record(expected=[*NEEDS])
     assert look(run)["Every notebook finished"].evidence == "manifest.json: 4 of 5; not run: 04_advanced"
 
