@@ -58,7 +58,8 @@ def main() -> None:
                 shutil.copytree(patient, place / "data" / patient.name)
             for step in options.steps:
                 results["steps"][step].append(apart(step, place))
-                print(f"{n:>4} {step:12}{results['steps'][step][-1]['seconds']:8.2f} s", flush=True)
+                found = results["steps"][step][-1]
+                print(f"{n:>4} {step:12}{found['seconds']:8.2f} s {found['memory_mb']:8.0f} MB", flush=True)
         cache_mb = sum(path.stat().st_size for path in place.glob("cache/**/*.npy")) / n / 1e6
     show(results)
     if set(options.steps) == set(STEPS) and len(options.patients) > 1:
