@@ -226,19 +226,22 @@ def _score(options: argparse.Namespace) -> int:
         )
     if scores["leakage"]:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
+    unlabelled = [reason for reason in scores["not_scored"].values() if reason.startswith(("unlabelled", "extra"))]
+    n, all_of_them = len(scores["cases"]), len(scores["cases"] | scores["not_scored"]) - len(unlabelled)
+    picked = {"mean": lambda found: found["mean"]}
+    if n > 1:
+        picked |= {"95 % from": lambda found: found["ci95"][0], "95 % to": lambda found: found["ci95"][1]}
     rows = scores["cases"] | {
         name: {region: {m: pick(v) for m, v in scores["summary"][region].items()} for region in REGIONS}
-        for name, pick in (
-            ("mean", lambda found: found["mean"]),
-            ("95 % from", lambda found: found["ci95"][0]),
-            ("95 % to", lambda found: found["ci95"][1]),
-        )
+        for name, pick in picked.items()
     }
     width = max(map(len, rows))
     print(f"{'':{width}}" + "".join(f"{region + ' Dice':>11}{region + ' HD95 mm':>13}" for region in REGIONS))
     for case, row in rows.items():
         figures = "".join(f"{row[region]['dice']:11.3f}{row[region]['hd95_mm']:13.2f}" for region in REGIONS)
         print(f"{case:{width}}{figures}")
+    if n < all_of_them:
+        warn(f"these are {n} of {all_of_them} patients: the others have no part in the mean")
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
     if options.json:
         write_json(options.json, scores)
@@ -249,22 +252,30 @@ def _score(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> None:
     from brats_helpers.cases import REGIONS, DataError
     from brats_helpers.files import write_json
-    from brats_helpers.metrics import compare
+    from brats_helpers.metrics import ENOUGH_PAIRS, compare
 
     metrics = []
     for path in (options.a, options.b):
         file = path / "metrics.json" if path.is_dir() else path
         try:
             metrics.append(json.loads(file.read_text()))
+            for scores in metrics[-1]["cases"].values():
+                _ = [scores[region][metric] for region in REGIONS for metric in ("dice", "hd95_mm")]
+            _ = metrics[-1]["convention"], metrics[-1]["simulated"]
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise DataError(f"{file} holds no metrics ({error}). Run 03_evaluate first, or score --json.") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{file} is not in the form of metrics.json ({what}). Run 03_evaluate first, or score --json."
+            ) from error
         if metrics[-1].get("leakage"):
             warn(f"{path}: its network had seen {', '.join(metrics[-1]['leakage'])}")
     result = compare(*metrics)
     for path, other, only in ((options.a, options.b, "only_a"), (options.b, options.a, "only_b")):
         if result[only]:
             warn(f"left out, as {other} has no score for them: {', '.join(result[only])} of {path}")
-    if result["n"] < 6:
+    if result["n"] < ENOUGH_PAIRS:
         warn(f"{result['n']} patients in both: of so few, even a gain in each may be chance")
     print(f"{options.b} minus {options.a}, {result['n']} patients: mean and 95 % interval")
     print(f"{'':4}{'Dice':^28}{'HD95 mm':^32}".rstrip())

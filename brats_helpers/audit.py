@@ -20,6 +20,7 @@ import numpy as np
 
 from brats_helpers.cases import (
     MODALITIES,
+    TOLERANCE_MM,
     Case,
     DataError,
     Finding,
@@ -38,8 +39,7 @@ _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
 """From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
-_FORMAT = 2  # raise it when `_examine` finds other things: what was remembered is then forgotten
-_TOLERANCE = 1e-3  # mm, by which geometries may differ: headers hold 32-bit numbers
+_FORMAT = 3  # raise it when `_examine` finds other things: what was remembered is then forgotten
 
 
 def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None) -> dict:
@@ -379,7 +379,7 @@ def _differs(one: dict, other: dict) -> tuple[str, str, str] | None:
     if one["shape"] != other["shape"]:
         return "shape", _times(other["shape"]), _times(one["shape"])
     for code, key in (("spacing", "spacing_mm"), ("affine", "affine")):
-        if not np.allclose(one[key], other[key], rtol=0, atol=_TOLERANCE):
+        if not np.allclose(one[key], other[key], rtol=0, atol=TOLERANCE_MM):
             return code, _brief(other[key]), _brief(one[key])
     return None
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brats_helpers.cases import CLASSES, Case, DataError, read_image, read_mask
+from brats_helpers.cases import CLASSES, Case, DataError, read_image, read_seg, same_affine
 from brats_helpers.files import part_folder, sweep
 
 _FORMAT = 2  # raise it when the files' meaning changes: older ones are then made anew
@@ -97,21 +97,29 @@ def pack(case: Case) -> Packed:
     """Read a case, crop it to the box that holds every brain and every labelled voxel, and normalise it.
 
     Raises:
-        DataError: a file cannot be read, shapes differ between files, or nothing but background is in them.
+        DataError: a file cannot be read, shapes or affines differ between files, a voxel is not finite, or nothing but
+            background is in them.
     """
     import torch  # takes a second, which whoever only opens prepared cases need not wait for
 
-    volumes = {name: read_image(path)[0] for name, path in case.images.items()}
-    shapes = {name: volume.shape for name, volume in volumes.items()}
+    volumes, grids = {}, {}
+    for name, path in case.images.items():
+        volumes[name], grids[name] = read_image(path)
     mask = None
     if case.seg:
-        mask = read_mask(case.seg)
-        shapes["seg"] = mask.shape
+        mask, grids["seg"] = read_seg(case.seg)
+    shapes = {name: grid.shape for name, grid in grids.items()}
     if len(set(shapes.values())) > 1:
         raise DataError(
             f"{case.id}: the files in {case.folder} differ in shape ({shapes}); expected one shape for all."
         )
-    shape = next(iter(shapes.values()))
+    first, shape = next(iter(shapes.items()))
+    for name, grid in grids.items():
+        if not same_affine(grid, grids[first]):
+            raise DataError(
+                f"{case.id}: {case.files[name]} has affine {grid.affine[:3].round(3).tolist()}, {first}"
+                f" {grids[first].affine[:3].round(3).tolist()}; expected one grid for all. Resample it onto {first}."
+            )
 
     # On disk X runs fastest, so (Z, Y, X) is the order in which slices are contiguous.
     stack = [volume.T for volume in volumes.values()]
@@ -121,9 +129,15 @@ def pack(case: Case) -> Packed:
     depth, height, width = (side.stop - side.start for side in box)
     images = torch.empty(depth, len(stack), height, width, dtype=torch.float16)
     brain = np.zeros((depth, height, width), bool)
-    for channel, volume in enumerate(stack):
+    for channel, (name, volume) in enumerate(zip(volumes, stack, strict=True)):
         crop = volume[box]
-        images[:, channel] = torch.from_numpy(normalise(crop))  # numpy rounds to float16 20 times slower
+        scores = normalise(crop)
+        if not np.isfinite(scores[0, 0, 0]):  # one voxel that is none makes all of them so
+            raise DataError(
+                f"{case.id}: {case.files[name]} holds voxels that are not finite (NaN or infinity); expected"
+                " intensities. Fetch the file again, or set them to 0, the background."
+            )
+        images[:, channel] = torch.from_numpy(scores)  # numpy rounds to float16 20 times slower
         brain |= crop != 0
     labels = None if mask is None else np.ascontiguousarray(mask.T[box])
     counts = count_classes(np.zeros_like(brain) if labels is None else labels, brain)

@@ -26,6 +26,8 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2w": "t2",
     "t2f": "flair",
 }
+TOLERANCE_MM = 1e-3
+"""By which affines and voxel sizes may differ: headers hold 32-bit numbers."""
 _HEADER_BYTES = 348
 _NAMED = 3  # patients in one error
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
@@ -464,5 +466,10 @@ def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, number
 
 
 def spacing_mm(image: nib.Nifti1Image) -> tuple[float, float, float]:
-    """Voxel size in mm along X, Y, Z."""
-    return tuple(float(size) for size in image.header.get_zooms()[:3])
+    """Voxel size in mm along X, Y, Z, by the affine: the header's own sizes may say otherwise."""
+    return tuple(np.round(nib.affines.voxel_sizes(image.affine), 6).tolist())
+
+
+def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
+    """Whether voxels of the same index lie in the same place, to `TOLERANCE_MM`."""
+    return np.allclose(one.affine, other.affine, rtol=0, atol=TOLERANCE_MM)

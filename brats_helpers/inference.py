@@ -22,7 +22,7 @@ from brats_helpers.cases import CLASSES, REGIONS, Case, DataError, find_cases, r
 from brats_helpers.files import write_json
 from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
-from brats_helpers.metrics import collect, read_leakage, region_dice, score_files
+from brats_helpers.metrics import collect, crop_tumour, read_leakage, region_dice, score_files
 from brats_helpers.model import build_model
 from brats_helpers.patches import patients
 from brats_helpers.postprocess import NO_RULES, Rules, gain
@@ -77,7 +77,9 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
             f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt."
         ) from error
     except (KeyError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{checkpoint} is no checkpoint of this suite ({type(error).__name__}: {error}).") from error
+        hint = " It is what a training goes on from: give best.pt beside it." if checkpoint.name == "last.pt" else ""
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{checkpoint} is no checkpoint of this suite to predict with ({what}).{hint}") from error
     model = model.to(device).eval()
     return Network(model, settings, *seen, epoch)
 
@@ -157,11 +159,12 @@ def predict_validation(
         cases: prepared validation patients, with their labels.
 
     Returns:
-        Per patient (prediction, reference): class indices over the box, uint8 (slices, height, width).
+        Per patient (prediction, reference): class indices, uint8 (slices, height, width), of the part of the box that
+        either calls tumour. Every patient is kept in memory, and nothing else counts for rules and Dice.
     """
     trained_on = frozenset().union(*(network.trained_on for network in networks))
     return [
-        (_classes(predict(networks, case, flips=flips)), np.asarray(case.labels))
+        crop_tumour(_classes(predict(networks, case, flips=flips)), np.asarray(case.labels))
         for case in cases
         if case.id not in trained_on
     ]
@@ -229,8 +232,15 @@ def predict_files(
         One at a time: the case, the case prepared, its probabilities (see `predict`), the file written.
 
     Raises:
-        DataError: a network has seen a patient; nothing is predicted then.
+        DataError: a network has seen a patient, or `folder` is a patient's own; nothing is predicted then. Or a patient
+            cannot be prepared, see `cache.pack`.
     """
+    for case in cases:
+        if case.folder.resolve() == folder.resolve():
+            raise DataError(
+                f"{case.id}: the predictions would go to {folder}, where the patient's own files lie, and could take"
+                " the place of its segmentation. Choose another folder."
+            )
     seen = leaked(networks, cases)
     if seen and not allow_leakage:
         raise DataError(

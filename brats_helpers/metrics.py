@@ -19,7 +19,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from brats_helpers.cases import REGIONS, DataError, find_segs, read_seg
+from brats_helpers.cases import REGIONS, DataError, find_segs, read_seg, same_affine
 from brats_helpers.cases import spacing_mm as spacing_of
 
 CONVENTIONS = {
@@ -34,12 +34,19 @@ CONVENTIONS = {
 STRUCTURES = REGIONS | {"NCR": (1,), "ED": (2,)}
 """What is scored, as sets of class indices: the regions, and the labels that are no region (the label ET is one)."""
 
+ENOUGH = 10
+"""Patients; of fewer, a mean and its interval are an indication."""
+ENOUGH_PAIRS = 6
+"""Patients that two runs are compared by; of fewer even full agreement may be chance: five coins fall alike once in 16
+times."""
+
 _ONE_EMPTY_MM = 373.13  # about the diagonal of 240 x 240 x 155 mm
 _LESION_ERROR_MM = 374.0
 _DILATIONS = 3
 _SMALLEST_LESION = 51  # voxels
 _REACH = 3  # voxels searched one by one around a surface point before the k-d tree takes over; 2 to 6 are equally fast
-_RESAMPLES = 10_000
+_BOOTSTRAPS = 10_000
+_RESAMPLE = "; write the prediction in the grid of the patient's scans."
 
 
 def score_case(
@@ -65,7 +72,7 @@ def score_case(
     rule = _RULES[_known(convention)]
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     total = truth.size
-    pred, truth = _crop(pred, truth)
+    pred, truth = crop_tumour(pred, truth)
     scores = {}
     for name, classes in STRUCTURES.items():
         p, t = _member(pred, classes), _member(truth, classes)
@@ -86,7 +93,7 @@ def score_case(
 def region_dice(pred: np.ndarray, truth: np.ndarray, *, convention: str) -> dict[str, float]:
     """Dice of WT, TC and ET of one patient: that of `score_case`, without the distances, which take longer."""
     dice = {"brats2020": _dice, "brats2023": lambda p, t: _lesion_dice(*_lesions(p, t))}[_known(convention)]
-    pred, truth = _crop(pred, truth)
+    pred, truth = crop_tumour(pred, truth)
     return {region: dice(_member(pred, classes), _member(truth, classes)) for region, classes in REGIONS.items()}
 
 
@@ -144,8 +151,12 @@ def _known(convention: str) -> str:
     return convention
 
 
-def _crop(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check two maps of classes and cut both to the box that holds all tumour of either."""
+def crop_tumour(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Check two maps of classes, uint8, the same three axes, and cut both to the box that holds all tumour of either.
+
+    Raises:
+        ValueError: the shapes differ, or there is anything but class indices.
+    """
     if pred.shape != truth.shape or truth.ndim != 3:
         raise ValueError(f"prediction of shape {pred.shape}, reference of {truth.shape}; expected the same three axes.")
     if pred.dtype != np.uint8 or truth.dtype != np.uint8:
@@ -404,9 +415,13 @@ def _values(cases: Mapping[str, Mapping], columns: list[tuple[str, str]]) -> np.
 
 def _mean_intervals(values: np.ndarray) -> list[list[float]]:
     """95 % bootstrap intervals of the mean over the first axis, one for each column of (patients, columns)."""
-    patients = len(values)
-    draws = np.random.default_rng(0).multinomial(patients, np.full(patients, 1 / patients), size=_RESAMPLES)
-    return np.percentile(draws @ values / patients, (2.5, 97.5), axis=0).T.tolist()
+    patients, random = len(values), np.random.default_rng(0)
+    at_once = min(_BOOTSTRAPS, max(1, 10**7 // patients))  # in memory, however many patients there are
+    means = []
+    for done in range(0, _BOOTSTRAPS, at_once):
+        draws = random.multinomial(patients, np.full(patients, 1 / patients), size=min(at_once, _BOOTSTRAPS - done))
+        means.append(draws @ values / patients)
+    return np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).T.tolist()
 
 
 def collect(
@@ -483,15 +498,17 @@ def score_files(pred_path: Path, truth_path: Path, *, convention: str) -> dict[s
     """Score one label map on disk against another, see `score_case`.
 
     Raises:
-        DataError: a file cannot be read, or their shapes or affines differ; nothing is resampled.
+        DataError: both are one file, one cannot be read, or their shapes or affines differ; nothing is resampled.
     """
+    if pred_path.resolve() == truth_path.resolve():
+        raise DataError(f"itself: {pred_path} would be scored against itself; give a folder of predictions.")
     (pred, pred_image), (truth, truth_image) = read_seg(pred_path), read_seg(truth_path)
     if pred.shape != truth.shape:
-        raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}")
-    if not np.allclose(pred_image.affine, truth_image.affine, atol=1e-3):
+        raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}{_RESAMPLE}")
+    if not same_affine(pred_image, truth_image):
         raise DataError(
             f"misaligned: {pred_path} has affine {pred_image.affine[:3].round(3).tolist()},"
-            f" {truth_path} {truth_image.affine[:3].round(3).tolist()}"
+            f" {truth_path} {truth_image.affine[:3].round(3).tolist()}{_RESAMPLE}"
         )
     return score_case(pred, truth, spacing_mm=spacing_of(truth_image), convention=convention)
 
@@ -500,7 +517,7 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     """Compare two runs patient by patient.
 
     Args:
-        metrics_a, metrics_b: what `collect` returns, of one convention.
+        metrics_a, metrics_b: what `collect` returns, of one convention and the same references.
 
     Returns:
         `convention`; `simulated`; `n`, the patients that both scored; `only_a` and `only_b`, the
@@ -508,7 +525,7 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
         a, `mean_difference`, and its 95 % bootstrap interval over patients, `ci95`.
 
     Raises:
-        DataError: the conventions differ, or no patient is in both.
+        DataError: the conventions differ, no patient is in both, or one has another reference in the other run.
     """
     if metrics_a["convention"] != metrics_b["convention"]:
         raise DataError(
@@ -518,7 +535,14 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     shared = a.keys() & b.keys()
     if not shared:
         raise DataError("The two runs have no scored patient in common, so there is nothing to compare.")
-    columns = _columns(a)
+    for case in sorted(shared):
+        ml_a, ml_b = (found[case].get("WT", {}).get("volume_ml_truth") for found in (a, b))
+        if None not in (ml_a, ml_b) and not np.isclose(ml_a, ml_b, rtol=1e-4):
+            raise DataError(
+                f"{case}: its reference has {ml_a:.3f} ml of tumour in one run and {ml_b:.3f} ml in the other: other"
+                " patients of one name, or references that were changed. Score both runs by the same references."
+            )
+    columns = [column for column in _columns(a) if column in _columns(b)]
     gains = _values({case: b[case] for case in shared}, columns) - _values({case: a[case] for case in shared}, columns)
     differences: dict[str, dict[str, dict]] = {}
     for (structure, metric), gain, interval in zip(columns, gains.T, _mean_intervals(gains), strict=True):
@@ -547,7 +571,7 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
     dice: dict[str, dict[str, list[float]]] = {}
     for pred, truth in pairs:
         slices = truth.shape[2]
-        pred, truth = _crop(pred, truth)
+        pred, truth = crop_tumour(pred, truth)
         for region, classes in REGIONS.items():
             p, t = _member(pred, classes), _member(truth, classes)
             hit, true, both = (mask.sum(axis=(0, 1)) for mask in (p & t, t, p.astype(np.uint8) + t))

@@ -55,6 +55,7 @@ _ERROR = "#D55E00"
 _DASHED = (0, (2.5, 1.5))
 _PART_INK = ("#2B2B2B", "#808080", "#C4C4C4")  # train, val, test; and runs side by side
 _WIDTH = 10.0  # inches; 1,000 pixels in a notebook
+_MOST = 60  # patients that a figure names
 _PERCENTILES = (1, 99.5)
 _Z_WINDOW = (-2.5, 3.5)
 _STYLE = {
@@ -100,9 +101,8 @@ def _styled(draw):
 
 def save_figure(figure: Figure, path: Path) -> Figure:
     """Write a figure as PNG, its title in the file's metadata (the report's captions), and give it back to be shown."""
-    title = " · ".join(text.get_text().strip() for text in figure.texts)
     with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150, metadata={"Title": title})
+        figure.savefig(file, format="png", dpi=150, metadata={"Title": figure.get_label()})
     return figure
 
 
@@ -110,6 +110,7 @@ def _title(figure: Figure, headline: str, detail: str, simulated: bool) -> None:
     """A headline, which says if the patients are simulated, and a line of detail above the figure."""
     points = 72 * figure.get_figheight()
     headline += " · simulated" * simulated
+    figure.set_label(f"{headline} · {detail}")
     y = None if figure.get_layout_engine() else 1 - 3 / points
     figure.suptitle(f"{headline}\n", x=0.01, y=y, ha="left", fontsize=12, weight="bold", linespacing=1.4)
     figure.text(0.01, 1 - 22 / points, detail, va="top", fontsize=10, color=_SOFT)  # on the headline's empty line
@@ -608,8 +609,8 @@ def training_curves(history: pd.DataFrame, *, best_epoch: int, run: str, simulat
     _curve(axes["speed"], history, "slices_per_s", _INK, "-", "o")
     titles = {
         "loss": ("Loss", "cross-entropy + Dice loss"),
-        "regions": ("Validation Dice by region", "Dice (0 to 1)"),
-        "classes": ("Validation Dice by class", "Dice (0 to 1)"),
+        "regions": ("Validation Dice by region", "Dice (0 to 1), brats2020"),
+        "classes": ("Validation Dice by class", "Dice (0 to 1), brats2020"),
         "lr": ("Learning rate", "learning rate"),
         "speed": ("Speed", "slices per second"),
     }
@@ -639,16 +640,15 @@ def _curve(ax: Axes, history: pd.DataFrame, column: str, colour: str, dash: str,
 
 
 @_styled
-def overlays(
-    cases: Sequence[Case], predictions: Path, scores: Mapping[str, Mapping], *, modality: str, simulated: bool
-) -> Figure:
+def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, modality: str, simulated: bool) -> Figure:
     """Best, median and worst patient: outlines of prediction and reference in three planes.
 
     Args:
         cases: the scored patients.
         predictions: folder of `<case>_seg.nii.gz`.
-        scores: `cases` of `metrics.json`; patients are ranked by their mean Dice of WT, TC and ET.
+        metrics: `metrics.json`; patients are ranked by their mean Dice of WT, TC and ET.
     """
+    scores = metrics["cases"]
     by_id = {case.id: case for case in cases}
     picks = best_median_worst(scores)
     figure = plt.figure(figsize=(_WIDTH, 3.9 * len(picks) + 0.8))
@@ -678,7 +678,8 @@ def overlays(
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     headline = f"Prediction against reference · {PRINTED[modality]} · {len(scores)} test patients"
-    _title(figure, headline, "slices with most reference tumour, zoomed to it · patient's right on the left", simulated)
+    detail = "slices with most reference tumour, zoomed to it · patient's right on the left"
+    _title(figure, headline, f"{_convention(metrics)} · {detail}", simulated)
     return figure
 
 
@@ -795,9 +796,9 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
 
 @_styled
 def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
-    """Dice of WT, TC and ET patient by patient, the worst at the bottom; `metrics` is `metrics.json`."""
+    """Dice of WT, TC and ET of up to `_MOST` patients, the worst at the bottom; `metrics` is `metrics.json`."""
     cases = metrics["cases"]
-    ranked = sorted(cases, key=lambda case_id: _mean_dice(cases[case_id]))
+    ranked = sorted(cases, key=lambda case_id: _mean_dice(cases[case_id]))[:_MOST]
     figure, ax = plt.subplots(figsize=(_WIDTH, 1.9 + 0.24 * len(ranked)))
     for region in REGIONS:
         values = [_number(cases[case_id], region, "dice") for case_id in ranked]
@@ -810,7 +811,8 @@ def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
     ax.grid()
     figure.legend(loc="outside lower left", ncols=len(REGIONS))
     detail = f"{_convention(metrics)} · ordered by the mean of the three regions"
-    _title(figure, f"Dice of {len(ranked)} test patients", detail, simulated)
+    lowest = f"the {len(ranked)} lowest of " * (len(ranked) < len(cases))
+    _title(figure, f"Dice of {lowest}{len(cases)} test patients", detail, simulated)
     return figure
 
 

@@ -16,6 +16,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import attrgetter
@@ -26,16 +27,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers import plots
-from brats_helpers.cases import CLASSES, REGIONS, Case
+from brats_helpers.cases import REGIONS, Case
 from brats_helpers.files import whole_file
 from brats_helpers.log import FAIL, WARN, duration, warn
+from brats_helpers.metrics import ENOUGH, STRUCTURES
 from brats_helpers.review import CAUSES, Review, review
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.splits import PARTS
 from brats_helpers.validation import MEANINGS, best_epoch, predicted_and_measured, tally, validate, write_markdown
 
 _PAGES = Path(__file__).with_name("pages")
-_STRUCTURES = [*REGIONS, *(name for name in CLASSES[1:] if name not in REGIONS)]
 _IMAGES = {".png": "image/png", ".gif": "image/gif"}
 
 
@@ -98,8 +99,9 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         figures=_figures(run),
         missing={stage: _missing(run, stage, manifest.get("stages", {})) for stage in NEEDS},
         metrics=metrics,
-        structures=[name for name in _STRUCTURES if name in metrics.get("summary", {})],
+        structures=[name for name in STRUCTURES if name in metrics.get("summary", {})],
         regions=list(REGIONS),
+        enough=ENOUGH,
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
         answers=_read(run.answers),
@@ -114,7 +116,9 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         compared=predicted_and_measured(manifest),
         duration=duration,
         about={
-            key: value for key, value in manifest.items() if key not in ("stages", "versions", "preflight", "asked")
+            key: value
+            for key, value in manifest.items()
+            if key not in ("stages", "versions", "preflight", "asked") and value not in ({}, [])
         },
         **common,
     )
@@ -155,7 +159,7 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
     figures, cases = {}, metrics.get("cases", {})
     if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
         figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
-    if folds := _whole_folds(run):
+    if folds := _scored_folds(run):
         scored = {f"fold {own.folder.name}": own for own in folds if own.history.exists() and own.metrics.exists()}
         if scored:
             histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
@@ -166,8 +170,9 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
             figures["03_scores"] = plots.score_distributions(metrics, simulated=simulated)
             figures["03_patients"] = plots.patient_dice(metrics, simulated=simulated)
         if known := {case_id: cases[case_id] for case_id in reviewed.cases}:
+            shown = metrics | {"cases": known}
             how = {"modality": _shown_first(reviewed.cases[next(iter(known))]), "simulated": simulated}
-            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, known, **how)
+            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, shown, **how)
     for name, figure in figures.items():
         plots.save_figure(figure, run.figures / f"{name}.png")
 
@@ -180,7 +185,7 @@ def _shown_first(case: Case) -> str:
 def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
     """A row for each fold of a cross-validation, with its own report behind it."""
     rows = []
-    for own in _whole_folds(run):
+    for own in _scored_folds(run):
         manifest, summary = own.manifest, _read(own.metrics).get("summary", {})
         history = pd.read_csv(own.history).to_dict("records") if own.history.exists() else []
         best, dice = best_epoch(history) if history else (None, None)
@@ -219,7 +224,7 @@ def _link(run: Run, folder: Path, inner: Callable[[Run], Path]) -> str | None:
         return None
 
 
-def _whole_folds(run: Run) -> list[Run]:
+def _scored_folds(run: Run) -> list[Run]:
     """The folds whose scores are those of `run`: none where a sweep was made of them since."""
     return run.folds if "03_evaluate" in run.expected else []
 
@@ -228,7 +233,7 @@ def _shared_out(run: Run) -> dict[str, list[str]]:
     """Patients by part, of a cross-validation by the fold that tests them."""
     splits = _read(run.splits)
     parts = {part: splits.get(part, []) for part in PARTS}
-    if _whole_folds(run):
+    if _scored_folds(run):
         parts = {f"tested by fold {k}": fold["test"] for k, fold in enumerate(splits["folds"])}
     return {part: ids for part, ids in (parts | {"unlabelled": splits.get("unlabelled", [])}).items() if ids}
 
@@ -314,6 +319,8 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     notebook = nbformat.read(path, as_version=4)
     heading = path.stem
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":  # without badges: no page loads a picture from a network
+            cell.source = re.sub(r"^\[!\[.*\n?", "", cell.source, flags=re.MULTILINE)
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].lstrip("# ")
         for output in cell.get("outputs", []):

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from brats_helpers.cases import REGIONS, Case, DataError, read_nifti, read_seg, spacing_mm
-from brats_helpers.metrics import conventions_table
+from brats_helpers.cases import REGIONS, Case, DataError, read_nifti, read_seg, same_affine, spacing_mm
+from brats_helpers.metrics import CONVENTIONS, conventions_table, score_case
 from brats_helpers.runs import Run, RunError
-from brats_helpers.splits import load_parts
+from brats_helpers.splits import ChangedError, load_parts
 
 LOW_DICE = 0.7
 SMALL_ML = 5.0
@@ -17,11 +17,12 @@ FAR_MM = 10.0
 CAUSES = {
     "missed enhancing tumour": "the reference has ET, and the prediction overlaps none of it",
     "false enhancing tumour": "the prediction has ET, and the reference has none",
+    "false tumour": "the prediction has WT or TC, and the reference has none",
     "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
     "far false positive": f"predicted tumour that lies more than {FAR_MM:g} mm from any reference tumour",
     "other low score": f"a Dice below {LOW_DICE:g} for none of these reasons",
 }
-"""What counts as a failure, by cause, in the order in which they are told."""
+"""What counts as a failure, by cause, in the order in which they are told; Dice is that of the whole volume."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,28 @@ class Review:
     """What reading a run's scored predictions again has shown.
 
     Attributes:
-        cases: the scored patients by ID, as found on disk; empty where their files are not to be had.
-        problem: why they are not to be had, or empty.
+        cases: the scored patients by ID whose scans and prediction are there and fit.
+        problem: why nobody's are to be had, or empty.
+        changed: whether that is because the patients are no longer those that were split.
+        unreadable: by ID, what is wrong with a prediction or its reference.
         failures: in the order of `CAUSES`, the lowest Dice first.
         conventions: see `metrics.conventions_table`.
         reference_labels, predicted_labels: numbers of tumour labels on disk.
         off_grid: IDs whose prediction has not the shape and affine of the patient's own first modality.
-        largest_difference: between the figures of `metrics.json` and the same counted here (Dice under
-            brats2020, volumes in ml).
+        recounted: how many figures of `metrics.json` were counted again here, by its own rules.
+        largest_difference: between these and those.
     """
 
     cases: dict[str, Case] = field(default_factory=dict)
     problem: str = ""
+    changed: bool = False
+    unreadable: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     conventions: dict[str, dict[str, float | None]] = field(default_factory=dict)
     reference_labels: set[int] = field(default_factory=set)
     predicted_labels: set[int] = field(default_factory=set)
     off_grid: list[str] = field(default_factory=list)
+    recounted: int = 0
     largest_difference: float = 0.0
 
 
@@ -70,12 +76,14 @@ def review(run: Run, metrics: Mapping) -> Review:
         parts = load_parts(run)
     except (DataError, RunError, KeyError) as error:
         result.problem = f"the patients' files could not be read again: {error}"
+        result.changed = isinstance(error, ChangedError)
         return result
     result.cases = {case.id: case for cases in parts.values() for case in cases if case.id in scores and case.seg}
-    try:
-        result.conventions = conventions_table(_pairs(run, metrics, result))
-    except DataError as error:
-        return Review(problem=f"the predictions could not be read again: {error}")
+    result.conventions = conventions_table(_pairs(run, metrics, result))
+    for case_id in result.unreadable:
+        del result.cases[case_id]
+    if not result.cases:
+        result.problem = f"no prediction could be read again: {'; '.join(result.unreadable.values())}"
     order = list(CAUSES)
     result.failures.sort(key=lambda failure: (order.index(failure.cause), failure.dice))
     return result
@@ -83,27 +91,30 @@ def review(run: Run, metrics: Mapping) -> Review:
 
 def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Prediction and reference of each patient in turn, what they show noted in `result` on the way."""
-    plain_dice = str(metrics.get("convention", "")).startswith("brats2020")
+    convention = str(metrics.get("convention", "")).partition(":")[0]
     for case_id, case in result.cases.items():
-        pred, pred_image = read_seg(run.predictions / f"{case_id}_seg.nii.gz")
-        truth, truth_image = read_seg(case.seg)
-        if pred.shape != truth.shape:
-            raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
+        try:
+            pred, pred_image = read_seg(run.predictions / f"{case_id}_seg.nii.gz")
+            truth, truth_image = read_seg(case.seg)
+            if pred.shape != truth.shape:
+                raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
+        except DataError as error:
+            result.unreadable[case_id] = str(error)
+            continue
         result.reference_labels |= _labels(truth, truth_image)
         result.predicted_labels |= _labels(pred, pred_image)
         own = read_nifti(next(iter(case.images.values())))
-        if own.shape != pred.shape or not np.allclose(own.affine, pred_image.affine, atol=1e-3):
+        if own.shape != pred.shape or not same_affine(own, pred_image):
             result.off_grid.append(case_id)
         result.failures += find_failures(case_id, pred, truth, spacing_mm(truth_image))
-
-        voxel_ml = float(np.prod(spacing_mm(truth_image))) / 1000
-        for region, classes in REGIONS.items():
-            p, t = np.isin(pred, classes), np.isin(truth, classes)
-            found = {"volume_ml": np.count_nonzero(p) * voxel_ml, "volume_ml_truth": np.count_nonzero(t) * voxel_ml}
-            if plain_dice:
-                found["dice"] = _dice(p, t)
-            stored = metrics["cases"][case_id].get(region, {})
-            differences = [abs(value - stored[name]) for name, value in found.items() if stored.get(name) is not None]
+        if convention in CONVENTIONS:
+            again = score_case(pred, truth, spacing_mm=spacing_mm(truth_image), convention=convention)
+            stored = metrics["cases"][case_id]
+            pairs = [
+                (again[name][key], stored[name].get(key)) for name in again if name in stored for key in again[name]
+            ]
+            differences = [abs(value - before) for value, before in pairs if before is not None]
+            result.recounted += len(differences)
             result.largest_difference = max([result.largest_difference, *differences])
         yield pred, truth
 
@@ -134,6 +145,8 @@ def find_failures(
             cause = "missed enhancing tumour"
         elif region == "ET" and predicted_ml and not true_ml:
             cause = "false enhancing tumour"
+        elif predicted_ml and not true_ml:
+            cause = "false tumour"
         elif dice < LOW_DICE:
             cause = "small tumour" if true_ml < SMALL_ML else "other low score"
         else:

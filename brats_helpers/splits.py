@@ -15,6 +15,12 @@ from brats_helpers.runs import Run
 from brats_helpers.sources import find_data
 
 PARTS = ("train", "val", "test")
+
+
+class ChangedError(DataError):
+    """The patients are no longer those that were split."""
+
+
 ENHANCING = CLASSES.index("ET")
 
 
@@ -222,7 +228,8 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
 
     Raises:
         RunError: 00_setup has not run.
-        DataError: the patients are no longer those that were split.
+        ChangedError: the patients are no longer those that were split.
+        DataError: they are not to be had.
     """
     content = json.loads(run.need(run.splits, "00_setup").read_text())
     parts = read_splits(run.splits) | {"unlabelled": content["unlabelled"]}
@@ -243,7 +250,7 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
         "has other voxels": {case_id for case_id in before.keys() & now.keys() if before[case_id] != now[case_id]},
     }.items():
         if ids:
-            raise DataError(
+            raise ChangedError(
                 f"{manifest['data']} changed since {run.splits} was written: {min(ids)} {what}. Run 00_setup again."
             )
     return {name: [cases[case_id] for case_id in ids] for name, ids in parts.items()}

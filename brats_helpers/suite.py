@@ -559,14 +559,8 @@ def _run(plan: Plan) -> int:
 
 
 def _begin(plan: Plan, run: Run, **entries) -> None:
-    run.record(
-        profile=plan.profile,
-        command=plan.command,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=_versions(plan.root),
-        revision=_revision(plan.root),
-        **entries,
-    )
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run.record(profile=plan.profile, started=started, **_provenance(plan), **entries)
 
 
 def _report(run: Run) -> bool:
@@ -625,14 +619,17 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     made = run.manifest.get("stages", {})
     key = plan.keys[stage]
     finished = made.get(stage, {}).get("status") == "finished" and made[stage]["key"] == key
+    how = _provenance(plan)
     if finished and not _data_changed(run, stage):
-        done(f"{stage}: finished before, in {duration(made[stage]['seconds'])}")
+        then = made[stage].get("revision", how["revision"])
+        other = f", by the suite's revision {then}, not {how['revision']}" if then != how["revision"] else ""
+        done(f"{stage}: finished before, in {duration(made[stage]['seconds'])}{other}")
         return True
     # Whatever was made from this notebook's last files is out of date from here on.
     for other in [other for other in NEEDS if other == stage or stage in _before([other])]:
         made.pop(other, None)
         run.forget(other)
-    entry = {"parameters": plan.values[stage], "key": key, "status": "running"}
+    entry = {"parameters": plan.values[stage], "key": key, "status": "running"} | how
     run.record(stages=made | {stage: entry})
     print(f"{stage}: started {datetime.now():%H:%M}", flush=True)
     start = time.monotonic()
@@ -740,6 +737,11 @@ def _warn_of_change(run: Run, stage: str, values: dict) -> None:
     for name in values:
         if recorded.get(name) != values[name] and name != "run_dir":
             warn(f"{stage} ran with {name}={recorded.get(name)}, not {values[name]}; --only leaves it as it is")
+
+
+def _provenance(plan: Plan) -> dict:
+    """What made a notebook's files, besides its parameters."""
+    return {"command": plan.command, "revision": _revision(plan.root), "versions": _versions(plan.root)}
 
 
 def _versions(root: Path) -> dict[str, str | None]:

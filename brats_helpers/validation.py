@@ -16,6 +16,7 @@ from pathlib import Path
 from brats_helpers.cases import CLASSES, LABELS, REGIONS
 from brats_helpers.files import whole_file
 from brats_helpers.log import FAIL, OK, WARN, duration
+from brats_helpers.metrics import CONVENTIONS, ENOUGH
 from brats_helpers.review import Review
 from brats_helpers.runs import Run
 
@@ -23,7 +24,6 @@ NOT_APPLICABLE = "not applicable"
 MEANINGS = {OK: "held", WARN: "partly", FAIL: "not", NOT_APPLICABLE: "not applicable"}
 """The marks of a line, and how they are read."""
 
-_ENOUGH_PATIENTS = 10
 _ALIKE = 0.5  # cosine of trained and pretrained filters; filters that have nothing to do with each other have 0.00
 _CLOSE, _FAR = 1.25, 2.0  # how far measured and predicted may be apart, as a factor
 
@@ -156,6 +156,29 @@ class _Facts:
         return torch.load(self.run.best, map_location="cpu", weights_only=True, mmap=True)
 
     @cached_property
+    def stages(self) -> dict[str, dict]:
+        """What the manifests say of every finished notebook: by its name, in a fold by the fold's as well."""
+        own = {"": self.run} | {f" of fold {fold.folder.name}": fold for fold in self.folds}
+        found = {
+            f"{stage}{place}": entry
+            for place, run in own.items()
+            for stage, entry in run.manifest.get("stages", {}).items()
+            if entry.get("status") == "finished" and "revision" in entry
+        }
+        if not found:
+            raise _NotDone(
+                "manifest.json says of no notebook how it was made; those that are run by hand leave no note"
+            )
+        return found
+
+    def made(self, fact: str) -> dict[str, list[str]]:
+        """The finished notebooks by what their entries say under `fact`."""
+        stages: dict[str, list[str]] = {}
+        for stage, entry in self.stages.items():
+            stages.setdefault(entry[fact] or "none", []).append(stage)
+        return stages
+
+    @cached_property
     def code(self) -> dict[str, list[dict]]:
         """The code cells of each executed notebook, by stage."""
         return {stage: [c for c in cells if c["cell_type"] == "code"] for stage, cells in self.notebooks.items()}
@@ -277,7 +300,7 @@ def _out_of_fold(facts):
 @_line("Data set integration", "The patients are still those that were split")
 def _unchanged(facts):
     if facts._review.problem:
-        return WARN, facts._review.problem
+        return FAIL if facts._review.changed else WARN, facts._review.problem
     _ = facts.review
     return OK, f"each patient's voxels are those of splits.json, fingerprint {facts.splits['fingerprint']}"
 
@@ -463,16 +486,27 @@ def _scored(facts):
     return FAIL if silent else _mark(not lacking, WARN), evidence
 
 
-@_line("Evaluation metrics", "The rules are named")
+@_line("Evaluation metrics", "The rules are known ones, and named beside the figures")
 def _named(facts):
-    return OK, f"metrics.json: {facts.metrics['convention'].partition(':')[0]}"
+    if not facts.run.cases_csv.exists():
+        raise _NotDone("no cases.csv")
+    with open(facts.run.cases_csv, newline="") as file:
+        named = {row["convention"] for row in csv.DictReader(file)}
+    line = facts.metrics["convention"]
+    name = line.partition(":")[0]
+    held = CONVENTIONS.get(name) == line and named == {name}
+    return _mark(held), f"metrics.json: {name}; cases.csv: {', '.join(sorted(named)) or 'none'}"
 
 
 @_line("Evaluation metrics", "Scores repeat from the files as written")
 def _repeat(facts):
-    difference = facts.review.largest_difference
-    evidence = f"volumes, and Dice under brats2020, of {len(facts.review.cases)} patients counted again: off by at most"
-    return _mark(difference < 1e-6), f"{evidence} {difference:.1g}"
+    review = facts._review
+    if not (review.cases or review.unreadable):
+        raise _NotDone(review.problem or "no patient is scored")
+    evidence = f"{review.recounted} figures of {len(review.cases)} patients counted again"
+    evidence += f": off by at most {review.largest_difference:.1g}" * bool(review.recounted)
+    held = review.recounted and review.largest_difference < 1e-6 and not review.unreadable
+    return _mark(held), evidence + _but("not to be read again", sorted(review.unreadable))
 
 
 @_line("Evaluation metrics", "Each mean has its interval, from enough patients")
@@ -480,8 +514,8 @@ def _intervals(facts):
     n = len(facts.metrics["cases"])
     ends = {region: facts.metrics["summary"][region]["dice"]["ci95"] for region in REGIONS}
     evidence = ", ".join(f"{region} {low:.3f} to {high:.3f}" for region, (low, high) in ends.items())
-    few = f", fewer than {_ENOUGH_PATIENTS}: an indication" * (n < _ENOUGH_PATIENTS)
-    return _mark(n >= _ENOUGH_PATIENTS, WARN), f"{evidence}, from {n} patient{'s' * (n != 1)}{few}"
+    few = f", fewer than {ENOUGH}: an indication" * (n < ENOUGH)
+    return _mark(n >= ENOUGH, WARN), f"{evidence}, from {n} patient{'s' * (n != 1)}{few}"
 
 
 @_line("Evaluation metrics", "Post-processing was chosen on validation and gains on test")
@@ -554,17 +588,18 @@ def _in_order(facts):
 
 @_line("Code quality", "The revision is known and clean")
 def _revision(facts):
-    revision = facts.manifest["revision"]
-    if not revision:
-        return FAIL, "manifest.json: none"
-    return _mark(not revision.endswith("-dirty"), WARN), f"manifest.json: {revision}"
+    made = facts.made("revision")
+    evidence = "manifest.json: " + "; ".join(_of(stages, revision, len(made) > 1) for revision, stages in made.items())
+    return FAIL if "none" in made else _mark(
+        len(made) == 1 and not any("-dirty" in name for name in made), WARN
+    ), evidence
 
 
 @_line("Code quality", "The tests passed at this revision")
 def _tests(facts):
     record = _read(facts.run.folder.parent / "tests.json")
-    if record["revision"] != facts.manifest["revision"]:
-        raise _NotDone(f"the tests last ran at {record['revision']}")
+    if [record["revision"]] != list(facts.made("revision")):
+        raise _NotDone(f"the tests last ran at {record['revision']}, not every notebook did")
     evidence = ", ".join(f"{record[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
     return _mark(record["passed"] > 0 == record["failed"]), f"tests.json: {evidence}"
 
@@ -581,16 +616,31 @@ def _parameters(facts):
     cells = [cell for cells in facts.code.values() for cell in cells]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     declared = re.findall(r"^\w+: \w+ = .*$", "\n".join(tagged), re.MULTILINE)
+    if not declared:
+        raise _NotDone("no executed notebook declares any")
     explained = [line for line in declared if re.search(r"  # \S", line)]
     return _mark(len(explained) == len(declared)), f"{len(explained)} of {len(declared)} in the executed notebooks"
 
 
 @_line("Documentation", "The versions of the packages are recorded")
 def _versions(facts):
-    unknown = [name for name, version in facts.manifest["versions"].items() if version is None]
-    return _mark(not unknown, WARN), f"manifest.json: {len(facts.manifest['versions'])}" + _but("without one", unknown)
+    known: dict[str, set] = {}
+    for entry in facts.stages.values():
+        for name, version in entry["versions"].items():
+            known.setdefault(name, set()).add(version)
+    unknown = [name for name, versions in known.items() if None in versions]
+    several = [name for name, versions in known.items() if len(versions) > 1]
+    evidence = f"manifest.json: {len(known)} by notebook" + _but("without one", unknown)
+    return _mark(not unknown and not several, WARN), evidence + _but("not the same in all", several)
 
 
-@_line("Documentation", "The command that repeats the run is recorded")
+@_line("Documentation", "The commands that repeat the run are recorded")
 def _command(facts):
-    return OK, f"manifest.json: {facts.manifest['command']}"
+    made, lacking = facts.made("command"), [stage for stage in facts.code if stage not in facts.stages]
+    commands = "; ".join(_of(stages, command, len(made) > 1) for command, stages in made.items())
+    return _mark(not lacking, WARN), f"manifest.json: {commands}" + _but("none for", lacking)
+
+
+def _of(stages: list[str], what: str, several: bool) -> str:
+    """What is true of `stages`; they are named only where other things are true of others."""
+    return f"{what} ({', '.join(stages)})" if several else what

@@ -122,6 +122,22 @@ def test_the_viewer_draws_and_its_toggles_change_the_picture(look):
     assert plain.max() > 100 and np.ptp(plain, axis=2).max() == 0  # a brain, and nothing is coloured
 
 
+def test_of_two_quick_choices_the_last_is_drawn(look):
+    page = look("index")
+    before = pixels(page)
+    page.evaluate(
+        """() => {
+            const select = document.querySelector("#viewer [name=patient]");
+            for (const value of ["1", "0"]) {
+                select.value = value;
+                select.dispatchEvent(new Event("change"));
+            }
+        }"""
+    )
+    page.wait_for_timeout(500)
+    assert pixels(page) == before
+
+
 def test_the_viewer_fills_a_voxel_with_the_colour_of_its_innermost_region(look):
     page = look("index")
     data = json.loads(page.locator("#viewer-data").text_content())

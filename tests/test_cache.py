@@ -251,6 +251,23 @@ def test_files_that_differ_in_shape_are_refused(tmp_path):
         cache.pack(case)
 
 
+def test_files_of_other_affines_are_refused(tmp_path):
+    """As `predict` would meet them: nobody has audited what it is given."""
+    case = _case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16), "t2": np.ones((4, 4, 2), np.int16)})
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 2), np.int16), np.diag([-1, 1, 1, 1])), case.images["t2"])
+    with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz has affine .*expected one grid"):
+        cache.pack(case)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_not_finite_are_refused(tmp_path, value):
+    volume = np.ones((4, 4, 2), np.float32)
+    volume[3, 2, 1] = value
+    case = _case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16), "t2": volume})
+    with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz holds voxels that are not finite"):
+        cache.pack(case)
+
+
 def test_a_case_of_background_alone_is_refused(tmp_path):
     with pytest.raises(DataError, match="P: every voxel.*is 0"):
         cache.pack(_case(tmp_path, {"t1": np.zeros((4, 4, 2), np.int16)}))

@@ -248,12 +248,21 @@ def test_allowed_leakage_is_named_wherever_the_predictions_go(checkpoint, tiny_p
     assert score_folders(out, truth, **rules, allow_leakage=False)["not_scored"] == {}
 
 
+def test_predictions_never_take_the_place_of_a_reference(checkpoint, tmp_path):
+    source = write_tiny_case(tmp_path, "New", seed=9)
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    with pytest.raises(DataError, match="New: the predictions would go to .*own files"):
+        inference.predict_folders([checkpoint], [source], source, device="cpu", flips=False)
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
 def test_thresholds_are_not_chosen_by_patients_that_one_of_the_networks_learnt_from(tiny_patients):
     cases = [with_classes_as_images(case) for case in find_cases(tiny_patients)[:2]]
     networks = [echo(), echo(trained_on=["Tiny_0"])]
     ((pred, truth),) = inference.predict_validation(networks, cases, flips=False)
-    np.testing.assert_array_equal(truth, cases[1].labels)
-    np.testing.assert_array_equal(pred, cases[1].labels)
+    np.testing.assert_array_equal(pred, truth)
+    assert list(np.bincount(truth.ravel())[1:]) == list(np.bincount(cases[1].labels.ravel())[1:])
+    assert truth.size < cases[1].labels.size  # all patients are in memory at once: only the part with tumour
 
 
 def test_a_submission_is_one_flat_archive_of_files_called_after_the_patients(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -46,10 +47,13 @@ def test_everybody_scored_is_exit_0(folders, capsys):
 def test_whoever_cannot_be_scored_is_named_and_exit_1(folders, capsys):
     pred_dir, truth_dir = folders
     (pred_dir / "P1_seg.nii.gz").rename(pred_dir / "P2_seg.nii.gz")
+    assert main(["score", str(truth_dir), str(truth_dir)]) == 1
+    assert "P0 is not scored: itself: " in capsys.readouterr().out
     assert score(folders) == 1
     printed = capsys.readouterr().out
     assert "P1 is not scored: missing" in printed and "P2 is not scored: extra" in printed
     assert "P0 1.000" in " ".join(printed.split())  # the others are scored
+    assert "these are 1 of 2 patients" in printed and "95 %" not in printed
 
 
 def test_swapped_labels_in_the_reference_score_as_wrong(folders, capsys, tmp_path):
@@ -148,3 +152,18 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "no scored patient in common" in capsys.readouterr().out
     assert main(["compare", a, str(tmp_path)]) == 1
     assert "metrics.json holds no metrics" in capsys.readouterr().out
+    for content in ("{}", "[]", '{"cases": {"p": {"WT": {"dice": 1}}}, "convention": "x", "simulated": true}'):
+        (tmp_path / "theirs.json").write_text(content)
+        assert main(["compare", a, str(tmp_path / "theirs.json")]) == 1
+        assert "theirs.json is not in the form of metrics.json" in capsys.readouterr().out
+
+
+def test_compare_refuses_other_references_of_the_same_names(tmp_path, capsys):
+    a, b = (run_with(tmp_path / name, {"p": 0.5}) for name in "ab")
+    for run, ml in ((a, 10.0), (b, 12.5)):
+        path = Path(run) / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["cases"]["p"]["WT"]["volume_ml_truth"] = ml
+        path.write_text(json.dumps(metrics))
+    assert main(["compare", a, b]) == 1
+    assert "p: its reference has 10.000 ml of tumour in one run and 12.500 ml in the other" in capsys.readouterr().out

@@ -246,11 +246,11 @@ def test_overlays_of_best_median_and_worst(cases, tmp_path, metrics):
     for case in cases[:3]:
         write_mask(tmp_path / f"{case.id}_seg.nii.gz", np.roll(read_mask(case.seg), 2, 0), read_image(case.seg)[1])
     scores = {case.id: metrics["cases"][name] for case, name in zip(cases, DICE, strict=False)}
-    figure = plots.overlays(cases, tmp_path, scores, modality="t1ce", simulated=True)
+    figure = plots.overlays(cases, tmp_path, metrics | {"cases": scores}, modality="t1ce", simulated=True)
     said = everything_said(figure)
     for rank, case, dice in (("Best", 0, "0.90"), ("Median", 2, "0.80"), ("Worst", 1, "0.60")):
         assert f"{rank}: {cases[case].id} · Dice WT {dice}" in said
-    assert "T1ce · 3 test patients · simulated" in said
+    assert "T1ce · 3 test patients · simulated" in said and "convention brats2020" in said
 
     first = panels(figure.subfigs[0])
     assert [title.split()[0] for title in first] == ["axial", "coronal", "sagittal"]
@@ -271,7 +271,7 @@ def test_overlays_of_one_patient_without_tumour(tmp_path, case):
         folder.mkdir(exist_ok=True)
         write_mask(folder / f"{case.id}_seg.nii.gz", empty, read_image(case.seg)[1])
     healthy = Case(case.id, case.images, tmp_path / "truth" / f"{case.id}_seg.nii.gz")
-    figure = plots.overlays([healthy], tmp_path, {case.id: {}}, modality="t1", simulated=True)
+    figure = plots.overlays([healthy], tmp_path, {"cases": {case.id: {}}}, modality="t1", simulated=True)
     assert f"Only: {case.id} · Dice WT nan" in everything_said(figure)
 
 

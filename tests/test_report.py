@@ -154,6 +154,7 @@ def test_the_verdict_comes_first_with_its_intervals(bare):
     page = Page(build_report(bare))
     text = " ".join(page.text.split())
     verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
+    verdict += " Of so few patients it is an indication."
     assert f"Run bare {verdict} Scored by brats2020: the rules in full." in text
     assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "188.1", "3.0", "2"] in page.rows
     assert ["ET", "0.800", "–", "–", "– to –", "–", "–", "–", "–"] in page.rows
@@ -199,7 +200,7 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
     assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
     assert ["D_1", "flat"] in page.rows and ["seconds", "100", "150", "1.50"] in page.rows
-    assert ["test", "2", "0.900", "0.900", "0.800", "0.800", "0.700", "0.650"] in page.rows
+    assert ["test", "2", "0.900", "+0.0000", "0.800", "+0.0000", "0.700", "-0.0500"] in page.rows
     assert "frozen against fine-tuned: better." in page.text
     assert "0.931 of all pairs" in page.text and "in 0.750" in page.text
     assert "These figures mean nothing: the network has seen A_1" in page.text

@@ -85,7 +85,7 @@ def test_far_false_positives_are_counted_by_piece_and_distance():
 
 def test_a_prediction_where_there_is_no_tumour_is_far():
     found = find_failures("P", box(10, classes=2), box(0), MM)
-    assert [failure.cause for failure in found] == ["small tumour", "far false positive"]
+    assert [failure.cause for failure in found] == ["false tumour", "far false positive"]
     assert "no tumour" in found[-1].seen
 
 
@@ -129,10 +129,20 @@ def test_a_prediction_off_the_patients_grid_is_noticed(run, metrics, monkeypatch
     assert review(run, metrics).off_grid == ["Exact_0"]
 
 
-def test_patients_that_are_gone_are_a_problem_and_no_error(tmp_path, metrics):
+def test_a_prediction_that_is_gone_is_named_and_the_others_are_read(tmp_path, metrics):
     run = write_tiny_run(tmp_path)
     (run.predictions / "Exact_0_seg.nii.gz").unlink()
-    assert "could not be read again" in review(run, metrics).problem
+    found = review(run, metrics)
+    assert list(found.unreadable) == ["Exact_0"] and "Exact_0_seg.nii.gz cannot be read" in found.unreadable["Exact_0"]
+    assert list(found.cases) == [HOSTILE, "NoET_0"] and found.problem == "" and found.recounted == 2 * 5 * 7
+    for path in run.predictions.iterdir():
+        path.unlink()
+    found = review(run, metrics)
+    assert found.cases == {} and "no prediction could be read again" in found.problem
+
+
+def test_patients_that_are_gone_are_a_problem_and_no_error(tmp_path, metrics):
+    run = write_tiny_run(tmp_path)
     run.record(data=str(tmp_path / "nowhere"))
     found = review(run, metrics)
     assert "could not be read again" in found.problem and found.cases == {} and found.failures == []
@@ -145,4 +155,4 @@ def test_a_prediction_of_another_shape_is_a_problem(tmp_path, metrics):
     run = write_tiny_run(tmp_path)
     small = np.zeros((2, 2, 2), np.uint8)
     write_mask(run.predictions / "Exact_0_seg.nii.gz", small, nib.Nifti1Image(small, np.eye(4)))
-    assert "Exact_0: prediction of shape (2, 2, 2)" in review(run, metrics).problem
+    assert "Exact_0: prediction of shape (2, 2, 2)" in review(run, metrics).unreadable["Exact_0"]

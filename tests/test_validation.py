@@ -133,6 +133,64 @@ def test_people_under_two_names_and_findings_of_the_audit(run):
     assert look(run)["The audit has nothing against the patients used"].mark == log.FAIL
 
 
+def test_patients_that_changed(run, tmp_path):
+    shutil.copytree(run.manifest["data"], tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "Val_0")
+    run.record(data=str(tmp_path / "data"))
+    line = look(run)["The patients are still those that were split"]
+    assert line.mark == log.FAIL and "Val_0 is gone" in line.evidence
+
+
+def test_a_prediction_that_is_gone(run):
+    (run.predictions / "Exact_0_seg.nii.gz").unlink()
+    line = look(run)["Scores repeat from the files as written"]
+    assert line.mark == log.FAIL
+    assert line.evidence == "70 figures of 2 patients counted again: off by at most 0; not to be read again: Exact_0"
+
+
+def test_parts_without_patients_and_unlabelled_ones_that_are_scored(run):
+    rewrite(run.splits, train=[], unlabelled=["Exact_0", "New_0"])
+    lines = look(run)
+    assert lines["Every part of the split has patients"].mark == log.FAIL
+    line = lines["Unlabelled patients are predicted and not scored"]
+    assert (line.mark, line.evidence) == (log.FAIL, "1 of 2 predicted, 1 scored")
+
+
+def test_checks_of_the_set_up_that_did_not_hold_and_no_augmentation(run):
+    path = run.notebooks / "00_setup.ipynb"
+    path.write_text(path.read_text().replace("7 of 7 checks held", "6 of 7 checks held"))
+    saved = torch.load(run.best, weights_only=True)
+    torch.save(saved | {"settings": saved["settings"] | {"augment": "none"}}, run.best)
+    lines = look(run)
+    assert lines["The checks of 00_setup held"].mark == log.FAIL
+    assert lines["Training slices were augmented"].mark == NOT_APPLICABLE
+
+
+def test_predictions_in_other_numbers_or_off_the_grid(run):
+    facts = review(run, json.loads(run.metrics.read_text()))
+    facts.predicted_labels, facts.off_grid = {1, 3, 4}, ["Exact_0"]
+    lines = {line.check: line for line in validate(run, facts)}
+    assert lines["Label numbers are known ones before, and the same after"].mark == log.WARN
+    line = lines["Predictions lie in each patient's own geometry"]
+    assert line.mark == log.FAIL and line.evidence.endswith("for 2 of 3; not for: Exact_0")
+
+
+def test_rules_that_are_not_those_named(run):
+    check = "The rules are known ones, and named beside the figures"
+    rewrite(run.metrics, convention="brats2020: of our own")
+    assert look(run)[check].mark == log.FAIL
+    run.cases_csv.write_text("case,convention\nExact_0,brats2023\n")
+    line = look(run)[check]
+    assert line.mark == log.FAIL and line.evidence == "metrics.json: brats2020; cases.csv: brats2023"
+
+
+def test_enough_patients(run):
+    metrics = json.loads(run.metrics.read_text())
+    scores = next(iter(metrics["cases"].values()))
+    rewrite(run.metrics, cases={f"P_{k}": scores for k in range(10)})
+    assert look(run)["Each mean has its interval, from enough patients"].mark == log.OK
+
+
 def test_patients_that_are_gone(run, tmp_path):
     run.record(data=str(tmp_path / "nowhere"))
     lines = look(run)
@@ -285,10 +343,29 @@ def test_the_revision_and_its_tests(run):
     assert (line.mark, line.evidence) == (log.OK, "tests.json: 9 passed, 0 failed, 1 skipped")
     record.write_text(json.dumps({"revision": "0123abc", "passed": 9, "failed": 1, "skipped": 1}))
     assert look(run)["The tests passed at this revision"].mark == log.FAIL
-    run.record(revision="4567def-dirty")
+    assert look(run)["The revision is known and clean"].mark == log.OK
+    stages = run.manifest["stages"]
+    stages["03_evaluate"] |= {"revision": "4567def", "command": "./run_all.sh --only 03", "versions": {"torch": "2.5"}}
+    run.record(stages=stages)
     lines = look(run)
-    assert lines["The tests passed at this revision"].evidence == "the tests last ran at 0123abc"
-    assert lines["The revision is known and clean"].mark == log.WARN
+    assert (
+        lines["The tests passed at this revision"].evidence == "the tests last ran at 0123abc, not every notebook did"
+    )
+    line = lines["The revision is known and clean"]
+    assert line.mark == log.WARN and line.evidence.endswith("04_advanced); 4567def (03_evaluate)")
+    assert lines["The commands that repeat the run are recorded"].evidence.endswith(
+        "04_advanced); ./run_all.sh --only 03 (03_evaluate)"
+    )
+    line = lines["The versions of the packages are recorded"]
+    assert line.mark == log.WARN and line.evidence == "manifest.json: 1 by notebook; not the same in all: torch"
+    run.record(stages={stage: entry | {"revision": "4567def-dirty"} for stage, entry in stages.items()})
+    assert look(run)["The revision is known and clean"].mark == log.WARN
+    run.record(stages={stage: entry | {"revision": None} for stage, entry in stages.items()})
+    assert look(run)["The revision is known and clean"].mark == log.FAIL
+    del stages["02_train"]  # run by hand
+    run.record(stages=stages)
+    line = look(run)["The commands that repeat the run are recorded"]
+    assert line.mark == log.WARN and line.evidence.endswith("none for: 02_train")
 
 
 def test_markdown_shows_the_lines_as_text(tmp_path):

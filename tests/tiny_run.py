@@ -10,15 +10,16 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import torch
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from brats_helpers.audit import examine
 from brats_helpers.cases import read_mask, read_nifti, survey, write_mask
+from brats_helpers.environment import ROOT
 from brats_helpers.files import write_json
 from brats_helpers.folds import gather, member, shares
-from brats_helpers.metrics import CONVENTIONS, collect, score_files, summarise
+from brats_helpers.metrics import CONVENTIONS, collect, score_files, summarise, write_cases_csv
 from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.splits import fingerprint, write_splits
@@ -79,6 +80,7 @@ def write_tiny_run(root: Path) -> Run:
     metrics = {"convention": CONVENTIONS["brats2020"], "simulated": True, "cases": scores}
     metrics |= {"summary": summarise(scores), "not_scored": {"Unlabelled_0": f"unlabelled {HOSTILE}"}}
     write_json(run.metrics, metrics)
+    write_cases_csv(run.cases_csv, metrics)
 
     with open(run.history, "w", newline="") as file:
         names = [f"dice_{name}" for name in ("WT", "TC", "ET", "NCR", "ED")]
@@ -103,11 +105,10 @@ def write_tiny_run(root: Path) -> Run:
     run.notebooks.mkdir()
     for stage in NEEDS:
         nbformat.write(_notebook(stage), run.notebooks / f"{stage}.ipynb")
-    stages = {
-        stage: {"status": "finished", "seconds": 61.0, "parameters": {"epochs": 3, "place": HOSTILE}} for stage in NEEDS
-    }
+    how = {"command": "./run_all.sh --run tiny", "revision": "0123abc", "versions": {"torch": "2.4"}}
+    entry = {"status": "finished", "seconds": 61.0, "parameters": {"epochs": 3, "place": HOSTILE}} | how
     run.record(
-        profile="tiny", command="./run_all.sh --run tiny", revision="0123abc", versions={"torch": "2.4"}, stages=stages,
+        profile="tiny", stages=dict.fromkeys(NEEDS, entry), **how,
         device={"device": "CPU"}, data=str(data), origin=f"tiny patients of {HOSTILE}", simulated=True,
         modalities=MODALITIES, cache_dir=str(root / "cache"), best_epoch=2,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def write_tiny_folds(root: Path) -> Run:
     scores, members = json.loads(run.metrics.read_text())["cases"], []
     for k, part in enumerate(shares(run)):
         own = member(run, f"folds/{k}", part)
-        made = {stage: {"status": "finished", "seconds": 61.0} for stage in PER_FOLD}
+        made = {stage: run.manifest["stages"][stage] for stage in PER_FOLD}
         own.record(stages=made, shared=True, expected=PER_FOLD)
         shutil.copy(run.history, own.history)
         shutil.copytree(run.checkpoints, own.checkpoints)
@@ -150,7 +151,7 @@ def _notebook(stage: str):
         new_output("display_data", data={"text/html": "<iframe srcdoc='<script>1</script>'></iframe>"}),
     ]
     cells = [
-        new_markdown_cell(f"# {stage}\n\n**You need** nothing. **It takes** a second."),
+        nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4).cells[0],  # with its badges
         new_code_cell("epochs: int = 3  # passes", metadata={"tags": ["parameters"]}, execution_count=1),
         new_code_cell("\n".join(names), execution_count=2, outputs=outputs),
     ]

@@ -56,7 +56,8 @@ if (viewer) {
       output: place.querySelector("output"),
     });
   }
-  let patient, image, labels, at;
+  let patient, image, labels, at; // what is drawn
+  let listed, asked; // whose images can be chosen; the latest choice
 
   function sheet(width, height) {
     return Object.assign(document.createElement("canvas"), { width, height }).getContext("2d");
@@ -157,17 +158,21 @@ if (viewer) {
   }
 
   async function show() {
+    const mine = (asked = {});
     const now = patients[control("patient").value];
-    if (now !== patient) {
+    if (now !== listed) {
       const before = control("modality").value;
       control("modality").replaceChildren(...Object.keys(now.images).map((name) => new Option(now.printed[name], name)));
       control("modality").value = before in now.images ? before : now.modality;
-      at = [...now.start];
+      listed = now;
     }
     const chosen = control("modality").value;
-    [image, labels] = await Promise.all([unpack(now.images[chosen], now), unpack(now.labels, now)]);
-    patient = now;
+    const volumes = await Promise.all([unpack(now.images[chosen], now), unpack(now.labels, now)]);
+    if (mine !== asked) return; // another was chosen while these came
+    if (now !== patient) at = [...now.start];
+    [patient, image, labels] = [now, ...volumes];
     planes.forEach(draw);
+    viewer.hidden = false;
     viewer.dataset.shown = `${now.id} ${chosen}`;
   }
 
@@ -199,6 +204,5 @@ if (viewer) {
       show();
     });
   }
-  viewer.hidden = false;
   show();
 }
