@@ -1,8 +1,8 @@
 """Random changes to a batch on its device: image and mask together, labels never mixed.
 
 Slices and patches go through the same lines: a smooth field over an image, and a blur of it, are small matrices along
-each of its axes. Written here, because MONAI and TorchIO change one sample at a time on the CPU, and Kornia's random
-numbers are one stream for the whole batch.
+each of its axes. Written here, because MONAI and TorchIO change one sample at a time on the CPU, and are slower
+(`benchmarks/augmentation.py`), and Kornia's random numbers are one stream for the whole batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,8 +34,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Change a batch at random.
 
-    `basic` flips left and right, turns, scales and shifts, and changes each channel's brightness,
-    contrast and gamma. `strong` goes further with each, and adds an elastic change of shape, blur, low
+    `basic` flips left and right, turns, scales and shifts, and changes each modality's brightness, contrast and gamma,
+    in all its slices alike. `strong` goes further with each, and adds an elastic change of shape, blur, low
     resolution, a bias field, noise, and now and then a modality that is missing.
 
     Args:
@@ -56,12 +56,13 @@ def augment(
         return images, masks
     if strength == "basic":
         images, masks = _move(images, masks, generators, turn=0.25, scale=0.12, bend=0)
-        return _intensity(images, generators, amount=0.2) * (images != 0), masks
+        return _intensity(images, modalities, generators, amount=0.2) * (images != 0), masks
     images, masks = _move(images, masks, generators, turn=0.5, scale=0.25, bend=0.04)
     inside = (images != 0) & _present(images, modalities, generators)
-    images = _coarsen(images, generators)
-    images = images * torch.exp(_field(images.shape[1], 4, 0.3, images, generators))  # the bias of a receiving coil
-    images = _intensity(images, generators, amount=0.3)
+    images = _coarsen(images, modalities, generators)
+    bias = torch.exp(_field(modalities, 4, 0.3, images, generators))  # of a receiving coil
+    images = images * bias.repeat(1, images.shape[1] // modalities, *[1] * (images.ndim - 2))
+    images = _intensity(images, modalities, generators, amount=0.3)
     return _noise(images, generators) * inside, masks
 
 
@@ -111,23 +112,25 @@ def _along(images: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Ten
     return (lines.flatten(1, -2) @ matrices.mT).unflatten(1, lines.shape[1:-1]).movedim(-1, axis)
 
 
-def _intensity(images, generators, *, amount: float):
-    """Contrast, brightness and gamma, each channel of each sample by its own draw."""
-    space = tuple(range(2, images.ndim))
-    shape = (images.shape[1], *[1] * len(space))
+def _intensity(images, modalities: int, generators, *, amount: float):
+    """Contrast, brightness and gamma, each modality of each sample by its own draw."""
+    images = images.unflatten(1, (-1, modalities))  # slices
+    space = (1, *range(3, images.ndim))
+    shape = (1, modalities, *[1] * (images.ndim - 3))
     contrast = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
     brightness = _uniform(shape, -amount, amount, generators).to(images.device)
     gamma = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
     low = images.amin(dim=space, keepdim=True)
     span = (images.amax(dim=space, keepdim=True) - low).clamp_min(1e-3)
     bent = torch.pow(((images - low) / span).clamp_min(1e-6), gamma) * span + low
-    return bent * contrast + brightness
+    return (bent * contrast + brightness).flatten(1, 2)
 
 
-def _coarsen(images, generators):
-    """Half of the channels through a Gaussian of up to 1.5 pixels, a quarter through pixels up to twice as wide."""
-    sigma = _uniform((images.shape[1],), -1.5, 1.5, generators).clamp_min(0).flatten()
-    pitch = _uniform((images.shape[1],), -2, 2, generators).clamp_min(1).flatten()
+def _coarsen(images, modalities: int, generators):
+    """Half of the modalities through a Gaussian of up to 1.5 pixels, a quarter through pixels up to twice as wide."""
+    slices = images.shape[1] // modalities
+    sigma = _uniform((modalities,), -1.5, 1.5, generators).clamp_min(0).repeat(1, slices).flatten()
+    pitch = _uniform((modalities,), -2, 2, generators).clamp_min(1).repeat(1, slices).flatten()
     chosen = ((sigma > 0) | (pitch > 1)).nonzero()[:, 0]
     channels = images.flatten(0, 1)
     coarse = channels[chosen.to(images.device)]

@@ -13,18 +13,18 @@ import pandas as pd
 import torch
 
 from brats_helpers.cache import Packed
-from brats_helpers.cases import DataError
+from brats_helpers.cases import REGIONS, DataError
 from brats_helpers.files import write_json
 from brats_helpers.inference import leaked, load_network, predict
-from brats_helpers.metrics import collect, compare, region_dice
+from brats_helpers.metrics import ENOUGH_PAIRS, collect, compare, region_dice
 from brats_helpers.model import build_model, summary
 from brats_helpers.runs import Run
 from brats_helpers.train import Settings, fit
 
 MEAN = "mean"
 """The structure that stands for the mean of WT, TC and ET of a patient."""
-ENOUGH = 6
-"""Of fewer patients even full agreement may be chance: five coins fall alike once in 16 times."""
+LEARNT = 0.05
+"""Mean Dice of a region below which a network has not learnt it: who starts faster is no answer to what is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,25 +100,43 @@ class Bench:
 def answers(metrics: Mapping[str, Mapping]) -> list[str]:
     """One sentence for each experiment but the first: how it compares with the first, patient by patient.
 
-    It is decided where there are `ENOUGH` patients and the 95 % interval of the mean difference does not hold 0.
+    It is decided where there are `ENOUGH_PAIRS` patients, both have `LEARNT` each region, and the 95 % interval of the
+    mean difference does not hold 0. The interval is over patients: each network was trained once.
 
     Args:
         metrics: by name, scores of the same patients, as `Bench.try_out` gives them.
     """
     first, *others = metrics
+    if not others:
+        return [f"Not asked by this run: there is nothing to compare {first} with."]
     sentences = []
     for other in others:
         result = compare(metrics[first], metrics[other])
         change = result["differences"][MEAN]["dice"]
         low, high = change["ci95"]
-        decided = result["n"] >= ENOUGH and (low > 0 or high < 0)
         patients = f"{'simulated ' * result['simulated']}patient{'s' * (result['n'] > 1)}"
-        verdict = ("better" if low > 0 else "worse") if decided else "not decided by this run"
+        fresh = [
+            f"{name} has not learnt {regions} yet" for name in (first, other) if (regions := _unlearnt(metrics[name]))
+        ]
+        if result["n"] < ENOUGH_PAIRS:
+            verdict = f"not decided by this run, which has fewer than {ENOUGH_PAIRS} patients to score"
+        elif fresh:
+            verdict = f"not decided by this run: {' and '.join(fresh)}"
+        elif low <= 0 <= high:
+            verdict = "not decided by this run"
+        else:
+            verdict = "better" if low > 0 else "worse"
         sentences.append(
             f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
             f" ({low:+.3f} to {high:+.3f}), {result['n']} {patients}."
         )
     return sentences
+
+
+def _unlearnt(metrics: Mapping) -> str:
+    """The regions that a network has not learnt."""
+    summary = metrics["summary"]
+    return " and ".join(name for name in REGIONS if name in summary and summary[name]["dice"]["mean"] < LEARNT)
 
 
 def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping]) -> None:
@@ -173,15 +191,24 @@ def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
 
 
 def rounds_of_few(
-    train: Sequence[Packed], val: Sequence[Packed], test: Sequence[Packed], *, n: int
+    train: Sequence[Packed], val: Sequence[Packed], test: Sequence[Packed], *, n: int, groups: Mapping[str, str]
 ) -> list[tuple[list[Packed], list[Packed], list[Packed]]]:
-    """Train, val and test of trainings that learn from `n` patients.
+    """Train, val and test of trainings that learn from `n` patients, who also choose the epoch: nobody else is asked.
 
-    One round, on the first `n` of train, where test has `ENOUGH` patients. Else each patient of all is left out once
-    and scored by a network of `n` others, which also choose the epoch: there is nobody else to ask.
+    One round, on the first `n` of train, where test has `ENOUGH_PAIRS` patients. Else each of so many, those of test
+    first, is left out once and scored by a network of `n` others. No rounds where there are not `n` others.
+
+    Args:
+        train, val, test: prepared cases with their labels.
+        groups: by ID what names of one person have in common, as in splits.json.
     """
-    if len(test) >= ENOUGH:
-        return [(list(train[:n]), list(val), list(test))]
-    everyone = [*train, *val, *test]
-    others = {case.id: [other for other in everyone if other is not case][:n] for case in everyone}
-    return [(others[case.id], others[case.id], [case]) for case in everyone]
+    if len(test) >= ENOUGH_PAIRS:
+        return [(list(train[:n]), list(train[:n]), list(test))] if len(train) >= n else []
+    rounds = []
+    for case in [*test, *val, *train][:ENOUGH_PAIRS]:
+        person = groups.get(case.id, case.id)
+        others = [other for other in [*train, *val, *test] if groups.get(other.id, other.id) != person][:n]
+        if len(others) < n:
+            return []
+        rounds.append((others, others, [case]))
+    return rounds

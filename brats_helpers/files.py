@@ -44,7 +44,7 @@ def write_json(path: Path, content: dict) -> None:
 @contextmanager
 def part_folder(beside: Path) -> Iterator[Path]:
     """A hidden folder inside `beside` to work in; rename it when whole. `sweep` removes what a kill leaves."""
-    folder = beside / f"{PART}{_processes()}-{os.getpid()}-{secrets.token_hex(8)}"
+    folder = beside / f"{PART}{processes()}-{os.getpid()}-{secrets.token_hex(8)}"
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -58,13 +58,14 @@ def sweep(beside: Path) -> None:
     The day is for those of other machines and containers, whose processes cannot be asked.
     """
     for folder in beside.glob(f"{PART}*"):
-        own = re.fullmatch(rf"{PART}{_processes()}-(\d+)-[0-9a-f]+", folder.name)
+        own = re.fullmatch(rf"{PART}{processes()}-(\d+)-[0-9a-f]+", folder.name)
         with suppress(OSError):  # somebody else swept it
-            if (own and not _alive(int(own[1]))) or time.time() - folder.stat().st_mtime > _STALE_S:
+            if (own and not alive(int(own[1]))) or time.time() - folder.stat().st_mtime > _STALE_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this number is there, among those that `processes` stands for."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -75,7 +76,7 @@ def _alive(process: int) -> bool:
 
 
 @cache
-def _processes() -> str:
+def processes() -> str:
     """Stands for all among whom a process number is unique: a machine since its start, or one container of it."""
     facts = [platform.node()]
     with suppress(OSError):  # Linux alone has these

@@ -48,8 +48,8 @@ def share_out(
         if not run_stages(plan, run, ONCE):
             return False
         parts = shares(run) if plan.folds else [read_splits(run.splits)]
-        whole = {name: _whole(run, name) for name in plan.sweep} if plan.folds else {}
-        for name, own in whole.items():
+        gathered = {name: _gathering(run, name) for name in plan.sweep} if plan.folds else {}
+        for name, own in gathered.items():
             if not _finished(own, plan):  # what was gathered before is of other trainings
                 made = {stage: entry for stage, entry in own.manifest["stages"].items() if stage not in PER_FOLD}
                 begin(plan, own, stages=made, **({"expected": PER_FOLD} if name else {}))
@@ -84,7 +84,7 @@ def share_out(
         todo = elsewhere
 
     with awaited(claims, "run"):
-        for name, own in whole.items():
+        for name, own in gathered.items():
             if _finished(own, plan):
                 continue
             own_plan, members = _plan_of(plan, own, name), [Run(run.folder / place) for place in places[name]]
@@ -106,7 +106,7 @@ def _forget(run: Run, stages: Sequence[str]) -> None:
         run.forget(stage)
 
 
-def _whole(run: Run, name: str) -> Run:
+def _gathering(run: Run, name: str) -> Run:
     """The run that gathers the folds of a combination: one inside `run`, or, of no combination, `run` itself."""
     if not name:
         return run

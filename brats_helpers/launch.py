@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +20,14 @@ import torch
 
 from brats_helpers import machine, plots
 from brats_helpers.cache import Packed, load
-from brats_helpers.files import write_json
+from brats_helpers.files import alive, write_json
 from brats_helpers.log import FAIL
 from brats_helpers.runs import Run
 from brats_helpers.train import Settings, fit, mean_dice, stoppable
 
 JOB = "training.json"
 """In a run's folder: what its processes are to do."""
+_STARTED_BY = "BRATS_STARTED_BY"
 
 
 @stoppable()
@@ -68,7 +71,8 @@ def launch(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "brats_helpers", "train", str(run.folder)]
     said = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environ = os.environ | {_STARTED_BY: str(os.getpid())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -88,6 +92,8 @@ def train_run(run: Run) -> None:
 
     Only the main process prints.
     """
+    if _STARTED_BY in os.environ:
+        _end_with(int(os.environ[_STARTED_BY]))
     job = json.loads(run.need(run.folder / JOB, "02_train with -p processes 2, or more,").read_text())
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if int(os.environ.get("RANK", 0)):
@@ -95,6 +101,17 @@ def train_run(run: Run) -> None:
     device = torch.device("cuda", rank) if job["device"] == "cuda" else torch.device("cpu")
     train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
     fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
+
+
+def _end_with(process: int) -> None:
+    """End this process when another one is gone, as by `kill -9`: whoever comes next trains in the same folder."""
+
+    def watch():
+        while alive(process):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _history(run: Run) -> list[dict[str, float]]:

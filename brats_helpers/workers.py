@@ -12,14 +12,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from brats_helpers.files import alive, processes
 from brats_helpers.log import warn
 
 BEAT_S = 5.0
 STALE_S = 60.0
-"""Seconds without a touch after which a holder counts as dead. One of this machine is known to be dead at once."""
+"""Seconds without a touch after which a holder counts as dead. One of this machine or container is known to be."""
 POLL_S = 1.0
 
 
@@ -43,7 +44,7 @@ def claimed(folder: Path, task: str) -> Iterator[bool]:
         return
     try:
         with open(own, "x") as file:
-            file.write(f"{platform.node()} {os.getpid()}")
+            file.write(f"{processes()} {os.getpid()} on {platform.node()}")
     except FileExistsError:  # somebody was faster
         yield False
         return
@@ -55,7 +56,8 @@ def claimed(folder: Path, task: str) -> Iterator[bool]:
     finally:
         over.set()
         beat.join()
-        os.utime(own, (0, 0))
+        with suppress(OSError):  # then it counts as let go of by the clock
+            os.utime(own, (0, 0))
 
 
 @contextmanager
@@ -72,26 +74,22 @@ def awaited(folder: Path, task: str) -> Iterator[None]:
 def _is_free(claim: Path) -> bool:
     touched = claim.stat().st_mtime
     holder = claim.read_text().split()
-    if touched and len(holder) == 2 and holder[0] == platform.node():
-        try:
-            os.kill(int(holder[1]), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # somebody else's, and alive
+    if holder[:1] == [processes()] and not alive(int(holder[1])):
+        return True
     # By the clock of the disk, which is the same for all.
-    now = claim.with_name(f"clock-{platform.node()}-{os.getpid()}")
+    now = claim.with_name(f"clock-{processes()}-{os.getpid()}")
     now.touch()
     return now.stat().st_mtime - touched > STALE_S
 
 
 def _beat(own: Path, next_one: Path, over: threading.Event) -> None:
     while not over.wait(BEAT_S):
-        if next_one.exists():
-            warn(f"{own} was taken over, as it was not touched for {STALE_S:.0f} s: stopping here")
-            os.kill(os.getpid(), signal.SIGINT)
-            return
-        os.utime(own)
+        with suppress(OSError):  # a network disk that is away for a moment
+            if next_one.exists():
+                warn(f"{own} was taken over, as it was not touched for {STALE_S:.0f} s: stopping here")
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            os.utime(own)
 
 
 def _has_gpu() -> bool:

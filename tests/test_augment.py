@@ -139,12 +139,29 @@ def test_only_strong_bends_what_is_straight():
         masks = torch.zeros(8, 96, 96, dtype=torch.uint8)
         masks[:, :, 48:] = 1
         _, moved = _run(strength, batch=(torch.ones(8, 2, 96, 96), masks))
+        seen = 0
         for mask in moved:
             edge = (mask[24:72].diff(dim=1) != 0).float()
             if (edge.sum(dim=1) == 1).all():
+                seen += 1
                 place = edge.argmax(dim=1).double().numpy()
                 off = place - np.polyval(np.polyfit(np.arange(48), place, 1), np.arange(48))
                 assert (abs(off).max() < 1.1) == straight
+        assert seen
+
+
+@pytest.mark.parametrize("strength", ["basic", "strong"])
+def test_the_slices_of_a_modality_change_alike(strength, monkeypatch):
+    """In 2.5D channel k is of modality k modulo their number: one scan. Noise alone is each slice's own."""
+    monkeypatch.setattr("brats_helpers.augment._noise", lambda images, generators: images)
+    images, masks = _batch()
+    images[:, 1] *= 0.5
+    new_images, _ = _run(strength, batch=(images.repeat(1, 3, 1, 1), masks))
+    slices = new_images.unflatten(1, (3, 2))
+    assert torch.allclose(slices, slices[:, :1], atol=1e-5)
+    assert not torch.allclose(new_images[:, 0], 2 * new_images[:, 1], atol=0.1)
+    plain, _ = _run(strength, batch=(images, masks))
+    assert torch.allclose(slices[:, 0], plain, atol=1e-5)  # and one slice changes as it does without its neighbours
 
 
 def test_an_unknown_strength_is_refused():

@@ -11,8 +11,9 @@ import torch
 from brats_helpers import experiments
 from brats_helpers.cache import pack, prepare
 from brats_helpers.cases import DataError, find_cases
-from brats_helpers.experiments import ENOUGH, MEAN, Bench, answers, backbones, keep_answers, merged, rounds_of_few
+from brats_helpers.experiments import MEAN, Bench, answers, backbones, keep_answers, merged, rounds_of_few
 from brats_helpers.inference import load_network
+from brats_helpers.metrics import ENOUGH_PAIRS as ENOUGH
 from brats_helpers.metrics import collect
 from brats_helpers.model import WeightsError, build_model
 from brats_helpers.runs import Run
@@ -33,9 +34,19 @@ def test_an_answer_needs_enough_patients_that_agree():
     (sentence,) = answers({"a": scores(high), "b": scores(low)})
     assert sentence.startswith("b against a: worse.")
     (sentence,) = answers({"a": scores(low[1:]), "b": scores(high[1:])})  # five agree, which may be chance
-    assert sentence.startswith("b against a: not decided by this run.")
+    assert sentence.startswith("b against a: not decided by this run, which has fewer than 6 patients to score.")
     (sentence,) = answers({"a": scores(low), "b": scores([0.4, 0.7, 0.4, 0.7, 0.4, 0.7])})  # they do not agree
     assert sentence.startswith("b against a: not decided by this run.")
+    assert answers({"a": scores(low)}) == ["Not asked by this run: there is nothing to compare a with."]
+
+
+def test_a_network_that_has_not_started_decides_nothing():
+    cases = {
+        f"P{k}": {name: {"dice": 0.0 if name == "ET" else 0.9} for name in ("WT", "TC", "ET", MEAN)} for k in range(6)
+    }
+    fresh = collect(cases, convention="brats2020", simulated=False, not_scored={}, leakage=[])
+    (sentence,) = answers({"a": scores([0.5] * ENOUGH), "b": fresh})
+    assert sentence.startswith("b against a: not decided by this run: b has not learnt ET yet. ")
 
 
 def test_answers_are_kept_for_the_report_by_question(tmp_path, capsys):
@@ -51,12 +62,17 @@ def test_answers_are_kept_for_the_report_by_question(tmp_path, capsys):
 
 def test_with_few_to_test_everyone_is_left_out_once(tiny_patients):
     a, b, c, d = (pack(case) for case in find_cases(tiny_patients))
-    rounds = rounds_of_few([a, b], [c], [d], n=2)
-    assert [[case.id[-1] for case in test] for *_, test in rounds] == [["0"], ["1"], ["2"], ["3"]]
-    assert [[case.id[-1] for case in train] for train, *_ in rounds] == [["1", "2"], ["0", "2"], ["0", "1"], ["0", "1"]]
+    rounds = rounds_of_few([a, b], [c], [d], n=2, groups={})
+    assert [[case.id[-1] for case in test] for *_, test in rounds] == [["3"], ["2"], ["0"], ["1"]]
+    assert [[case.id[-1] for case in train] for train, *_ in rounds] == [["0", "1"], ["0", "1"], ["1", "2"], ["0", "2"]]
     assert all(val == train for train, val, _ in rounds)
+    assert rounds_of_few([a, b], [c], [d], n=4, groups={}) == []  # rather than to learn from three and call it four
+    one_person = {a.id: "A", d.id: "A"}
+    assert [case.id[-1] for case in rounds_of_few([a, b], [c], [d], n=2, groups=one_person)[0][0]] == ["1", "2"]
+    assert len(rounds_of_few([a] * 20, [b] * 20, [c], n=1, groups={})) == ENOUGH  # however many patients there are
     enough = [d] * ENOUGH
-    assert rounds_of_few([a, b], [c], enough, n=1) == [([a], [c], enough)]
+    assert rounds_of_few([a, b], [c], enough, n=1, groups={}) == [([a], [a], enough)]
+    assert rounds_of_few([a, b], [c], enough, n=3, groups={}) == []
 
 
 def test_rounds_are_merged_by_patient():

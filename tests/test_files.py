@@ -15,7 +15,7 @@ def leave_part(folder, processes=""):
     """Leave in `folder` what a writer killed in the middle leaves, be it one of other `processes`."""
     code = (
         "import os, sys; from pathlib import Path; from brats_helpers import files\n"
-        "files._processes = lambda own=files._processes(): sys.argv[2] or own\n"
+        "files.processes = lambda own=files.processes(): sys.argv[2] or own\n"
         "with files.whole_file(Path(sys.argv[1], 'torn')) as file: file.write('half'), os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, folder, processes], check=False)
@@ -71,9 +71,9 @@ def test_folders_of_another_machine_or_container_stay_for_a_day(tmp_path, monkey
     """There the same process number is somebody else."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(f"brats_helpers.files.{where}", what)
-        files._processes.cache_clear()
-        leave_part(tmp_path, files._processes())
-    files._processes.cache_clear()
+        files.processes.cache_clear()
+        leave_part(tmp_path, files.processes())
+    files.processes.cache_clear()
     (tmp_path / ".part-node-gpu-12-x").mkdir()  # named otherwise, as by an older release
     sweep(tmp_path)
     assert len(names(tmp_path)) == 2

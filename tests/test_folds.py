@@ -5,8 +5,10 @@ from the patients' IDs alone, so that the table of a whole run is known beforeha
 """
 
 import dataclasses
+import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brats_helpers import folds, workers
+from brats_helpers import files, folds, workers
 from brats_helpers.cache import pack
 from brats_helpers.cases import MODALITIES, read_mask
 from brats_helpers.files import write_json
@@ -262,6 +264,34 @@ def test_a_holder_elsewhere_counts_as_dead_once_it_touches_no_more(tmp_path):
     os.utime(claim, (old, old))
     with workers.claimed(tmp_path, "a") as held:
         assert held and (tmp_path / "a.2").exists()
+
+
+def test_a_dead_holder_of_here_is_known_and_one_of_another_container_is_not(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for task, where in (("here", files.processes()), ("there", "0123456789ab")):  # of the same host name
+        (tmp_path / f"{task}.1").write_text(f"{where} {gone.pid} on {platform.node()}")
+    with workers.claimed(tmp_path, "here") as here, workers.claimed(tmp_path, "there") as there:
+        assert here and not there
+
+
+def test_a_disk_that_is_away_for_a_moment_costs_no_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "BEAT_S", 0.02)
+    touch, times = os.utime, []
+
+    def stale(path, *args):
+        times.append(path)
+        if len(times) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touch(path, *args)
+
+    monkeypatch.setattr(os, "utime", stale)
+    with workers.claimed(tmp_path, "a"):
+        for _ in range(200):
+            if len(times) > 2:
+                break
+            time.sleep(0.05)
+        assert len(times) > 2
 
 
 def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, monkeypatch):

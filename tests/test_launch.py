@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,6 +38,26 @@ def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys
 def test_what_went_wrong_in_a_process_is_repeated(parts, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="failed in one of 3 processes.*batch_size 4 cannot be shared out evenly"):
         launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=3, **HOW)
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    """Also where that one was killed: the next one trains in the same folder."""
+    code = (
+        "import sys, time; from brats_helpers.launch import _end_with\n"
+        "_end_with(int(sys.argv[1])), print('begun', flush=True), time.sleep(60)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(starter.pid)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"begun\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        starter.kill()
+        starter.wait()
+        assert process.wait(20) == 1
+    finally:
+        starter.kill()
+        process.kill()
 
 
 def test_as_many_processes_as_gpus_that_share_the_batch_evenly(parts, tmp_path, monkeypatch):
