@@ -2,12 +2,14 @@
 
 For each budget of training minutes, kind of weights and seed (of patients, split and training alike), the verbs `run`
 (notebooks 00 and 02), `predict` and `score` one after the other, as anybody would type them. Started again, it goes
-on where it was.
+on where it was; patients and runs of another state of `brats_helpers/phantom.py` are other ones, by its fingerprint in
+their names.
 
     python benchmarks/simulation.py --minutes 4 15 --seeds 0 1 2 --weights imagenet none --json simulation.json
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REGIONS = ("WT", "TC", "ET")
+SIMULATION = hashlib.sha256((ROOT / "brats_helpers" / "phantom.py").read_bytes()).hexdigest()[:6]
 
 
 def main() -> None:
@@ -72,8 +75,9 @@ def show(weights: str, minutes: float, seed, dice: dict[str, float], patients: d
 
 def measure(options: argparse.Namespace, weights: str, minutes: float, seed: int) -> dict:
     """Train, predict and score once; what the real patients got."""
-    name = f"{options.name}-{weights}-{minutes:g}min-seed{seed}"
+    name = f"{options.name}-{SIMULATION}-{weights}-{minutes:g}min-seed{seed}"
     parameters = {
+        "data_dir": ROOT / "data" / f"simulation-{SIMULATION}",
         "phantom_cases": options.cases,
         "split": f"{options.cases - 3},2,1",
         "modalities": "flair,t1ce",
@@ -100,7 +104,8 @@ def measure(options: argparse.Namespace, weights: str, minutes: float, seed: int
             case: statistics.fmean(figures[region]["dice"] for region in REGIONS)
             for case, figures in scores["cases"].items()
         },
-        "parameters": parameters,
+        "parameters": {key: str(value) for key, value in parameters.items()},
+        "revision": json.loads((folder / "manifest.json").read_text())["stages"]["02_train"]["revision"],
     }
 
 

@@ -3,8 +3,9 @@
 Each patient is built as nature and the scanner would: anatomy (the templates' tissue maps, posed, bent and
 sharpened), disease (a tumour core that pushes tissue away, enhancement inside it, oedema that creeps along white
 matter), contrast (one brightness per tissue and modality), acquisition (coil bias, slice profile, noise at the native
-resolution, resampling to 1 mm) and the skull strip. Every number of it is drawn from wide ranges, so that a network
-trained here learns what a tumour looks like rather than what this module looks like.
+resolution, resampling to 1 mm) and the skull strip, which at times leaves eyes, fat and muscle. Every number of it is
+drawn from wide ranges, so that a network trained here learns what a tumour looks like rather than what this module
+looks like.
 """
 
 import os
@@ -42,7 +43,13 @@ _BRIGHTNESS = {
     "solid": {"flair": (1.25, 2.0), "t1": (0.62, 0.85), "t1ce": (0.62, 0.95), "t2": (1.6, 2.6)},
     "necrosis": {"flair": (0.8, 2.0), "t1": (0.45, 0.80), "t1ce": (0.50, 0.90), "t2": (2.2, 3.8)},
     "enhancing": {"flair": (1.2, 2.0), "t1": (0.65, 0.95), "t1ce": (1.15, 2.1), "t2": (1.4, 2.5)},
+    "vitreous": {"flair": (0.08, 0.7), "t1": (0.2, 0.5), "t1ce": (0.2, 0.5), "t2": (2.4, 4.0)},
+    "muscle": {"flair": (0.3, 1.6), "t1": (0.5, 1.0), "t1ce": (0.6, 1.6), "t2": (0.4, 1.4)},
+    "fat": {"flair": (0.8, 2.6), "t1": (1.2, 2.2), "t1ce": (1.2, 2.6), "t2": (1.0, 2.6)},
+    "bone": {"flair": (0.02, 0.4), "t1": (0.02, 0.5), "t1ce": (0.02, 0.6), "t2": (0.02, 0.4)},
 }
+_FAILING = {"flair": 0.9, "t1": 0.2, "t1ce": 0.3, "t2": 0.3}  # how much brighter it gets at most near air
+_EYE = np.array([32.0, 78.0, -44.0])  # mm from the brain's centre to the right, the front and above, or to the left
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,7 @@ class _Anatomy:
 
     origin: np.ndarray  # first voxel of the box
     inside: np.ndarray  # bool, what the skull strip left
+    remnants: dict[str, np.ndarray]  # fractions at `where` of tissues that lie outside the brain, by name
     where: np.ndarray
     white: np.ndarray  # fractions at `where`, before disease
     grey: np.ndarray
@@ -235,6 +243,7 @@ class _Anatomy:
     depth: np.ndarray  # mm below the brain's surface at `where`
     ventricle: np.ndarray  # mm from the ventricles at `where`
     midline: np.ndarray  # mm from the plane between the hemispheres at `where`
+    below: np.ndarray  # mm below the brain's centre at `where`
     mass: _Mass
 
     def fill(self, values: np.ndarray) -> np.ndarray:
@@ -272,16 +281,18 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
 
     depth = ndimage.map_coordinates(templates.depth, source / 2, order=1, mode="nearest")
     mass = _draw_mass(rng, nodes, source, depth)
+    left, eye = _draw_remnants(rng, source, depth)
     source += mirror[:, None, None, None] * _pull(nodes, mass, depth, rng.uniform(0.15, 0.75))
 
     # From here on at 1 mm, in the brain's box, at voxels within reach of the brain.
-    near = np.argwhere(depth > -_MARGIN) * _COARSE
+    near = np.argwhere((depth > -_MARGIN) | (left > 0)) * _COARSE
     low = np.maximum(near.min(0), 0)
     shape = np.minimum(near.max(0) + _COARSE, SHAPE) - low
     finer = [_hats(full, n, _COARSE) for full, n in zip(SHAPE, sizes, strict=True)]
     finer = [hats[first : first + size] for hats, first, size in zip(finer, low, shape, strict=True)]
     deep_in = _spread(depth, finer)
-    where = np.flatnonzero(deep_in > -_MARGIN)
+    left, eye = _spread(left, finer), _spread(eye, finer)
+    where = np.flatnonzero((deep_in > -_MARGIN) | (left > 0))
     at = np.stack([_spread(axis.astype(np.float32), finer).ravel()[where] for axis in source])
     at += np.stack([_noise(rng, shape, 5).ravel()[where] for _ in range(3)]) * rng.uniform(0.4, 0.9)
     white, grey, deep = (
@@ -302,10 +313,18 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
         axis, cut = rng.integers(1, 3), rng.integers(6, 18)
         edge = np.moveaxis(inside, axis, 0)  # in front, behind or below
         edge[slice(cut) if axis == 2 or rng.random() < 0.5 else slice(-cut, None)] = False
+    outside = (left > 0) & (deep_in < 0)
+    inside |= outside
+    kind, grain = _noise(rng, shape, 7).ravel()[where], rng.uniform(2, 8)
+    shares = softmax(grain * np.stack([0.6 - np.abs(kind), kind - 0.2, -kind - 0.4]), axis=0)
+    ball = expit(2 * eye.ravel()[where])
+    shares = {name: share * (1 - ball) for name, share in zip(("muscle", "fat", "bone"), shares, strict=True)}
+    remnants = {name: share * outside.ravel()[where] for name, share in (shares | {"vitreous": ball}).items()}
     wall = _spread(ndimage.map_coordinates(templates.ventricle, source / 2, order=1, mode="nearest"), finer)
     return _Anatomy(
         origin=low,
         inside=inside,
+        remnants=remnants,
         where=where,
         white=white,
         grey=grey,
@@ -314,6 +333,7 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
         depth=deep_in.ravel()[where],
         ventricle=wall.ravel()[where],
         midline=np.abs(at[0] - float(templates.centre[0])),
+        below=float(templates.centre[2]) - at[2],
         mass=mass,
     )
 
@@ -339,6 +359,29 @@ def _draw_mass(rng: np.random.Generator, nodes: np.ndarray, source: np.ndarray, 
     weight = np.where(cerebrum, np.clip(white, 0.1, 1) * lobes, 0).ravel()
     node = rng.choice(weight.size, p=weight / weight.sum())
     return _Mass(nodes.reshape(3, -1)[:, node] + rng.uniform(-2, 2, 3), core_ml, whole_ml - core_ml)
+
+
+def _draw_remnants(rng: np.random.Generator, source: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the strip left of the head, in one patient of four: above 0 where it did; and mm inside an eyeball.
+
+    Eyes with what lies around and behind them, and tissue below the brain: what networks that saw nothing but clean
+    strips take for tumour.
+    """
+    place = source - _templates().centre[:, None, None, None]
+    left, eye = (np.full(depth.shape, -9, np.float32) for _ in range(2))
+    rough = _noise(rng, depth.shape, 4) * rng.uniform(1, 4)
+    eyes, base = rng.random(2) < 0.15
+    if eyes:
+        at = _EYE + rng.normal(0, 2.5, 3)
+        offset = np.stack([np.abs(place[0]) - at[0], place[1] - at[1], place[2] - at[2]])
+        eye = rng.uniform(11, 13) - np.sqrt((offset**2).sum(0))
+        behind = np.sqrt(offset[0] ** 2 + offset[2] ** 2 + (0.6 * (offset[1] + 8)) ** 2)
+        left = np.maximum(left, rng.uniform(6, 20) - behind + rough)
+        left = np.maximum(left, eye) if rng.random() < 0.7 else left
+    if base:
+        below = rng.uniform(-50, -20) - place[2] + rng.uniform(-0.5, 0.5) * place[1]
+        left = np.maximum(left, np.minimum(below, rng.uniform(2, 22) + depth) + rough)
+    return left, np.maximum(eye, -9)
 
 
 def _pull(nodes: np.ndarray, mass: _Mass, depth: np.ndarray, strength: float) -> np.ndarray:
@@ -486,6 +529,10 @@ def _draw_images(rng: np.random.Generator, anatomy: _Anatomy, tumour: _Tumour) -
         spots = np.clip(3 * (anatomy.noise(rng, 4) - rng.uniform(1.8, 3)), 0, 1)
         lesions = np.clip(caps + spots, 0, 1) * anatomy.white
 
+    # Near the air of sinuses and ears the field is uneven, and suppression fails: bright patches, above all on FLAIR.
+    patchy = np.clip(anatomy.noise(rng, rng.uniform(8, 16)) + rng.uniform(-0.5, 1), 0, 2)
+    near_air = expit((anatomy.below - 18) / 6) * np.clip(1.2 - anatomy.depth / 30, 0, 1) * patchy
+
     oedema = (1 - tumour.core) * tumour.oedema
     images = {}
     t1_deep = rng.uniform(0.3, 1.2)
@@ -499,7 +546,9 @@ def _draw_images(rng: np.random.Generator, anatomy: _Anatomy, tumour: _Tumour) -
         truth += tumour.enhancing * level["enhancing"] * (1 + (0.16 if name == "t1ce" else 0.07) * (grain + clump))
         truth += vessel * (1 - 0.7 * sick) * (level["vessel"] - truth)
         truth += dura * (1 - 0.7 * sick) * (level["dura"] - truth)
-        truth *= 1 + 0.02 * grain + 0.02 * clump
+        for tissue, share in anatomy.remnants.items():
+            truth += share * (level[tissue] * (1 + 0.15 * clump) - truth)
+        truth *= 1 + 0.02 * grain + 0.02 * clump + rng.uniform(0, _FAILING[name]) * near_air
         images[name] = _scan(rng, anatomy, np.maximum(truth, 0), thick=0.35 if name == "t1ce" else 0.75)
     return images
 
@@ -507,7 +556,7 @@ def _draw_images(rng: np.random.Generator, anatomy: _Anatomy, tumour: _Tumour) -
 def _scan(rng: np.random.Generator, anatomy: _Anatomy, truth: np.ndarray, *, thick: float) -> np.ndarray:
     """What the scanner makes of the truth: bias, slice profile, Rician noise, resampling, the scale of its numbers."""
     shape = anatomy.inside.shape
-    volume = anatomy.fill(truth) * np.exp(_noise(rng, shape, 50) * rng.uniform(0.01, 0.10))
+    volume = anatomy.fill(truth) * np.exp(_noise(rng, shape, 50) * rng.uniform(0.01, 0.15))
 
     spacing = np.full(3, rng.uniform(0.9, 1.2))
     if rng.random() < thick:
