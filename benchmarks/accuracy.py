@@ -2,20 +2,24 @@
 and the recipe of the notebook that this suite replaces; all scored by `score`, and compared patient by patient.
 
 The seconds are those of training, with its reading of data and its validations. What each does before (preparing
-patients) and after (predicting) is not counted for anybody. Everybody gets the same cores. A peer whose defaults do not
+patients) and after (predicting) is not counted for anybody. Everybody gets the same cores, and nobody post-processes.
+This suite keeps its best epoch by validation, the others their last weights. nnU-Net predicts with mirror images, as
+it does by itself; the others, this suite among them, without. A peer whose defaults do not
 finish an epoch in the budget gets the smaller settings that its own documentation offers; --nnunet and --monai set
 them, and the table shows them.
 
 Peers need an environment of their own with nnunetv2 and monai: --python names its Python.
 
     python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --json accuracy.json
-    python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --data ../shared/real --leave-one-out
+    python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --data ../shared/real \
+        --modalities flair,t1ce --leave-one-out --split 0.6,0.2,0.2
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -141,17 +145,22 @@ def compete(
         python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
         command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        before, load = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
         with open(folder / "log", "w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ).returncode
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         lines = (folder / "log").read_text().splitlines()
         if code:
             sys.exit(f"{name} failed:\n" + "\n".join(lines[-30:]))
-        said += [line for line in lines if line.startswith(("steps: ", "epochs: "))]
+        made = [line for line in lines if line.startswith(("steps: ", "epochs: "))]
+        said.append(", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"]))
         how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "allow_leakage": False}
         scored = score_folders(folder / "out", folder / "truth", **how)["cases"]
         for case_id, own in scored.items():
             dice = {region: own[region]["dice"] for region in REGIONS}
             scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
+        shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
     how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "not_scored": {}, "leakage": []}
     return collect(scores, **how) | {"said": said}
 

@@ -1,15 +1,16 @@
-"""What augmentation costs a training: slices a second of whole steps with and without it, and what MONAI would cost.
+"""What augmentation costs a training: slices a second of whole steps with and without it, and what others would cost.
 
-Slices of 192 x 160 of one patient, whose flair and t1ce stand for four modalities; U-Net on EfficientNet-Lite0:
-augmentation, forward, backward, AdamW.
-The strengths take turns. On a CPU it is processor time, which other work on the machine does not stretch.
+Slices of 192 x 160 of one patient, whose flair and t1ce stand for four modalities; U-Net on EfficientNet-Lite0, as many
+slices a step as notebook 02 takes on the device: augmentation, forward, backward, AdamW. The strengths take turns,
+timed by the clock on the wall with all cores: nothing else should run.
 
-    OMP_NUM_THREADS=1 python benchmarks/augmentation.py
+    python benchmarks/augmentation.py
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,15 +24,14 @@ from brats_helpers.dataset import BalancedSampler, Slices, make_loader
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.machine import choose_device, choose_precision, describe
 from brats_helpers.model import PACKAGED_ENCODER, build_model
+from brats_helpers.patches import SLICES
 from brats_helpers.steps import gradients
-
-BATCH = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
-    parser.add_argument("--repeats", metavar="N", type=int, default=5, help="batches of each; default: 5")
+    parser.add_argument("--repeats", metavar="N", type=int, default=25, help="batches of each; default: 25")
     parser.add_argument(
         "--cases",
         metavar="FOLDER",
@@ -41,47 +41,51 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = choose_device(options.device)
+    batch_size = SLICES[device.type]
     slices = Slices([pack(find_cases(options.cases, ["flair", "t1ce"])[0])], context_slices=0, size=(192, 160))
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=choose_precision(device))
     network = build_model(encoder=PACKAGED_ENCODER, weights="none", in_channels=4)
     criterion = CrossEntropyDice(class_weights=(1, 1, 1, 1)).to(device)
     model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))
-    sampler = BalancedSampler(slices, n=BATCH * (options.repeats + 1), foreground=0.7, seed=0)
+    sampler = BalancedSampler(slices, n=batch_size * (options.repeats + 1), foreground=0.7, seed=0)
 
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    clock = time.perf_counter
     whole, alone = ({strength: [] for strength in STRENGTHS} for _ in range(2))
-    peer, alone["basic by MONAI"] = monai_basic(), []
-    for batch in make_loader(slices, batch_size=BATCH, workers=0, sampler=sampler):
+    peers = {"MONAI": by_monai(), "TorchIO": by_torchio(), "Kornia": by_kornia()}  # on the CPU
+    alone |= {f"basic by {name}": [] for name in peers}
+    for batch in make_loader(slices, batch_size=batch_size, workers=0, sampler=sampler):
         four, one = batch.images.repeat(1, 2, 1, 1), batch.masks[:, None].float()
-        started = clock()
-        for image, mask in zip(four, one, strict=True):
-            peer({"image": image, "mask": mask})
-        alone["basic by MONAI"].append(clock() - started)
+        for name, change in peers.items():
+            started = clock()
+            change(four, one)
+            alone[f"basic by {name}"].append(clock() - started)
         for strength in STRENGTHS:
-            how = {"strength": strength, "modalities": 4, "generators": generators(0, 0, range(BATCH))}
+            how = {"strength": strength, "modalities": 4, "generators": generators(0, 0, range(batch_size))}
             started = clock()
             images, masks = augment(four.to(device), batch.masks.to(device), **how)
             images.sum().item()  # waits for a GPU
             alone[strength].append(clock() - started)
-            gradients(model, criterion, images, masks, accelerator, BATCH).item()
+            gradients(model, criterion, images, masks, accelerator, batch_size).item()
             optimizer.step()
             whole[strength].append(clock() - started)
 
     facts = describe(device)
-    print(f"{facts['device']}, {torch.get_num_threads()} threads, precision {facts['precision']}, batch {BATCH}")
+    print(f"{facts['device']}, {torch.get_num_threads()} threads, precision {facts['precision']}, batch {batch_size}")
     without = statistics.median(whole["none"][1:])
     for strength, seconds in whole.items():
         step = statistics.median(seconds[1:])
-        print(f"{strength}: {BATCH / step:.2f} slices/s, {without / step:.3f} of without")
+        print(f"{strength}: {batch_size / step:.2f} slices/s, {without / step:.3f} of without")
     for name, seconds in alone.items():
-        print(f"{name} alone: {1000 * statistics.median(seconds[1:]) / BATCH:.2f} ms a slice")
+        print(f"{name} alone: {1000 * statistics.median(seconds[1:]) / batch_size:.2f} ms a slice")
 
 
-def monai_basic() -> transforms.Compose:
-    """What `basic` does, out of MONAI, on a slice and its mask."""
+# What `basic` does, as nearly as the libraries have it; each of these takes images and masks of a batch.
+
+
+def by_monai() -> Callable:
     keys = ["image", "mask"]
     affine = {"rotate_range": 0.25, "scale_range": 0.12, "translate_range": (10, 8), "padding_mode": "zeros"}
-    return transforms.Compose(
+    change = transforms.Compose(
         [
             transforms.RandFlipd(keys, prob=0.5, spatial_axis=1),
             transforms.RandAffined(keys, prob=1, mode=("bilinear", "nearest"), **affine),
@@ -89,6 +93,41 @@ def monai_basic() -> transforms.Compose:
             transforms.RandShiftIntensityd("image", offsets=0.2, prob=1, channel_wise=True),
             transforms.RandAdjustContrastd("image", gamma=(0.82, 1.22), prob=1),
         ]
+    )
+    return lambda images, masks: [change({"image": i, "mask": m}) for i, m in zip(images, masks, strict=True)]
+
+
+def by_torchio() -> Callable:
+    """Without contrast and brightness, which it does not have."""
+    import torchio
+
+    change = torchio.Compose(
+        [
+            torchio.RandomFlip(axes=(1,), flip_probability=0.5),
+            torchio.RandomAffine(0.12, degrees=(0, 0, 0, 0, -14.3, 14.3), translation=(-10, 10, -8, 8, 0, 0)),
+            torchio.RandomGamma((-0.2, 0.2)),
+        ]
+    )
+
+    def subject(image, mask):
+        return torchio.Subject(
+            image=torchio.ScalarImage(tensor=image[..., None]), mask=torchio.LabelMap(tensor=mask[..., None])
+        )
+
+    return lambda images, masks: [change(subject(i, m)) for i, m in zip(images, masks, strict=True)]
+
+
+def by_kornia() -> Callable:
+    """One contrast, brightness and gamma for all modalities of a slice."""
+    import kornia.augmentation as K
+
+    return K.AugmentationSequential(
+        K.RandomHorizontalFlip(p=0.5),
+        K.RandomAffine(degrees=14.3, translate=(0.05, 0.05), scale=(0.887, 1.127), p=1.0),
+        K.RandomContrast((0.8, 1.2), clip_output=False, p=1.0),
+        K.RandomBrightness((0.8, 1.2), clip_output=False, p=1.0),
+        K.RandomGamma((0.82, 1.22), p=1.0),
+        data_keys=["input", "mask"],
     )
 
 

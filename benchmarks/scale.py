@@ -28,7 +28,6 @@ RAW_MB = 80  # a patient as Kaggle has it, .nii without compression
 # Cores, slices a second in training. The V100 and A100 are NVIDIA's published figures for its 2D nnU-Net, 707 and 1345;
 # a T4 is taken as 0.36 of a V100, by their memory bandwidth (320 and 900 GB/s). None of the three was measured here.
 MACHINES = {"two cores": (2, None), "one T4": (2, 250), "two T4s": (4, 500), "eight A100s": (96, 8 * 1345)}
-GPU_OVER_CPU_INFERENCE = 3  # a forward pass is a third of a step
 
 
 def main() -> None:
@@ -169,14 +168,27 @@ def epoch(place: Path):
 
 
 def evaluation(place: Path):
+    """As notebook 03: rules chosen by every patient, then every patient predicted, written and scored."""
+    from dataclasses import replace
+
     import torch
 
+    from brats_helpers.cache import prepare
     from brats_helpers.cases import survey
-    from brats_helpers.inference import evaluate, load_networks
+    from brats_helpers.inference import evaluate, load_networks, predict_validation
+    from brats_helpers.postprocess import choose
 
-    networks = load_networks([place / "run" / "checkpoints" / "best.pt"], device=torch.device("cpu"))
-    how = {"flips": False, "convention": "brats2020", "simulated": True, "allow_leakage": True}
-    return lambda: evaluate(networks, survey(place / "data").cases, place / "predictions", **how)
+    cases = survey(place / "data").cases
+    packed = prepare(cases, cache_dir=place / "cache", workers=1)
+    (network,) = load_networks([place / "run" / "checkpoints" / "best.pt"], device=torch.device("cpu"))
+    networks = [replace(network, trained_on=frozenset(), chosen_by=frozenset())]  # as if it had seen none of them
+
+    def job():
+        rules, _ = choose(predict_validation(networks, packed, flips=False), convention="brats2020")
+        how = {"flips": False, "convention": "brats2020", "simulated": True, "rules": rules}
+        evaluate(networks, cases, place / "predictions", **how)
+
+    return job
 
 
 def settings():
@@ -215,12 +227,13 @@ def on_paper(one: dict[str, float]) -> None:
     """What sets of other sizes need, by the cost of one patient; machines that were not measured by their speed."""
     slices = 138  # with brain, a patient
     print(f"\non paper: {RAW_MB} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs")
+    print("a tenth is evaluated, twice (validation, test), at most in this time: by the cores alone, without GPUs")
     print(f"{'':38}{'disk':>9}{'prepare':>10}{'train':>12}{'evaluate':>10}")
     for name, n in SETS.items():
         for machine, (cores, speed) in MACHINES.items():
             prepare_s = n * (one["audit"] + one["preparation"]) / cores
             train_s = EPOCHS * n * (slices / speed if speed else one["epoch"])
-            evaluate_s = n / 10 * (slices * 2 / GPU_OVER_CPU_INFERENCE / speed if speed else one["evaluation"])
+            evaluate_s = n / 10 * one["evaluation"] * 2 / cores  # at most: as if the cores did it without a GPU
             disk = n * (RAW_MB + one["cache_mb"]) / 1e6
             hours = "".join(f"{s / 3600:>8.1f} h" for s in (prepare_s, train_s, evaluate_s))
             print(f"{f'{name}, {n:,}':24}{machine:>14}{disk:>6.2f} TB{hours}")

@@ -4,7 +4,7 @@ Each tool gets a prediction and a reference of 240 x 240 x 155 voxels and gives 
 peers get ready-made masks of the regions, for which they are not charged. brats_helpers starts from the label maps,
 and its figure is for everything it scores: five structures, seven figures each.
 
-Needs the peers: pip install '.[test]' surface-distance
+Needs the peers: pip install '.[test]'
 """
 
 import argparse

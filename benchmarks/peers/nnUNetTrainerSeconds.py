@@ -15,7 +15,7 @@ class nnUNetTrainerSeconds(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.seconds = float(os.environ["BENCHMARK_SECONDS"])
-        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 25, 2
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 250, 2
         self.num_epochs, self.steps = 10**6, 0
 
     def run_training(self):

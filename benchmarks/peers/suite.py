@@ -35,7 +35,7 @@ def main() -> None:
 
     networks = load_networks([Path(job["folder"]) / "checkpoints" / "best.pt"], device=device)
     test = [cases[case_id] for case_id in job["parts"]["test"]]
-    for _ in predict_files(networks, test, Path(job["out"]), flips=True):
+    for _ in predict_files(networks, test, Path(job["out"]), flips=False):
         pass
 
 
