@@ -677,7 +677,7 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
         Line2D([], [], color=_INK, linestyle=_DASHED, label="prediction"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-    headline = f"Prediction against reference · {PRINTED[modality]} · {len(scores)} test patients"
+    headline = f"Prediction against reference · {PRINTED[modality]} · {_tested(len(scores))}"
     detail = "slices with most reference tumour, zoomed to it · patient's right on the left"
     _title(figure, headline, f"{_convention(metrics)} · {detail}", simulated)
     return figure
@@ -704,6 +704,10 @@ def best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
 def _convention(metrics: Mapping) -> str:
     """The name of the rule book, without its text."""
     return f"convention {str(metrics.get('convention', 'not stated')).partition(':')[0]}"
+
+
+def _tested(n: int) -> str:
+    return f"{n} test patient{'s' * (n != 1)}"
 
 
 def _number(scores: Mapping, region: str, metric: str) -> float:
@@ -746,7 +750,7 @@ def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
     right.minorticks_off()
     right.set(ylim=(-0.1, 450), ylabel="HD95 (mm, lower is better)", title="HD95, a percentile of the surface distance")
     detail = f"{_convention(metrics)} · a point is a patient; box: quartiles, line: median"
-    _title(figure, f"Scores of {len(cases)} test patients", detail, simulated)
+    _title(figure, f"Scores of {_tested(len(cases))}", detail, simulated)
     return figure
 
 
@@ -764,7 +768,7 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
         ax.grid()
     axes[0].set_ylabel("share that is the region")
     detail = "brain voxels given the region with 0.01 or more · dotted: perfect · above it the network says too little"
-    _title(figure, f"Calibration on {len(metrics['uncertainty']['cases'])} test patients", detail, simulated)
+    _title(figure, f"Calibration on {_tested(len(metrics['uncertainty']['cases']))}", detail, simulated)
     return figure
 
 
@@ -812,7 +816,7 @@ def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
     figure.legend(loc="outside lower left", ncols=len(REGIONS))
     detail = f"{_convention(metrics)} · ordered by the mean of the three regions"
     lowest = f"the {len(ranked)} lowest of " * (len(ranked) < len(cases))
-    _title(figure, f"Dice of {lowest}{len(cases)} test patients", detail, simulated)
+    _title(figure, f"Dice of {lowest}{_tested(len(cases))}", detail, simulated)
     return figure
 
 
@@ -848,7 +852,7 @@ def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
         ax.grid(axis="y")
     axes[0].set_ylabel("predicted minus reference (ml)")
     detail = "a point is a patient · line: mean difference, dashed: limits of agreement (1.96 standard deviations)"
-    _title(figure, f"Volume agreement of {len(cases)} test patients", detail, simulated)
+    _title(figure, f"Volume agreement of {_tested(len(cases))}", detail, simulated)
     return figure
 
 

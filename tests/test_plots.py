@@ -294,7 +294,7 @@ def test_calibration_shows_every_bin_and_each_regions_error():
     figure = plots.calibration({"uncertainty": {"cases": {"P_1": {}}, "calibration": curves}}, simulated=True)
     assert list(panels(figure)) == ["WT · calibration error 0.150", "TC · calibration error 0.150", "ET · no voxel"]
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[0.25, 0.4]]
-    assert "Calibration on 1 test patients · simulated" in everything_said(figure)
+    assert "Calibration on 1 test patient · simulated" in everything_said(figure)
 
 
 def test_doubt_is_shown_on_the_slice_with_most_errors(case):
