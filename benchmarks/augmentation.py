@@ -2,7 +2,7 @@
 
 Slices of 192 x 160 of one patient, whose flair and t1ce stand for four modalities; U-Net on EfficientNet-Lite0, as many
 slices a step as notebook 02 takes on the device: augmentation, forward, backward, AdamW. The strengths take turns,
-timed by the clock on the wall with all cores: nothing else should run.
+timed by the clock on the wall with all cores: nothing else should run. Peers: pip install '.[benchmarks]'
 
     python benchmarks/augmentation.py
 """

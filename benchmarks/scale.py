@@ -227,13 +227,13 @@ def on_paper(one: dict[str, float]) -> None:
     """What sets of other sizes need, by the cost of one patient; machines that were not measured by their speed."""
     slices = 138  # with brain, a patient
     print(f"\non paper: {RAW_MB} MB on disk and {one['cache_mb']:.0f} MB prepared a patient; {EPOCHS} epochs")
-    print("a tenth is evaluated, twice (validation, test), at most in this time: by the cores alone, without GPUs")
+    print("evaluate: a tenth for validation and one for test, by the cores alone as if there were no GPU")
     print(f"{'':38}{'disk':>9}{'prepare':>10}{'train':>12}{'evaluate':>10}")
     for name, n in SETS.items():
         for machine, (cores, speed) in MACHINES.items():
             prepare_s = n * (one["audit"] + one["preparation"]) / cores
             train_s = EPOCHS * n * (slices / speed if speed else one["epoch"])
-            evaluate_s = n / 10 * one["evaluation"] * 2 / cores  # at most: as if the cores did it without a GPU
+            evaluate_s = n / 10 * one["evaluation"] * os.cpu_count() / cores  # as if the cores did it without a GPU
             disk = n * (RAW_MB + one["cache_mb"]) / 1e6
             hours = "".join(f"{s / 3600:>8.1f} h" for s in (prepare_s, train_s, evaluate_s))
             print(f"{f'{name}, {n:,}':24}{machine:>14}{disk:>6.2f} TB{hours}")

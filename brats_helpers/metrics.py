@@ -542,7 +542,8 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
                 f"{case}: its reference has {ml_a:.3f} ml of tumour in one run and {ml_b:.3f} ml in the other: other"
                 " patients of one name, or references that were changed. Score both runs by the same references."
             )
-    columns = [column for column in _columns(a) if column in _columns(b)]
+    in_b = set(_columns(b))
+    columns = [column for column in _columns(a) if column in in_b]
     gains = _values({case: b[case] for case in shared}, columns) - _values({case: a[case] for case in shared}, columns)
     differences: dict[str, dict[str, dict]] = {}
     for (structure, metric), gain, interval in zip(columns, gains.T, _mean_intervals(gains), strict=True):

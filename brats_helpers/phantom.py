@@ -308,17 +308,17 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
     white, grey, fluid = softmax(logits, axis=0)
 
     strip = deep_in + _noise(rng, shape, 12) * rng.uniform(0.3, 1.2) + _noise(rng, shape, 3) * 0.4
-    inside = strip > rng.normal(-0.8, 0.8)
+    outside = (left > 0) & (deep_in < 0)
+    inside = (strip > rng.normal(-0.8, 0.8)) | outside
     if rng.random() < 0.15:  # the scanner's field of view ended inside the head
         axis, cut = rng.integers(1, 3), rng.integers(6, 18)
         edge = np.moveaxis(inside, axis, 0)  # in front, behind or below
         edge[slice(cut) if axis == 2 or rng.random() < 0.5 else slice(-cut, None)] = False
-    outside = (left > 0) & (deep_in < 0)
-    inside |= outside
     kind, grain = _noise(rng, shape, 7).ravel()[where], rng.uniform(2, 8)
     shares = softmax(grain * np.stack([0.6 - np.abs(kind), kind - 0.2, -kind - 0.4]), axis=0)
     ball = expit(2 * eye.ravel()[where])
     shares = {name: share * (1 - ball) for name, share in zip(("muscle", "fat", "bone"), shares, strict=True)}
+    outside &= inside
     remnants = {name: share * outside.ravel()[where] for name, share in (shares | {"vitreous": ball}).items()}
     wall = _spread(ndimage.map_coordinates(templates.ventricle, source / 2, order=1, mode="nearest"), finer)
     return _Anatomy(
@@ -546,8 +546,8 @@ def _draw_images(rng: np.random.Generator, anatomy: _Anatomy, tumour: _Tumour) -
         truth += tumour.enhancing * level["enhancing"] * (1 + (0.16 if name == "t1ce" else 0.07) * (grain + clump))
         truth += vessel * (1 - 0.7 * sick) * (level["vessel"] - truth)
         truth += dura * (1 - 0.7 * sick) * (level["dura"] - truth)
-        for tissue, share in anatomy.remnants.items():
-            truth += share * (level[tissue] * (1 + 0.15 * clump) - truth)
+        rest = sum(share * level[tissue] for tissue, share in anatomy.remnants.items()) * (1 + 0.15 * clump)
+        truth += rest - sum(anatomy.remnants.values()) * truth
         truth *= 1 + 0.02 * grain + 0.02 * clump + rng.uniform(0, _FAILING[name]) * near_air
         images[name] = _scan(rng, anatomy, np.maximum(truth, 0), thick=0.35 if name == "t1ce" else 0.75)
     return images

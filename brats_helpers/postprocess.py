@@ -43,6 +43,8 @@ class Rules:
     def __call__(self, classes: np.ndarray) -> np.ndarray:
         """Apply the rules to one patient's class indices, uint8, three axes in any order; returns a new array."""
         classes = classes.copy()
+        if not classes.any():  # which may be an empty box
+            return classes
         for box in ndimage.find_objects((classes > 0).view(np.uint8)):
             tumour = classes[box]  # a view: what changes here changes in `classes`
             if self.component_voxels:

@@ -98,12 +98,12 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
             truth, truth_image = read_seg(case.seg)
             if pred.shape != truth.shape:
                 raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
+            own = read_nifti(next(iter(case.images.values())))
         except DataError as error:
             result.unreadable[case_id] = str(error)
             continue
         result.reference_labels |= _labels(truth, truth_image)
         result.predicted_labels |= _labels(pred, pred_image)
-        own = read_nifti(next(iter(case.images.values())))
         if own.shape != pred.shape or not same_affine(own, pred_image):
             result.off_grid.append(case_id)
         result.failures += find_failures(case_id, pred, truth, spacing_mm(truth_image))
@@ -113,9 +113,14 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
             pairs = [
                 (again[name][key], stored[name].get(key)) for name in again if name in stored for key in again[name]
             ]
-            differences = [abs(value - before) for value, before in pairs if before is not None]
+            # Relative where figures are large; one that is no number differs from any.
+            differences = [
+                np.nan_to_num(abs(value - before) / max(abs(value), 1), nan=np.inf)
+                for value, before in pairs
+                if before is not None
+            ]
             result.recounted += len(differences)
-            result.largest_difference = max([result.largest_difference, *differences])
+            result.largest_difference = float(max([result.largest_difference, *differences]))
         yield pred, truth
 
 

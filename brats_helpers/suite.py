@@ -621,7 +621,7 @@ def _run_stage(plan: Plan, run: Run, stage: str) -> bool:
     finished = made.get(stage, {}).get("status") == "finished" and made[stage]["key"] == key
     how = _provenance(plan)
     if finished and not _data_changed(run, stage):
-        then = made[stage].get("revision", how["revision"])
+        then = made[stage].get("revision", "that nobody noted")
         other = f", by the suite's revision {then}, not {how['revision']}" if then != how["revision"] else ""
         done(f"{stage}: finished before, in {duration(made[stage]['seconds'])}{other}")
         return True

@@ -166,10 +166,13 @@ class _Facts:
             if entry.get("status") == "finished" and "revision" in entry
         }
         if not found:
-            raise _NotDone(
-                "manifest.json says of no notebook how it was made; those that are run by hand leave no note"
-            )
+            raise _NotDone("manifest.json says of no notebook how it was made")
         return found
+
+    @cached_property
+    def unnoted(self) -> list[str]:
+        """Executed notebooks of which the manifest does not say how they were made: by hand, or by an older suite."""
+        return [stage for stage in self.code if stage not in self.stages]
 
     def made(self, fact: str) -> dict[str, list[str]]:
         """The finished notebooks by what their entries say under `fact`."""
@@ -299,9 +302,10 @@ def _out_of_fold(facts):
 
 @_line("Data set integration", "The patients are still those that were split")
 def _unchanged(facts):
-    if facts._review.problem:
+    if facts._review.problem and not facts._review.unreadable:
         return FAIL if facts._review.changed else WARN, facts._review.problem
-    _ = facts.review
+    if not facts._review.unreadable:
+        _ = facts.review
     return OK, f"each patient's voxels are those of splits.json, fingerprint {facts.splits['fingerprint']}"
 
 
@@ -590,15 +594,14 @@ def _in_order(facts):
 def _revision(facts):
     made = facts.made("revision")
     evidence = "manifest.json: " + "; ".join(_of(stages, revision, len(made) > 1) for revision, stages in made.items())
-    return FAIL if "none" in made else _mark(
-        len(made) == 1 and not any("-dirty" in name for name in made), WARN
-    ), evidence
+    clean = len(made) == 1 and not any("-dirty" in name for name in made) and not facts.unnoted
+    return FAIL if "none" in made else _mark(clean, WARN), evidence + _but("not known of", facts.unnoted)
 
 
 @_line("Code quality", "The tests passed at this revision")
 def _tests(facts):
     record = _read(facts.run.folder.parent / "tests.json")
-    if [record["revision"]] != list(facts.made("revision")):
+    if [record["revision"]] != list(facts.made("revision")) or facts.unnoted:
         raise _NotDone(f"the tests last ran at {record['revision']}, not every notebook did")
     evidence = ", ".join(f"{record[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
     return _mark(record["passed"] > 0 == record["failed"]), f"tests.json: {evidence}"
@@ -631,14 +634,15 @@ def _versions(facts):
     unknown = [name for name, versions in known.items() if None in versions]
     several = [name for name, versions in known.items() if len(versions) > 1]
     evidence = f"manifest.json: {len(known)} by notebook" + _but("without one", unknown)
-    return _mark(not unknown and not several, WARN), evidence + _but("not the same in all", several)
+    evidence += _but("not the same in all", several) + _but("not known of", facts.unnoted)
+    return _mark(not unknown and not several and not facts.unnoted, WARN), evidence
 
 
 @_line("Documentation", "The commands that repeat the run are recorded")
 def _command(facts):
-    made, lacking = facts.made("command"), [stage for stage in facts.code if stage not in facts.stages]
+    made = facts.made("command")
     commands = "; ".join(_of(stages, command, len(made) > 1) for command, stages in made.items())
-    return _mark(not lacking, WARN), f"manifest.json: {commands}" + _but("none for", lacking)
+    return _mark(not facts.unnoted, WARN), f"manifest.json: {commands}" + _but("not known of", facts.unnoted)
 
 
 def _of(stages: list[str], what: str, several: bool) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from brats_helpers.cases import DataError
+from brats_helpers.metrics import crop_tumour
 from brats_helpers.postprocess import NO_RULES, choose, gain, read_rules
 
 NCR, ED, ET = 1, 2, 3
@@ -147,3 +148,11 @@ def test_rules_come_back_from_their_file(tmp_path):
         read_rules(file)
     with pytest.raises(DataError, match="holds no rules"):
         read_rules(tmp_path / "nowhere.json")
+
+
+def test_a_patient_without_any_tumour_has_no_say():
+    """Cut to its tumour nothing is left of it, see `predict_validation`."""
+    pair = crop_tumour(*np.zeros((2, 8, 8, 8), np.uint8))
+    assert pair[0].size == 0
+    rules, change = choose([pair], convention="brats2020")
+    assert rules == NO_RULES and change["before"] == change["after"] == {"WT": 1, "TC": 1, "ET": 1}

@@ -364,8 +364,14 @@ def test_the_revision_and_its_tests(run):
     assert look(run)["The revision is known and clean"].mark == log.FAIL
     del stages["02_train"]  # run by hand
     run.record(stages=stages)
-    line = look(run)["The commands that repeat the run are recorded"]
-    assert line.mark == log.WARN and line.evidence.endswith("none for: 02_train")
+    lines = look(run)
+    for check in (
+        "The commands that repeat the run are recorded",
+        "The revision is known and clean",
+        "The versions of the packages are recorded",
+    ):
+        assert lines[check].mark == log.WARN and lines[check].evidence.endswith("not known of: 02_train")
+    assert lines["The tests passed at this revision"].mark == NOT_APPLICABLE
 
 
 def test_markdown_shows_the_lines_as_text(tmp_path):

@@ -1,7 +1,8 @@
 """nnU-Net's own trainer under a clock: found by nnU-Net through nnUNet_extTrainer, with BENCHMARK_SECONDS set.
 
 Network, loss, augmentation, sampling, SGD and polynomial learning rate are nnU-Net's; only, the learning rate falls
-with the seconds instead of the epochs, epochs are short, and the training ends when the seconds are over.
+with the seconds instead of the epochs, an epoch is validated by 2 batches, not 50, and the training ends when the
+seconds are over.
 """
 
 import os
