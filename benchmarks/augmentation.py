@@ -49,25 +49,24 @@ def main() -> None:
     model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))
     sampler = BalancedSampler(slices, n=batch_size * (options.repeats + 1), foreground=0.7, seed=0)
 
-    clock = time.perf_counter
     whole, alone = ({strength: [] for strength in STRENGTHS} for _ in range(2))
     peers = {"MONAI": by_monai(), "TorchIO": by_torchio(), "Kornia": by_kornia()}  # on the CPU
     alone |= {f"basic by {name}": [] for name in peers}
     for batch in make_loader(slices, batch_size=batch_size, workers=0, sampler=sampler):
         four, one = batch.images.repeat(1, 2, 1, 1), batch.masks[:, None].float()
         for name, change in peers.items():
-            started = clock()
+            started = time.perf_counter()
             change(four, one)
-            alone[f"basic by {name}"].append(clock() - started)
+            alone[f"basic by {name}"].append(time.perf_counter() - started)
         for strength in STRENGTHS:
             how = {"strength": strength, "modalities": 4, "generators": generators(0, 0, range(batch_size))}
-            started = clock()
+            started = time.perf_counter()
             images, masks = augment(four.to(device), batch.masks.to(device), **how)
             images.sum().item()  # waits for a GPU
-            alone[strength].append(clock() - started)
+            alone[strength].append(time.perf_counter() - started)
             gradients(model, criterion, images, masks, accelerator, batch_size).item()
             optimizer.step()
-            whole[strength].append(clock() - started)
+            whole[strength].append(time.perf_counter() - started)
 
     facts = describe(device)
     print(f"{facts['device']}, {torch.get_num_threads()} threads, precision {facts['precision']}, batch {batch_size}")

@@ -20,7 +20,7 @@ from brats_helpers.log import warn
 
 BEAT_S = 5.0
 STALE_S = 60.0
-"""Seconds without a touch after which a holder counts as dead. One of this machine or container is known to be."""
+"""Seconds without a touch after which a holder counts as dead; here, or in this container, it is known at once."""
 POLL_S = 1.0
 
 
