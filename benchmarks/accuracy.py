@@ -32,7 +32,7 @@ from brats_helpers.cases import REGIONS, Case, survey
 from brats_helpers.environment import ROOT
 from brats_helpers.experiments import MEAN
 from brats_helpers.metrics import collect, compare, score_folders
-from brats_helpers.phantom import is_simulated, make_cases
+from brats_helpers.phantom import VERSION, is_simulated, make_cases
 from brats_helpers.splits import fold_cases, split_cases
 
 PEERS = {
@@ -47,7 +47,7 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         work = Path(temporary)
-        data = options.data or ROOT / "data" / f"phantom-{options.cases}-{options.seed}"
+        data = options.data or ROOT / "data" / f"accuracy-{options.cases}-{options.seed}-v{VERSION}"
         if not options.data:
             make_cases(data, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
         modalities = options.modalities.split(",")

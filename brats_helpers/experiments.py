@@ -32,7 +32,8 @@ class Bench:
     """What all experiments of a notebook have in common.
 
     Attributes:
-        folder: each experiment gets a folder in it, and goes on from what it left there.
+        folder: each experiment gets a folder in it, and goes on from what it left there: once scored, its `best.pt`,
+            `history.csv` and `metrics.json`.
         device, workers: see `train.fit`.
         simulated: whether the patients are simulated.
     """
@@ -61,20 +62,25 @@ class Bench:
         for name, settings in arms.items():
             key = self._key(settings, train, val, test)
             if key not in self._done:
-                print(f"{name}:", flush=True)
-                folder = self.folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}-{key[:6]}"
-                history = fit(
-                    settings,
-                    train,
-                    val,
-                    folder,
-                    device=self.device,
-                    workers=self.workers,
-                    checkpoint_minutes=0,
-                    deterministic=False,
-                    tracker="none",
-                )
-                self._done[key] = pd.DataFrame(history), self._score(folder / "checkpoints" / "best.pt", test)
+                own = Run(self.folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}-{key[:6]}")
+                if own.metrics.exists():
+                    print(f"{name}: scored before")
+                else:
+                    print(f"{name}:", flush=True)
+                    fit(
+                        settings,
+                        train,
+                        val,
+                        own.folder,
+                        device=self.device,
+                        workers=self.workers,
+                        checkpoint_minutes=0,
+                        deterministic=False,
+                        tracker="none",
+                    )
+                    write_json(own.metrics, self._score(own.best, test))
+                    own.last.unlink()  # four times as big as the network, and of no more use
+                self._done[key] = pd.read_csv(own.history), json.loads(own.metrics.read_text("utf-8"))
         found = {name: self._done[self._key(settings, train, val, test)] for name, settings in arms.items()}
         return {name: history for name, (history, _) in found.items()}, {name: own for name, (_, own) in found.items()}
 

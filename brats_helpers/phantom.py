@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from scipy.special import expit, softmax
+from threadpoolctl import threadpool_limits
 
 from brats_helpers.cases import MODALITIES, DataError, classes_to_labels, walk
 from brats_helpers.files import PART, part_folder, sweep, whole_file
@@ -30,6 +31,7 @@ AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 
 """BraTS' voxel-to-world matrix."""
 
 MARKER = "SIMULATED.txt"
+VERSION = 2  # of the simulation: raise it when the same seed gives other patients
 _MARGIN = 6  # voxels around the brain that are simulated too, so that blur and strip have something to cut from
 _COARSE = 4  # mm between the nodes that carry deformations and other smooth fields
 
@@ -114,26 +116,27 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
         The patients' folders, in order.
 
     Raises:
-        DataError: `root` holds anything else than simulated patients of this seed.
+        DataError: `root` holds anything else than simulated patients of this seed and version.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    mark = f"These patients are simulated by brats_helpers.phantom from seed {seed}. They never lived.\n"
+    by = f"brats_helpers.phantom, version {VERSION}, from seed {seed}"
+    mark = f"These patients are simulated by {by}. They never lived.\n"
     held = any(not path.name.startswith(PART) for path in root.iterdir())
     found = (root / MARKER).read_text() if (root / MARKER).exists() else None  # another run writes it before the rest
     if found != mark and (found or held):
         what = "other simulated patients" if found else "files that are no simulated patients"
-        raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed}.")
+        raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed} and version {VERSION}.")
     if found is None:
         with whole_file(root / MARKER) as file:
             file.write(mark)
     sweep(root)
-    name = f"Sim_{seed}_" if seed and not (root / "Sim_000").exists() else "Sim_"  # older ones had one name for all
+    name = f"Sim_{seed}_" if seed else "Sim_"
     folders = [root / f"{name}{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
     workers = min(workers or os.cpu_count() or 1, len(missing))
     if workers > 1:
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             list(pool.map(_write_case, *zip(*missing, strict=True)))
     else:
         for job in missing:
@@ -147,14 +150,9 @@ def is_simulated(root: Path | str) -> bool:
     return any((place / MARKER).is_file() for place in {place for one in folders for place in (one, *one.parents)})
 
 
-def _one_thread() -> None:
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)
-
-
 def _write_case(folder: Path, seed: int, index: int) -> None:
-    images, classes = simulate_case(np.random.default_rng([seed, index]))
+    with threadpool_limits(1):  # of another number of threads the sums, and so the patients, would differ a little
+        images, classes = simulate_case(np.random.default_rng([seed, index]))
     with part_folder(folder.parent) as part:
         for name, volume in [*images.items(), ("seg", classes_to_labels(classes))]:
             nib.save(nib.Nifti1Image(volume, AFFINE), part / f"{folder.name}_{name}.nii.gz")

@@ -126,10 +126,10 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
             Without a network it comes within 30 seconds.
     """
     data_dir = Path(data_dir)
-    from brats_helpers.phantom import MARKER, is_simulated, make_cases
+    from brats_helpers.phantom import MARKER, VERSION, is_simulated, make_cases
 
     if data == "phantom":
-        root = data_dir / f"simulated-{seed}-{phantom_cases}"
+        root = data_dir / f"simulated-{seed}-{phantom_cases}-v{VERSION}"
         make_cases(root, n_cases=phantom_cases, seed=seed, workers=None)
         return Source(root, True, f"{phantom_cases} simulated patients from seed {seed}, in {root}")
     short = next(iter(KAGGLE_SETS)) if data == "kaggle" else data

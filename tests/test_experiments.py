@@ -107,6 +107,18 @@ def test_what_two_questions_share_is_trained_once(tried):
     assert again["the same"] == metrics["one epoch"]
 
 
+def test_an_experiment_that_was_scored_is_not_trained_again(tried, monkeypatch, capsys):
+    """By another session in the same folder; what only a training would need is gone."""
+    bench, arms, (histories, metrics), _, _, cases = tried
+    monkeypatch.setattr(experiments, "fit", None)
+    later = Bench(folder=bench.folder, device=bench.device, workers=0, simulated=True)
+    told, scores = later.try_out(arms, cases[:2], cases[2:3], cases[3:])
+    assert capsys.readouterr().out == "one epoch: scored before\naugmented: scored before\n"
+    assert scores == metrics and all(told[name].equals(history) for name, history in histories.items())
+    for name in ("one-epoch", "augmented"):
+        assert [path.name for path in next(bench.folder.glob(f"{name}-*/checkpoints")).iterdir()] == ["best.pt"]
+
+
 def test_the_scores_are_those_of_the_whole_volume(tried):
     """Against the confusion of the predicted volume with the reference, counted here."""
     bench, _, (_, metrics), _, _, cases = tried

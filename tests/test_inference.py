@@ -128,7 +128,7 @@ def test_only_networks_of_the_same_modalities_are_averaged(checkpoint, tmp_path)
 
 def test_another_architecture_may_be_averaged(checkpoint, tiny_patients, tmp_path):
     packed = [pack(case) for case in find_cases(tiny_patients)]
-    test_train._fit(packed, tmp_path, encoder="tu-resnet18", context_slices=1, epochs=1)
+    test_train._fit(packed, tmp_path, encoder="tu-mobilenetv3_small_050", context_slices=1, epochs=1)
     networks = inference.load_networks([checkpoint, tmp_path / "checkpoints" / "best.pt"], device=CPU)
     both, one, other = (inference.predict(each, packed[0], flips=False) for each in (networks, *zip(networks)))
     np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)

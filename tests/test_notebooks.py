@@ -154,6 +154,7 @@ def test_real_patients_are_asked_how_few_will_do(tiny_patients, tmp_path):
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
     assert sentence.endswith(", 3 patients.")
     assert (run / "figures" / "04_few_1.png").is_file()
+    shutil.rmtree(run)
 
 
 def test_splits_metrics_and_predictions_are_of_the_same_patients(smoke):

@@ -180,7 +180,7 @@ def test_importing_loads_no_templates():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_folder_of_anything_else_is_not_written_into(tmp_path):
+def test_a_folder_of_anything_else_is_not_written_into(tmp_path, monkeypatch):
     (tmp_path / "BraTS20_Training_001").mkdir()
     with pytest.raises(DataError, match="no simulated patients.*new folder"):
         phantom.make_cases(tmp_path, n_cases=1, seed=0, workers=1)
@@ -189,3 +189,6 @@ def test_a_folder_of_anything_else_is_not_written_into(tmp_path):
     phantom.make_cases(tmp_path / "a", n_cases=0, seed=0, workers=1)
     with pytest.raises(DataError, match="other simulated patients"):
         phantom.make_cases(tmp_path / "a", n_cases=0, seed=1, workers=1)
+    monkeypatch.setattr(phantom, "VERSION", phantom.VERSION + 1)
+    with pytest.raises(DataError, match="other simulated patients"):
+        phantom.make_cases(tmp_path / "a", n_cases=0, seed=0, workers=1)
