@@ -8,5 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 find_python
 install_missing test
 cd "$root"
-[[ $# == 0 ]] && "$python" -m ruff check --quiet
+if [[ $# == 0 ]]; then
+  "$python" -m ruff check --quiet
+  export OMP_NUM_THREADS=1 # for each of two processes
+  set -- -n 2 --dist loadfile --no-loadscope-reorder
+fi
 exec "$python" -m pytest "$@"

@@ -252,7 +252,7 @@ def _score(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> None:
     from brats_helpers.cases import REGIONS, DataError
     from brats_helpers.files import write_json
-    from brats_helpers.metrics import ENOUGH_PAIRS, compare
+    from brats_helpers.metrics import ENOUGH_PAIRS, compare, interval_text
 
     metrics = []
     for path in (options.a, options.b):
@@ -281,7 +281,7 @@ def _compare(options: argparse.Namespace) -> None:
     print(f"{'':4}{'Dice':^28}{'HD95 mm':^32}".rstrip())
     for region in REGIONS:
         row = [result["differences"][region][metric] for metric in ("dice", "hd95_mm")]
-        dice, hd95 = ("{:+.3f} ({:+.3f} to {:+.3f})".format(d["mean_difference"], *d["ci95"]) for d in row)
+        dice, hd95 = (f"{d['mean_difference']:+.3f} ({interval_text(d['ci95'], result['n'], '+.3f')})" for d in row)
         print(f"{region:4}{dice:^28}{hd95:^32}".rstrip())
     print(("simulated patients; " if result["simulated"] else "") + result["convention"])
     if options.json:

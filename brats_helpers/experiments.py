@@ -16,7 +16,7 @@ from brats_helpers.cache import Packed
 from brats_helpers.cases import REGIONS, DataError
 from brats_helpers.files import write_json
 from brats_helpers.inference import leaked, load_network, predict
-from brats_helpers.metrics import ENOUGH_PAIRS, collect, compare, region_dice
+from brats_helpers.metrics import ENOUGH_PAIRS, collect, compare, interval_text, region_dice
 from brats_helpers.model import build_model, summary
 from brats_helpers.runs import Run
 from brats_helpers.train import Settings, fit
@@ -134,7 +134,7 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
             verdict = "better" if low > 0 else "worse"
         sentences.append(
             f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
-            f" ({low:+.3f} to {high:+.3f}), {result['n']} {patients}."
+            f" ({interval_text((low, high), result['n'], '+.3f')}), {result['n']} {patients}."
         )
     return sentences
 
@@ -177,7 +177,7 @@ def backbones(
             "multiply-adds (M)": cost["multiply_adds"] / 1e6,
             "slices per second": histories[name]["slices_per_s"].mean(),
             "mean Dice": dice["mean"],
-            "95 % interval": "{:.3f} to {:.3f}".format(*dice["ci95"]),
+            "95 % interval": interval_text(dice["ci95"], dice["n"]),
         }
     return pd.DataFrame(rows).T
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -422,6 +422,12 @@ def _mean_intervals(values: np.ndarray) -> list[list[float]]:
         draws = random.multinomial(patients, np.full(patients, 1 / patients), size=min(at_once, _BOOTSTRAPS - done))
         means.append(draws @ values / patients)
     return np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).T.tolist()
+
+
+def interval_text(ci95: Sequence[float], n: int, figure: str = ".3f") -> str:
+    """A 95 % interval over `n` patients in words, as "0.612 to 0.745"; of one patient there is none."""
+    low, high = ci95
+    return f"{low:{figure}} to {high:{figure}}" if n > 1 else "no interval"
 
 
 def collect(

@@ -16,7 +16,7 @@ from pathlib import Path
 from brats_helpers.cases import CLASSES, LABELS, REGIONS
 from brats_helpers.files import whole_file
 from brats_helpers.log import FAIL, OK, WARN, duration
-from brats_helpers.metrics import CONVENTIONS, ENOUGH
+from brats_helpers.metrics import CONVENTIONS, ENOUGH, interval_text
 from brats_helpers.review import Review
 from brats_helpers.runs import Run
 
@@ -516,8 +516,8 @@ def _repeat(facts):
 @_line("Evaluation metrics", "Each mean has its interval, from enough patients")
 def _intervals(facts):
     n = len(facts.metrics["cases"])
-    ends = {region: facts.metrics["summary"][region]["dice"]["ci95"] for region in REGIONS}
-    evidence = ", ".join(f"{region} {low:.3f} to {high:.3f}" for region, (low, high) in ends.items())
+    ends = {region: interval_text(facts.metrics["summary"][region]["dice"]["ci95"], n) for region in REGIONS}
+    evidence = ", ".join(f"{region} {end}" for region, end in ends.items())
     few = f", fewer than {ENOUGH}: an indication" * (n < ENOUGH)
     return _mark(n >= ENOUGH, WARN), f"{evidence}, from {n} patient{'s' * (n != 1)}{few}"
 

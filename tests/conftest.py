@@ -22,10 +22,16 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+def pytest_collection_modifyitems(items):
+    """What takes the longest comes first, so that it does not run on alone at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_notebooks.py", "test_folds.py"))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """After the whole suite, note how it went at which revision: the validation of later runs cites it."""
     config = session.config
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    whole = whole and not hasattr(config, "workerinput")  # of two processes of pytest, the one that sees all results
     if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         stats = config.pluginmanager.get_plugin("terminalreporter").stats
         n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}
@@ -107,14 +113,14 @@ def port():
     """Port 7777, the only one that Kaggle's clients take for a test, for this test alone."""
     fcntl = pytest.importorskip("fcntl")
     with open(Path(tempfile.gettempdir()) / "brats-tests-port-7777.lock", "a") as lock:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            pytest.skip("other tests have held port 7777 for 30 seconds")
+            pytest.skip("other tests have held port 7777 for two minutes")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", PORT)) == 0:
                 pytest.skip("port 7777 is taken by something else")

@@ -142,6 +142,10 @@ def test_compare_pairs_patients(tmp_path, capsys):
     assert f"{b}: its network had seen p" in printed and "simulated patients; brats2020" in printed
     assert json.loads((tmp_path / "c.json").read_text())["n"] == 3
     assert main(["compare", f"{a}/metrics.json", b]) == 0  # a file will do
+    one = run_with(tmp_path / "one", {"q": 0.7})
+    capsys.readouterr()
+    assert main(["compare", a, one]) == 0
+    assert "WT +0.100 (no interval)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
