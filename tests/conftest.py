@@ -30,8 +30,9 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionfinish(session, exitstatus):
     """After the whole suite, note how it went at which revision: the validation of later runs cites it."""
     config = session.config
+    if hasattr(config, "workerinput"):  # one of two at a time: the process above them sees all results
+        return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    whole = whole and not hasattr(config, "workerinput")  # of two processes of pytest, the one that sees all results
     if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         stats = config.pluginmanager.get_plugin("terminalreporter").stats
         n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}
