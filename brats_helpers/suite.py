@@ -688,18 +688,24 @@ def _papermill(plan: Plan, stage: str, into: Path, prepare_only: bool = False) -
             return launch + (extra_arguments or [])
 
     into.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        plan.root / "notebooks" / f"{stage}.ipynb",
-        into / f"{stage}.ipynb",
-        parameters=plan.given[stage],
-        prepare_only=prepare_only,
-        kernel_name="python3",
-        language="python",
-        cwd=plan.root,
-        progress_bar=False,
-        stdout_file=sys.stdout,
-        kernel_manager_class=ThisPython,
-    )
+    for tries_left in (2, 1, 0):
+        try:
+            return papermill.execute_notebook(
+                plan.root / "notebooks" / f"{stage}.ipynb",
+                into / f"{stage}.ipynb",
+                parameters=plan.given[stage],
+                prepare_only=prepare_only,
+                kernel_name="python3",
+                language="python",
+                cwd=plan.root,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                kernel_manager_class=ThisPython,
+            )
+        except RuntimeError as error:  # the kernel's ports are chosen before it starts: another process may take one
+            if not tries_left or "Kernel died before replying" not in str(error):
+                raise
+            warn(f"{stage}: its kernel did not come up; once more")
 
 
 def _what_failed(stage: str, path: Path, error: Exception) -> str:
