@@ -138,7 +138,7 @@ def compete(
         (folder / "truth").mkdir()
         for case in cases:
             if case.id in parts["test"]:
-                shutil.copy(case.seg, folder / "truth")
+                shutil.copy(case.seg, folder / "truth" / f"{case.id}_seg.nii{case.seg.name.partition('.nii')[2]}")
         own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
         (folder / "job.json").write_text(json.dumps(own))
         print(f"{name}, {job['seconds']} s, round {number + 1} of {len(rounds)}", flush=True)
@@ -156,8 +156,10 @@ def compete(
         made = [line for line in lines if line.startswith(("steps: ", "epochs: "))]
         said.append(", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"]))
         how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "allow_leakage": False}
-        scored = score_folders(folder / "out", folder / "truth", **how)["cases"]
-        for case_id, own in scored.items():
+        scored = score_folders(folder / "out", folder / "truth", **how)
+        if scored["cases"].keys() != set(parts["test"]):
+            sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
+        for case_id, own in scored["cases"].items():
             dice = {region: own[region]["dice"] for region in REGIONS}
             scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
         shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round

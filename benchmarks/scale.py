@@ -147,6 +147,8 @@ def index(place: Path):
 
 
 def preparation(place: Path):
+    import torch  # noqa: F401 (the libraries do not count)
+
     from brats_helpers.cache import prepare
     from brats_helpers.cases import survey
 
@@ -232,7 +234,7 @@ def on_paper(one: dict[str, float]) -> None:
     for name, n in SETS.items():
         for machine, (cores, speed) in MACHINES.items():
             prepare_s = n * (one["audit"] + one["preparation"]) / cores
-            train_s = EPOCHS * n * (slices / speed if speed else one["epoch"])
+            train_s = EPOCHS * n * (slices / speed if speed else one["epoch"] * os.cpu_count() / cores)
             evaluate_s = n / 10 * one["evaluation"] * os.cpu_count() / cores  # as if the cores did it without a GPU
             disk = n * (RAW_MB + one["cache_mb"]) / 1e6
             hours = "".join(f"{s / 3600:>8.1f} h" for s in (prepare_s, train_s, evaluate_s))

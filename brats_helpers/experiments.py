@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from brats_helpers import machine
 from brats_helpers.cache import Packed
 from brats_helpers.cases import REGIONS, DataError
 from brats_helpers.files import write_json
@@ -19,7 +20,7 @@ from brats_helpers.inference import leaked, load_network, predict
 from brats_helpers.metrics import ENOUGH_PAIRS, collect, compare, interval_text, region_dice
 from brats_helpers.model import build_model, summary
 from brats_helpers.runs import Run
-from brats_helpers.train import Settings, fit
+from brats_helpers.train import Settings, fingerprint, fit
 
 MEAN = "mean"
 """The structure that stands for the mean of WT, TC and ET of a patient."""
@@ -32,8 +33,8 @@ class Bench:
     """What all experiments of a notebook have in common.
 
     Attributes:
-        folder: each experiment gets a folder in it, and goes on from what it left there: once scored, its `best.pt`,
-            `history.csv` and `metrics.json`.
+        folder: each experiment gets a folder in it, and goes on from what it left there on such a machine and of the
+            same patients: once scored, its `best.pt`, `history.csv` and `metrics.json`.
         device, workers: see `train.fit`.
         simulated: whether the patients are simulated.
     """
@@ -84,9 +85,20 @@ class Bench:
         found = {name: self._done[self._key(settings, train, val, test)] for name, settings in arms.items()}
         return {name: history for name, (history, _) in found.items()}, {name: own for name, (_, own) in found.items()}
 
-    @staticmethod
-    def _key(settings: Settings, *cases: Sequence[Packed]) -> str:
-        return hashlib.sha256(repr([settings, [[case.id for case in part] for part in cases]]).encode()).hexdigest()
+    def _key(self, settings: Settings, *cases: Sequence[Packed]) -> str:
+        """Changes with whatever scores follow from: patients' content and the machine's speed and precision as well."""
+        start = Path(settings.encoder_weights)
+        weights = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else ""
+        hardware = machine.describe(self.device)
+        facts = [
+            settings,
+            weights,
+            *map(fingerprint, cases),
+            hardware["device"],
+            hardware["precision"],
+            hardware["cores"],
+        ]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def _score(self, checkpoint: Path, test: Sequence[Packed]) -> dict:
         network = load_network(checkpoint, device=self.device)

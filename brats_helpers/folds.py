@@ -145,7 +145,7 @@ def shares(run: Run) -> list[dict[str, list[str]]]:
 def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
     """The run `name` inside the folder of `run`, on the same prepared patients, shared out as `parts`.
 
-    What it holds already stays, unless its patients were shared out otherwise.
+    What it holds already stays, unless its patients were shared out otherwise; where they lie now is noted.
     """
     own = Run(run.folder / name)
     content = json.loads(run.splits.read_text())
@@ -156,6 +156,9 @@ def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
         patients = {part: len(content[part]) for part in (*PARTS, "unlabelled")}
         own.record(**run.manifest | {"patients": patients, "stages": {}})
         write_json(own.splits, content)
+    places = {name: run.manifest[name] for name in ("asked", "data", "origin", "cache_dir") if name in run.manifest}
+    if own.manifest != own.manifest | places:
+        own.record(**places)
     return own
 
 

@@ -11,12 +11,13 @@ import csv
 import functools
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 from scipy.spatial import cKDTree
 
 from brats_helpers.cases import REGIONS, DataError, find_segs, read_seg, same_affine
@@ -382,7 +383,7 @@ def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
     Returns:
         Per structure and metric: `mean`, `median`, `std` (of the sample; 0 for one patient), the
         quartiles `q1` and `q3`, `ci95` (95 % interval of the mean: percentiles of 10,000 bootstrap
-        samples of patients, always the same ones) and `n`. Empty without patients.
+        samples of patients, always the same ones, further out where patients are few) and `n`. Empty without patients.
     """
     if not cases:
         return {}
@@ -414,14 +415,22 @@ def _values(cases: Mapping[str, Mapping], columns: list[tuple[str, str]]) -> np.
 
 
 def _mean_intervals(values: np.ndarray) -> list[list[float]]:
-    """95 % bootstrap intervals of the mean over the first axis, one for each column of (patients, columns)."""
+    """95 % bootstrap intervals of the mean over the first axis, one for each column of (patients, columns).
+
+    Plain percentiles of few patients are too close: of six, they hold the true mean 87 times in 100. So they are taken
+    further out, as far as Student's interval is from the normal one (the expanded percentile interval of Hesterberg,
+    What Teachers Should Know About the Bootstrap, 2015); of many patients they are the plain ones.
+    """
     patients, random = len(values), np.random.default_rng(0)
+    if patients == 1:
+        return values.T.repeat(2, axis=1).tolist()
     at_once = min(_BOOTSTRAPS, max(1, 10**7 // patients))  # in memory, however many patients there are
     means = []
     for done in range(0, _BOOTSTRAPS, at_once):
         draws = random.multinomial(patients, np.full(patients, 1 / patients), size=min(at_once, _BOOTSTRAPS - done))
         means.append(draws @ values / patients)
-    return np.percentile(np.concatenate(means), (2.5, 97.5), axis=0).T.tolist()
+    tail = special.ndtr(special.stdtrit(patients - 1, 0.025) * math.sqrt(patients / (patients - 1)))
+    return np.quantile(np.concatenate(means), (tail, 1 - tail), axis=0).T.tolist()
 
 
 def interval_text(ci95: Sequence[float], n: int, figure: str = ".3f") -> str:

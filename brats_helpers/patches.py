@@ -1,6 +1,7 @@
 """What a network sees: slices or patches to learn from, whole patients to be validated and predicted.
 
-A network of slices and one of patches differ in `patch_size` alone (0: slices), and here is where that is looked at.
+A network of slices and one of patches differ in `patch_size` alone (0: slices). Here is where that is looked at; but
+for what it costs (precision, and how many at once), which the training and its preflight ask as well.
 """
 
 from collections.abc import Sequence

@@ -184,21 +184,15 @@ def write_splits(path: Path, parts: dict[str, list[str]], *, folds: Sequence[dic
     write_json(path, parts | facts | ({"folds": list(folds)} if folds else {}))
 
 
-def read_splits(path: Path, *, fold: int | None = None) -> dict[str, list[str]]:
-    """Read the parts of `splits.json`, or those of one of its folds, counted from 0.
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Read the parts of `splits.json`.
 
     Raises:
-        DataError: a patient is in two parts, a part is empty or missing, or there is no such fold.
+        DataError: a patient is in two parts, or a part is empty or missing.
     """
     content = json.loads(path.read_text())
-    groups = content.get("groups", {})
-    if fold is not None:
-        there = content.get("folds", [])
-        if fold >= len(there):
-            raise DataError(f"{path} has {len(there)} folds, none of number {fold}. Run 00_setup with more folds.")
-        content = there[fold]
     parts = {name: content.get(name, []) for name in PARTS}
-    check_disjoint(parts, groups)
+    check_disjoint(parts, content.get("groups", {}))
     return parts
 
 

@@ -206,7 +206,7 @@ def fit(
         "in_channels": train_slices.channels,
         "train_cases": [*learnt_from(settings.encoder_weights), *(case.id for case in train)],
         "val_cases": [case.id for case in val],
-        "fingerprint": _fingerprint([*train, *val]),
+        "fingerprint": fingerprint([*train, *val]),
     }
     state = {"epoch": 0, "step": 0, "losses": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0, "history": []}
     state["pieces"] = {}  # slices at a time, by device
@@ -485,7 +485,7 @@ def _finished(state: dict, settings: Settings) -> bool:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(cases: Sequence[Packed]) -> str:
+def fingerprint(cases: Sequence[Packed]) -> str:
     """Of the patients' content, as far as it can be told without reading it: boxes, and voxels by slice and class."""
     digest = hashlib.sha256()
     for case in cases:

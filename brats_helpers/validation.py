@@ -370,11 +370,12 @@ def _inputs(facts):
 
 @_line("Model architecture", "The network is the one that is named, with one output for each class")
 def _outputs(facts):
+    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
+
     import torch
 
-    from brats_helpers.model import build_model
+    from brats_helpers.model import build_model  # seconds, so only where there is a checkpoint
 
-    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
     of = {"encoder": settings["encoder"], "in_channels": saved["in_channels"], "patch_size": settings["patch_size"]}
     with torch.device("meta"):  # shapes alone
         expected = {name: tensor.shape for name, tensor in build_model(weights="none", **of).state_dict().items()}
@@ -394,13 +395,14 @@ def _finite(facts):
 
 @_line("Model architecture", "The encoder's weights are ImageNet's")
 def _imagenet(facts):
+    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
+    if settings["encoder_weights"] != "imagenet":
+        raise _NotDone(f"training started from encoder_weights {settings['encoder_weights']}")
+
     import torch
 
     from brats_helpers.model import WeightsError, build_model
 
-    saved, settings = facts.checkpoint, facts.checkpoint["settings"]
-    if settings["encoder_weights"] != "imagenet":
-        raise _NotDone(f"training started from encoder_weights {settings['encoder_weights']}")
     try:
         network = build_model(encoder=settings["encoder"], weights="imagenet", in_channels=saved["in_channels"])
     except WeightsError as error:

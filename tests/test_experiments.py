@@ -119,6 +119,23 @@ def test_an_experiment_that_was_scored_is_not_trained_again(tried, monkeypatch, 
         assert [path.name for path in next(bench.folder.glob(f"{name}-*/checkpoints")).iterdir()] == ["best.pt"]
 
 
+def test_an_experiment_is_repeated_where_patients_weights_or_the_machine_changed(tried, tmp_path, monkeypatch):
+    bench, arms, _, _, _, (a, b, c, d) = tried
+    (settings, _), known = arms.values(), tmp_path / "known.pt"
+    known.write_bytes(b"one")
+    on_known = dataclasses.replace(settings, encoder_weights=str(known))
+    keys = [bench._key(settings, [a, b], [c], [d]), bench._key(on_known, [a, b], [c], [d])]
+    assert keys[0] == bench._key(settings, [a, b], [c], [d])
+    counts = d.counts.copy()
+    counts[0] += [-1, 1, 0, 0]  # a corrected segmentation of a test patient
+    keys.append(bench._key(settings, [a, b], [c], [dataclasses.replace(d, counts=counts)]))
+    known.write_bytes(b"another")
+    keys.append(bench._key(on_known, [a, b], [c], [d]))
+    monkeypatch.setattr(experiments.machine, "choose_precision", lambda device: "fp16")
+    keys.append(bench._key(settings, [a, b], [c], [d]))
+    assert len(set(keys)) == len(keys)
+
+
 def test_the_scores_are_those_of_the_whole_volume(tried):
     """Against the confusion of the predicted volume with the reference, counted here."""
     bench, _, (_, metrics), _, _, cases = tried

@@ -312,6 +312,22 @@ def test_a_claim_is_touched_while_it_is_held_and_its_loss_interrupts(tmp_path, m
         signal.signal(signal.SIGINT, before)
 
 
+# --- a fold's own run
+
+
+def test_a_fold_follows_the_data_when_they_move(tmp_path):
+    run, ids = Run(tmp_path), ["P0", "P1", "P2"]
+    part = dict(zip(("train", "val", "test"), ([one] for one in ids), strict=True))
+    write_splits(run.splits, part, folds=[part], unlabelled=[], contents=dict.fromkeys(ids))
+    run.record(data="old", cache_dir="cache", seed=0)
+    own = folds.member(run, "folds/0", part)
+    own.record(stages={"02_train": {"status": "finished"}}, profile="its own")
+    run.record(data="new", profile="another")
+    manifest = folds.member(run, "folds/0", part).manifest
+    assert (manifest["data"], manifest["cache_dir"], manifest["profile"]) == ("new", "cache", "its own")
+    assert manifest["stages"] == {"02_train": {"status": "finished"}}
+
+
 # --- the folds' networks together
 
 

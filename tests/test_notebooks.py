@@ -14,6 +14,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill
 
 from brats_helpers.runs import NEEDS
 from brats_helpers.suite import profiles, read_notebooks, read_profile
@@ -99,9 +101,9 @@ def test_every_parameter_is_used_and_every_profile_sets_declared_ones():
 
 def test_papermill_shows_each_parameter_with_type_and_meaning():
     for stage, notebook in read_notebooks(ROOT).items():
-        command = [sys.executable, "-m", "papermill", "--help-notebook", str(ROOT / "notebooks" / f"{stage}.ipynb")]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "300"})
-        text = " ".join(shown.stdout.split())
+        shown = CliRunner().invoke(papermill, ["--help-notebook", str(ROOT / "notebooks" / f"{stage}.ipynb")])
+        assert shown.exit_code == 0, shown.output
+        text = " ".join(shown.output.split())
         for parameter in notebook.parameters.values():
             assert f"{parameter.name}: {parameter.type} (default" in text
             assert " ".join(parameter.meaning.split()[:3]) in text

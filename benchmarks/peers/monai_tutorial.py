@@ -76,7 +76,9 @@ def main() -> None:
         loss = loss_of(logits.float(), sample["label"][None].to(device))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+        if torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]).isfinite():  # in bf16 it may not be
+            scaler.step(optimizer)
         scaler.update()
         steps += 1
     print(f"steps: {steps}", flush=True)
