@@ -218,6 +218,8 @@ def _score(options: argparse.Namespace) -> int:
         simulated=is_simulated(options.truth_dir),
         allow_leakage=options.allow_leakage,
     )
+    if options.json:
+        write_json(options.json, scores)
     for case, reason in scores["not_scored"].items():
         warn(f"{case} is not scored: {reason}")
     if not scores["cases"]:
@@ -244,7 +246,6 @@ def _score(options: argparse.Namespace) -> int:
         warn(f"these are {n} of {all_of_them} patients: the others have no part in the mean")
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
     if options.json:
-        write_json(options.json, scores)
         done(str(options.json))
     return int(any(not reason.startswith("unlabelled") for reason in scores["not_scored"].values()))
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from brats_helpers.cases import (
     MODALITIES,
-    TOLERANCE_MM,
     Case,
     DataError,
     Finding,
@@ -29,17 +28,19 @@ from brats_helpers.cases import (
     parse_nifti,
     read_bytes,
     recognise,
+    same_place,
     spacing_mm,
 )
 from brats_helpers.files import whole_file
 from brats_helpers.log import warn
 from brats_helpers.tables import read_tables
 
+_SPACING_MM = 1e-3  # what two voxel sizes may differ by before they are the reason
 _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
 """From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
-_FORMAT = 3  # raise it when `_examine` finds other things: what was remembered is then forgotten
+_FORMAT = 4  # raise it when `_examine` finds other things: what was remembered is then forgotten
 
 
 def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None) -> dict:
@@ -378,10 +379,11 @@ def _differs(one: dict, other: dict) -> tuple[str, str, str] | None:
     """In what the geometry of two files differs first, and how it is written in the other and the one."""
     if one["shape"] != other["shape"]:
         return "shape", _times(other["shape"]), _times(one["shape"])
-    for code, key in (("spacing", "spacing_mm"), ("affine", "affine")):
-        if not np.allclose(one[key], other[key], rtol=0, atol=TOLERANCE_MM):
-            return code, _brief(other[key]), _brief(one[key])
-    return None
+    if same_place(one["affine"], other["affine"], one["shape"]):
+        return None
+    spaced = np.allclose(one["spacing_mm"], other["spacing_mm"], rtol=0, atol=_SPACING_MM)
+    code, key = ("affine", "affine") if spaced else ("spacing", "spacing_mm")
+    return code, _brief(other[key]), _brief(one[key])
 
 
 def _likeness_problems(files: dict[str, dict]) -> Iterator[tuple[str, str, str, str]]:

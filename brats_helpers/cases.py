@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -26,8 +27,8 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2w": "t2",
     "t2f": "flair",
 }
-TOLERANCE_MM = 1e-3
-"""By which affines and voxel sizes may differ: headers hold 32-bit numbers."""
+TOLERANCE_MM = 0.05
+"""By which a voxel may lie elsewhere in another file: headers hold rounded numbers."""
 _HEADER_BYTES = 348
 _NAMED = 3  # patients in one error
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
@@ -157,7 +158,12 @@ class Survey:
         found: dict[str, Case] = {}
         for case in cases:
             if case.id in found:
-                places = " and ".join(self.relative(folder) for folder in (found[case.id].folder, case.folder))
+                both = (found[case.id], case)
+                if case.folder == found[case.id].folder:
+                    places = " and ".join(self.relative(one.seg) for one in both)
+                    self._add(case.id, "two-files", "error", case.seg, f"Two label maps, {places}; keep one of them.")
+                    continue
+                places = " and ".join(self.relative(one.folder) for one in both)
                 self._add(
                     case.id, "two-folders", "error", case.folder, f"Lies in two folders, {places}; keep one of them."
                 )
@@ -197,7 +203,8 @@ def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list
 def find_segs(root: Path | str) -> dict[str, Path | None]:
     """Find every patient's segmentation below `root`, whatever modalities lie beside it.
 
-    Label maps alone will do, flat or in folders, called `<case>_seg` or just `<case>`.
+    Label maps alone will do, flat or in folders, called `<case>_seg` or just `<case>`. Files called `<case>_soft`, as
+    `predict` writes probabilities, are none.
 
     Returns:
         Case ID to file, sorted by ID; None for a patient with images only.
@@ -206,7 +213,8 @@ def find_segs(root: Path | str) -> dict[str, Path | None]:
         DataError: as `find_cases`, but for modalities.
     """
     found = _scan(Path(root))
-    segs = {case.id: case.seg for case in found._once(found.cases)}
+    cases = [case for case in found.cases if case.images or not case.id.endswith("_soft")]
+    segs = {case.id: case.seg for case in found._once(cases)}
     found.refuse(*_AMBIGUOUS)
     if not segs:
         raise DataError(f"No segmentation below {root}. Expected files such as BraTS20_Training_001_seg.nii.gz.")
@@ -277,6 +285,7 @@ def _scan(root: Path) -> Survey:
 
     for folder, patients in found.items():
         others = strangers.pop(folder, [])
+        scans = any({*files} - {"seg"} for files in patients.values())
         for case_id, files in patients.items():
             seg = files.pop("seg", None)
             if seg is None and len(patients) == 1:
@@ -290,7 +299,9 @@ def _scan(root: Path) -> Survey:
                 seg = maps[0] if maps else None
                 others = [path for path in others if path != seg]
             scan.cases.append(Case(case_id, files, seg))
-        for path in others:
+        if not scans:  # label maps alone, whether called `<case>_seg` or just `<case>`
+            strangers[folder] = others
+        for path in others if scans else ():
             scan._unused(path)
     scan.cases.extend(Case(_stem(path), {}, path) for paths in strangers.values() for path in paths)
     return scan
@@ -457,7 +468,10 @@ def classes_to_labels(classes: np.ndarray, numbering: str = "2020") -> np.ndarra
 
 
 def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, numbering: str = "2020") -> None:
-    """Write class indices, shape (X, Y, Z), as label numbers in the geometry, header and dtype of `like`."""
+    """Write class indices, shape (X, Y, Z), as label numbers in the geometry and header of `like`.
+
+    In its dtype as well where that is one of whole numbers, else as uint8.
+    """
     header = like.header.copy()
     dtype = header.get_data_dtype() if header.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
     header.set_data_dtype(dtype)
@@ -471,5 +485,11 @@ def spacing_mm(image: nib.Nifti1Image) -> tuple[float, float, float]:
 
 
 def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
-    """Whether voxels of the same index lie in the same place, to `TOLERANCE_MM`."""
-    return np.allclose(one.affine, other.affine, rtol=0, atol=TOLERANCE_MM)
+    """Whether voxels of the same index lie in the same place, to `TOLERANCE_MM`, in every corner of `one`."""
+    return same_place(one.affine, other.affine, one.shape)
+
+
+def same_place(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
+    """`same_affine` by the affines, 4 x 4, of volumes of one shape."""
+    corners = np.array([*product(*((0, side - 1) for side in shape[:3]), (1,))])
+    return np.allclose(corners @ np.transpose(one), corners @ np.transpose(other), rtol=0, atol=TOLERANCE_MM)

@@ -175,7 +175,10 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         device, flips, convention, labels: as for notebook 03.
     """
     scores, by_fold = {}, [json.loads(fold.metrics.read_text()) for fold in folds]
+    leakage = sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]})
     predictions = run.emptied(run.predictions)
+    if leakage:  # where `score` looks for it
+        write_json(predictions / "leakage.json", leakage)
     for fold, metrics in zip(folds, by_fold, strict=True):
         scores |= metrics["cases"]
         for case_id in metrics["cases"]:
@@ -200,7 +203,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         convention=convention,
         simulated=run.manifest["simulated"],
         not_scored=dict.fromkeys(unlabelled, "unlabelled"),
-        leakage=sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]}),
+        leakage=leakage,
     )
     write_cases_csv(run.cases_csv, metrics)
     write_json(run.metrics, metrics)

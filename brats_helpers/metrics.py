@@ -485,7 +485,7 @@ def score_folders(
     """
     preds, truths, seen = find_segs(pred_dir), find_segs(truth_dir), read_leakage(pred_dir)
     cases, reasons = {}, {}
-    for case in sorted(preds.keys() | truths.keys()):
+    for case in sorted({case for case, path in preds.items() if path} | truths.keys()):
         if case not in truths:
             reasons[case] = f"extra: {preds[case]} has no patient in {truth_dir}"
         elif truths[case] is None:
@@ -535,7 +535,8 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
         metrics_a, metrics_b: what `collect` returns, of one convention and the same references.
 
     Returns:
-        `convention`; `simulated`; `n`, the patients that both scored; `only_a` and `only_b`, the
+        `convention`; `simulated`; `leakage`, those compared whom a network had seen; `n`, the
+        patients that both scored; `only_a` and `only_b`, the
         IDs of the others; `differences`: per structure and metric the mean over patients of b minus
         a, `mean_difference`, and its 95 % bootstrap interval over patients, `ci95`.
 
@@ -550,11 +551,11 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     shared = a.keys() & b.keys()
     if not shared:
         raise DataError("The two runs have no scored patient in common, so there is nothing to compare.")
-    for case in sorted(shared):
-        ml_a, ml_b = (found[case].get("WT", {}).get("volume_ml_truth") for found in (a, b))
+    for case, name in itertools.product(sorted(shared), STRUCTURES):
+        ml_a, ml_b = (found[case].get(name, {}).get("volume_ml_truth") for found in (a, b))
         if None not in (ml_a, ml_b) and not np.isclose(ml_a, ml_b, rtol=1e-4):
             raise DataError(
-                f"{case}: its reference has {ml_a:.3f} ml of tumour in one run and {ml_b:.3f} ml in the other: other"
+                f"{case}: its reference has {ml_a:.3f} ml of {name} in one run and {ml_b:.3f} ml in the other: other"
                 " patients of one name, or references that were changed. Score both runs by the same references."
             )
     in_b = set(_columns(b))
@@ -566,6 +567,7 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     return {
         "convention": metrics_a["convention"],
         "simulated": metrics_a["simulated"] or metrics_b["simulated"],
+        "leakage": sorted({*metrics_a.get("leakage", ()), *metrics_b.get("leakage", ())} & shared),
         "n": len(shared),
         "only_a": sorted(a.keys() - shared),
         "only_b": sorted(b.keys() - shared),

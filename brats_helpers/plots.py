@@ -100,7 +100,10 @@ def _styled(draw):
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write a figure as PNG, its title in the file's metadata (the report's captions), and give it back to be shown."""
+    """Write a figure as PNG, its title in the file's metadata, and give it back to be shown.
+
+    The report has the title for those who cannot see the figure.
+    """
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150, metadata={"Title": figure.get_label()})
     return figure
@@ -310,8 +313,9 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
         draw.text((4, 2), name, "white", font)
         draw.text((4, 17), f"{PRINTED[modality]} · axial slice {at}", "white", font)
         frames.append(np.asarray(picture))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, frames, duration=100, loop=0, comment=f"{name} · {PRINTED[modality]} · axial slices".encode())
+    how = {"duration": 100, "loop": 0, "comment": f"{name} · {PRINTED[modality]} · axial slices".encode()}
+    with whole_file(path, "wb") as file:
+        imageio.imwrite(file, frames, extension=".gif", **how)
     return path
 
 

@@ -38,6 +38,17 @@ from brats_helpers.validation import MEANINGS, best_epoch, predicted_and_measure
 
 _PAGES = Path(__file__).with_name("pages")
 _IMAGES = {".png": "image/png", ".gif": "image/gif"}
+_TERMS = {
+    "WT": "whole tumour: NCR, ED and ET together",
+    "TC": "tumour core: NCR and ET",
+    "ET": "enhancing tumour, a region and a label",
+    "NCR": "necrotic and non-enhancing core",
+    "ED": "oedema",
+    "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
+    "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
+    "95 % interval": "where the mean of many such patients lies, as far as these can say; of one training only",
+    "entropy": "how undecided the network is about a voxel; 0 where it is sure",
+}
 
 
 def fresh_report(run: Run) -> Path:
@@ -102,6 +113,8 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         structures=[name for name in STRUCTURES if name in metrics.get("summary", {})],
         regions=list(REGIONS),
         enough=ENOUGH,
+        terms=_TERMS,
+        best=_best(run),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
         answers=_read(run.answers),
@@ -186,21 +199,25 @@ def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
     """A row for each fold of a cross-validation, with its own report behind it."""
     rows = []
     for own in _scored_folds(run):
-        manifest, summary = own.manifest, _read(own.metrics).get("summary", {})
-        history = pd.read_csv(own.history).to_dict("records") if own.history.exists() else []
-        best, dice = best_epoch(history) if history else (None, None)
+        manifest, summary, best = own.manifest, _read(own.metrics).get("summary", {}), _best(own)
         rows.append(
             {
                 "name": own.folder.name,
                 "link": _link(run, own.folder, inner),
                 "patients": manifest["patients"],
-                "best": best,
-                "validation": dice,
+                "best": best.get("epoch"),
+                "validation": best.get("dice"),
                 "dice": {region: summary.get(region, {}).get("dice", {}).get("mean") for region in REGIONS},
                 "seconds": sum(entry.get("seconds") or 0 for entry in manifest["stages"].values()),
             }
         )
     return rows
+
+
+def _best(run: Run) -> dict:
+    """The best epoch of the training, its mean validation Dice, and how many epochs there are; empty without any."""
+    history = pd.read_csv(run.history).to_dict("records") if run.history.exists() else []
+    return dict(zip(("epoch", "dice"), best_epoch(history), strict=True), epochs=len(history)) if history else {}
 
 
 def _sweep(run: Run, inner: Callable[[Run], Path]) -> dict:
@@ -239,14 +256,20 @@ def _shared_out(run: Run) -> dict[str, list[str]]:
 
 
 def _figures(run: Run) -> dict[str, dict[str, str]]:
-    """Every image of the run by name: as a data URI, with the title that `plots` put into the file."""
+    """Every image of the run by name: as a data URI, with the title that `plots` put into the file.
+
+    One that cannot be read is left to the validation, which names it.
+    """
     from PIL import Image
 
     figures = {}
     for path in sorted(run.figures.glob("*")):
         if path.suffix in _IMAGES:
-            with Image.open(path) as image:
-                title = image.info.get("Title") or image.info.get("comment", b"").decode() or path.stem
+            try:
+                with Image.open(path) as image:
+                    title = image.info.get("Title") or image.info.get("comment", b"").decode() or path.stem
+            except OSError:
+                continue
             figures[path.name] = {"src": _data_uri(path.read_bytes(), _IMAGES[path.suffix]), "title": title}
     return figures
 
@@ -299,14 +322,20 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
 
 
 def _audit(run: Run, manifest: Mapping) -> dict:
-    """The findings of `audit.json` as rows, the patients left out, and how many were looked at."""
+    """The findings of `audit.json` as rows, the patients left out, how many were found, and how many of them read."""
     audit = _read(run.audit)
     rows = [
         {"case": case_id, **finding}
         for case_id, case in audit.get("cases", {}).items()
         for finding in case.get("findings", ())
     ]
-    return {"patients": len(audit.get("cases", {})), "findings": rows, "excluded": manifest.get("excluded", {})}
+    read = audit.get("summary", {}).get("read", 0)
+    return {
+        "patients": len(audit.get("cases", {})),
+        "read": read,
+        "findings": rows,
+        "excluded": manifest.get("excluded", {}),
+    }
 
 
 def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
@@ -316,7 +345,10 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     from pygments.formatters import HtmlFormatter
 
     links = ", ".join(f'<a href="../figures/{quote(view)}">{html.escape(view)}</a>' for view in views)
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except ValueError as error:  # no JSON: a run that was cut off while it was written
+        return f'<p class="missing">{html.escape(f"{path} cannot be read: {error}")}</p>', ""
     heading = path.stem
     for cell in notebook.cells:
         if cell.cell_type == "markdown":  # without badges: no page loads a picture from a network
@@ -341,8 +373,8 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _interval(ends: list[float] | None) -> str:
-    return f"{_number(ends[0])} to {_number(ends[1])}" if ends else "–"
+def _interval(ends: list[float] | None, digits: int = 3) -> str:
+    return f"{_number(ends[0], digits)} to {_number(ends[1], digits)}" if ends else "–"
 
 
 def _plain(value) -> str:

@@ -16,6 +16,7 @@ SMALL_ML = 5.0
 FAR_MM = 10.0
 CAUSES = {
     "missed enhancing tumour": "the reference has ET, and the prediction overlaps none of it",
+    "missed tumour": "the reference has WT or TC, and the prediction overlaps none of it",
     "false enhancing tumour": "the prediction has ET, and the reference has none",
     "false tumour": "the prediction has WT or TC, and the reference has none",
     "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
@@ -146,12 +147,11 @@ def find_failures(
         dice = _dice(p, t)
         predicted_ml, true_ml = np.count_nonzero(p) * voxel_ml, np.count_nonzero(t) * voxel_ml
         seen = f"predicted {_ml(predicted_ml)}, reference {_ml(true_ml)}"
-        if region == "ET" and true_ml and not (p & t).any():
-            cause = "missed enhancing tumour"
-        elif region == "ET" and predicted_ml and not true_ml:
-            cause = "false enhancing tumour"
+        kind = "enhancing tumour" if region == "ET" else "tumour"
+        if true_ml and not (p & t).any():
+            cause = f"missed {kind}"
         elif predicted_ml and not true_ml:
-            cause = "false tumour"
+            cause = f"false {kind}"
         elif dice < LOW_DICE:
             cause = "small tumour" if true_ml < SMALL_ML else "other low score"
         else:

@@ -32,7 +32,9 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workerinput"):  # one of two at a time: the process above them sees all results
         return
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    narrow = ("keyword", "markexpr", "lf", "stepwise", "deselect", "ignore", "ignore_glob")
+    chosen = any(getattr(config.option, name, None) for name in narrow)
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
     if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         stats = config.pluginmanager.get_plugin("terminalreporter").stats
         n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}

@@ -140,7 +140,8 @@ def test_compare_pairs_patients(tmp_path, capsys):
     assert f"left out, as {b} has no score for them: s of {a}" in printed
     assert f"left out, as {a} has no score for them: t of {b}" in printed
     assert f"{b}: its network had seen p" in printed and "simulated patients; brats2020" in printed
-    assert json.loads((tmp_path / "c.json").read_text())["n"] == 3
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["n"] == 3 and found["leakage"] == ["p"]
     assert main(["compare", f"{a}/metrics.json", b]) == 0  # a file will do
     one = run_with(tmp_path / "one", {"q": 0.7})
     capsys.readouterr()
@@ -164,10 +165,13 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
 
 def test_compare_refuses_other_references_of_the_same_names(tmp_path, capsys):
     a, b = (run_with(tmp_path / name, {"p": 0.5}) for name in "ab")
-    for run, ml in ((a, 10.0), (b, 12.5)):
-        path = Path(run) / "metrics.json"
-        metrics = json.loads(path.read_text())
-        metrics["cases"]["p"]["WT"]["volume_ml_truth"] = ml
-        path.write_text(json.dumps(metrics))
-    assert main(["compare", a, b]) == 1
-    assert "p: its reference has 10.000 ml of tumour in one run and 12.500 ml in the other" in capsys.readouterr().out
+    for region in ("WT", "TC"):  # TC alone: where labels 1 and 2 were swapped, WT is the same
+        for run, ml in ((a, 10.0), (b, 12.5)):
+            path = Path(run) / "metrics.json"
+            metrics = json.loads(path.read_text())
+            metrics["cases"]["p"]["WT"].pop("volume_ml_truth", None)
+            metrics["cases"]["p"][region]["volume_ml_truth"] = ml
+            path.write_text(json.dumps(metrics))
+        assert main(["compare", a, b]) == 1
+        message = f"p: its reference has 10.000 ml of {region} in one run and 12.500 ml in the other"
+        assert message in capsys.readouterr().out

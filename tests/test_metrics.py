@@ -543,10 +543,26 @@ def test_what_cannot_be_scored_is_reported(folders):
     }
 
 
-def test_a_rounded_affine_is_no_misalignment(folders):
+def test_a_rounded_affine_is_no_misalignment_and_one_that_is_off_in_a_corner_is(folders):
     pred_dir, truth_dir = folders
     put(pred_dir / "A_seg.nii.gz", tumour((16, 14, 12), 0), affine=AFFINE + 1e-5)
     assert score(pred_dir, truth_dir)["cases"]["A"]["WT"]["dice"] == 1
+    long = np.zeros((120, 4, 4), np.uint8)
+    put(truth_dir / "long_seg.nii.gz", long)
+    put(pred_dir / "long_seg.nii.gz", long, affine=AFFINE * [1.0009, 1, 1, 1])  # 0.1 mm at the far end
+    assert score(pred_dir, truth_dir)["not_scored"]["long"].startswith("misaligned")
+
+
+def test_a_prediction_is_found_whatever_lies_beside_it(folders):
+    pred_dir, truth_dir = folders
+    (pred_dir / "B_seg.nii.gz").rename(pred_dir / "B.nii.gz")  # A is still called A_seg
+    put(pred_dir / "soft" / "A_soft.nii.gz", tumour((16, 14, 12), 0))
+    put(pred_dir / "C" / "C_flair.nii.gz", tumour((16, 14, 12), 0))
+    result = score(pred_dir, truth_dir)
+    assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
+    put(pred_dir / "A.nii.gz", tumour((16, 14, 12), 0))
+    with pytest.raises(DataError, match=r"Two label maps, A_seg.nii.gz and A.nii.gz; keep one of them"):
+        score(pred_dir, truth_dir)
 
 
 def test_spacing_comes_from_the_file(tmp_path):

@@ -80,6 +80,12 @@ def test_outputs_are_stored_where_a_test_compares_them_and_nowhere_else(stage):
         assert not cell["outputs"] or cell["execution_count"]
 
 
+def test_tables_of_the_datas_names_are_text():
+    """What pandas styles is markup unless it is told to escape; plain frames escape by themselves."""
+    styled = [_source(cell) for stage in STAGES for cell in _cells(stage) if ".style" in _source(cell)]
+    assert len(styled) == 4 and all('escape="html"' in source for source in styled)
+
+
 def test_every_parameter_has_a_type_and_a_meaning():
     for stage, notebook in read_notebooks(ROOT).items():
         assert "run_dir" in notebook.parameters

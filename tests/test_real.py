@@ -10,13 +10,15 @@ import pytest
 from brats_helpers import inference
 from brats_helpers.__main__ import main
 from brats_helpers.cache import pack, prepare
-from brats_helpers.cases import DataError, find_cases, survey
+from brats_helpers.cases import DataError, find_cases, read_mask, read_nifti, survey, write_mask
+from brats_helpers.metrics import score_case, score_folders
 from brats_helpers.model import PACKAGED_ENCODER
 from brats_helpers.train import fit
 
 from . import test_train
 from .test_train import HOW, SETTINGS
 
+RULES = {"spacing_mm": (1.0, 1.0, 1.0), "convention": "brats2020"}
 VOXELS = {
     "brats_2013_pat0001_1": (27_189, 53_050, 31_485),
     "brats_2013_pat0002_1": (1_106, 53_736, 8_219),
@@ -36,12 +38,22 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
         batch_size=8,
         slices_per_epoch=64,
     )
+    by_id = {case.id: case for case in cases}
     train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
     val = [packed["brats_2013_pat0003_1"]]
     history = fit(settings, train, val, tmp_path, **HOW)
     assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
 
+    # The one that chose the epoch: after a minute half of its tumour is found, and not where its mirror image would be.
     checkpoint = tmp_path / "checkpoints" / "best.pt"
+    (chosen_by,) = [by_id[case.id] for case in val]
+    inference.predict_folders(
+        [checkpoint], [chosen_by.folder], tmp_path / "seen", device="cpu", flips=False, allow_leakage=True
+    )
+    pred, truth = (read_mask(path) for path in (tmp_path / "seen" / f"{chosen_by.id}_seg.nii.gz", chosen_by.seg))
+    dice, mirrored = (score_case(p, truth, **RULES)["WT"]["dice"] for p in (pred, pred[::-1]))
+    assert dice > 0.5 and dice > 2 * mirrored
+
     patient = real_patients / "BraTS-GLI-00001-000"
     inference.predict_folders([checkpoint], [patient], tmp_path / "out", device="cpu", flips=False)
     written = nib.load(tmp_path / "out" / "BraTS-GLI-00001-000_seg.nii.gz")
@@ -69,6 +81,23 @@ def test_a_network_of_other_patients_predicts_them_all_and_score_prints_their_fi
         volumes = {name: figures["volume_ml_truth"] for name, figures in scores["cases"][case_id].items()}
         expected = {"WT": ncr + ed + et, "TC": ncr + et, "ET": et, "NCR": ncr, "ED": ed}
         assert volumes == pytest.approx({name: voxels / 1000 for name, voxels in expected.items()})
+
+
+def test_a_real_segmentation_agrees_with_itself_and_not_with_itself_one_slice_off(real_patients, tmp_path):
+    for case in find_cases(real_patients, ["flair", "t1ce"]):
+        if case.seg is None:
+            continue
+        classes, like = read_mask(case.seg), read_nifti(case.seg)
+        for name, moved in (("same", classes), ("shifted", np.roll(classes, 1, axis=2))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_mask(tmp_path / name / f"{case.id}_seg.nii.gz", moved, like)
+    how = {"convention": "brats2020", "simulated": False, "allow_leakage": False}
+    same, shifted = (score_folders(tmp_path / name, real_patients, **how)["cases"] for name in ("same", "shifted"))
+    assert len(same) == 3
+    for case_id in same:
+        for region in ("WT", "TC", "ET"):
+            assert same[case_id][region]["dice"] == 1 and same[case_id][region]["hd95_mm"] == 0
+            assert 0.5 < shifted[case_id][region]["dice"] < 0.99 and shifted[case_id][region]["hd95_mm"] >= 1
 
 
 def test_four_modalities_are_asked_for_where_two_are(real_patients):

@@ -16,7 +16,7 @@ from brats_helpers.__main__ import main
 from brats_helpers.report import build_report, fresh_report
 from brats_helpers.runs import NEEDS, Run
 
-from .tiny_run import HOSTILE, write_tiny_folds, write_tiny_run
+from .tiny_run import HOSTILE, png, write_tiny_folds, write_tiny_run
 
 
 class Page(HTMLParser):
@@ -79,6 +79,8 @@ def bare(tmp_path):
     run.record(stages={stage: {"status": "finished", "seconds": 61.0} for stage in NEEDS if stage != "04_advanced"})
     wt = {"mean": 0.8512, "median": 0.9, "std": 0.05, "q1": 0.8, "q3": 0.95, "ci95": [0.7, 0.91], "n": 2}
 
+    mm = {"mean": 188.1, "median": 3.0, "std": 261.7, "q1": 2.0, "q3": 373.13, "ci95": [1.0, 373.13], "n": 2}
+
     def case(wt, et, hd95):
         return {"WT": {"dice": wt, "hd95_mm": hd95}, "TC": {"dice": 0.7, "hd95_mm": 2.0}, "ET": {"dice": et}}
 
@@ -86,7 +88,7 @@ def bare(tmp_path):
         "convention": "brats2020: the rules in full",
         "simulated": False,
         "cases": {"A_1": case(0.9, 0.8, 3.04), "B_1": case(0.8, None, 373.13)},
-        "summary": {"WT": {"dice": wt, "hd95_mm": {"mean": 188.1, "median": 3.0}}, "ET": {"dice": {"mean": 0.8}}},
+        "summary": {"WT": {"dice": wt, "hd95_mm": mm}, "ET": {"dice": {"mean": 0.8}}},
         "not_scored": {"C_1": "unlabelled"},
     }
     run.metrics.write_text(json.dumps(metrics))
@@ -156,8 +158,10 @@ def test_the_verdict_comes_first_with_its_intervals(bare):
     verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
     verdict += " Of so few patients it is an indication."
     assert f"Run bare {verdict} Scored by brats2020: the rules in full." in text
-    assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "188.1", "3.0", "2"] in page.rows
-    assert ["ET", "0.800", "–", "–", "– to –", "–", "–", "–", "–"] in page.rows
+    assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
+    assert ["WT", "188.1", "1.0 to 373.1", "3.0", "2.0 to 373.1", "261.7", "2"] in page.rows
+    assert ["ET", "0.800", "–", "–", "– to –", "–", "–"] in page.rows
+    assert ["HD95", "95th percentile of the distances between their surfaces in mm; lower is better"] in page.rows
     assert [row[0] for row in page.rows if row[0] in ("A_1", "B_1")] == ["B_1", "A_1"]  # 1.5 and 2.4 in sum
     assert ["A_1", "0.900", "0.700", "0.800", "3.0", "2.0", "–", "–", ""] in page.rows
     assert ["02_train", "finished", "1 min 01 s"] in page.rows
@@ -166,6 +170,9 @@ def test_the_verdict_comes_first_with_its_intervals(bare):
 def test_failures_conventions_and_validation_are_told(pages):
     rows = pages["index"].rows
     assert ["missed enhancing tumour", "NoET_0", "ET", "0.000"] in [row[:4] for row in rows]
+    text = " ".join(pages["index"].text.split())
+    assert "Failures: 1 of 3 patients." in text and "1 of 3 test patients, read from the masks" in text
+    assert "Best epoch 2 of 3: mean validation Dice of WT, TC and ET 0.800." in text
     assert any(row[0].startswith("brats2023: mean over patients") and len(row) == 4 for row in rows)
     checks = pages["validation"].rows
     shared = "splits.json: train ∩ val 0, train ∩ test 0, val ∩ test 0"
@@ -190,19 +197,25 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     for word in ("Audit", "Uncertainty", "post-processing", "measured over predicted", "Left out"):
         assert word not in plain.text
     finding = {"code": "nan", "severity": "warning", "file": "A_1_t1.nii", "message": f"12 voxels of {HOSTILE}"}
-    report = {"cases": {"A_1": {"findings": [finding]}, "B_1": {"findings": []}}, "summary": {}}
+    report = {"cases": {"A_1": {"findings": [finding]}, "B_1": {"findings": []}}, "summary": {"read": 1}}
     (bare.folder / "audit.json").write_text(json.dumps(report))
     bare.record(excluded={"D_1": ["flat"]}, preflight={"predicted": {"seconds": 100}, "measured": {"seconds": 150.0}})
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
     post = {"rules": {"et_voxels": 30}, "test": {"n": 2, "before": dice, "after": dice | {"ET": 0.65}}}
     bare.answers.write_text(json.dumps({"04_start.png": ["frozen against fine-tuned: better."]}))
-    uncertainty = {"auc": 0.9312, "auc_tumour": 0.75}
+    curves = {"WT": {"ece": 0.0213}, "ET": {"ece": None}}
+    uncertainty = {"auc": 0.9312, "auc_tumour": 0.75, "calibration": curves}
     page = rewrite(bare, postprocess=post, uncertainty=uncertainty, leakage=["A_1"])
     assert ["A_1", "warning", "nan", "A_1_t1.nii", f"12 voxels of {HOSTILE}"] in page.rows
     assert ["D_1", "flat"] in page.rows and ["seconds", "100", "150", "1.50"] in page.rows
     assert ["test", "2", "0.900", "+0.0000", "0.800", "+0.0000", "0.700", "-0.0500"] in page.rows
     assert "frozen against fine-tuned: better." in page.text
-    assert "0.931 of all pairs" in page.text and "in 0.750" in page.text
+    text = " ".join(page.text.split())
+    assert "1 findings in 2 patients, 1 of whom were read" in text
+    assert "0.931 of all pairs, on average over the patients" in text and "in 0.750" in text
+    assert "Expected calibration error, 0 at best: WT 0.021, ET –." in text
+    page = rewrite(bare, uncertainty={"auc": None, "auc_tumour": None})
+    assert "nothing to say of where it doubts" in " ".join(page.text.split())
     assert "These figures mean nothing: the network has seen A_1" in page.text
 
 
@@ -304,6 +317,15 @@ def test_simulated_is_marked_on_every_page_or_on_none(run, bare):
     build_report(bare)
     real = [*bare.report.parent.glob("*.html"), bare.folder / "validation.md"]
     assert not any(re.search(r"Simulated patients\.|[(]simulated", path.read_text("utf-8")) for path in real)
+
+
+def test_files_that_are_broken_cost_what_they_hold_and_no_more(tmp_path):
+    run = write_tiny_run(tmp_path)
+    (run.figures / "01_balance.png").write_bytes(png()[:30])
+    (run.notebooks / "01_explore.ipynb").write_text('{"cells": [')
+    page = Page(build_report(run))
+    assert "Mean Dice over 3 simulated test patients" in " ".join(page.text.split())
+    assert "01_explore.ipynb cannot be read" in Page(run.report.parent / "01_explore.html").text
 
 
 def test_an_empty_run_has_a_report(tmp_path):

@@ -38,6 +38,12 @@ def test_missed_and_false_enhancing_tumour():
     assert (failure.case, failure.dice, failure.seen) == ("P", 0.0, "predicted 0.000 ml, reference 8.0 ml")
 
 
+def test_a_tumour_of_which_nothing_was_found_is_missed_in_every_region():
+    missed = [("missed tumour", "WT"), ("missed tumour", "TC"), ("missed enhancing tumour", "ET")]
+    assert causes(box(0), box(20)) == missed
+    assert causes(box(0), box(3)) == missed  # a small one as well: that nothing was found says more
+
+
 def test_enhancing_tumour_that_lies_elsewhere_is_missed_although_there_is_some():
     truth = box(20)
     pred = truth.copy()

@@ -53,7 +53,7 @@ def test_a_finished_run_holds_but_for_its_few_patients_and_what_it_did_not_do(wh
         "No fold has seen its test patients",
         "The audit has nothing against the patients used",
         "Time and memory were as the preflight predicted",
-        "Post-processing was chosen on validation and gains on test",
+        "Post-processing, chosen on validation, gains on test",
         "The network's doubt points at its errors",
         "The tests passed at this revision",
     }
@@ -76,6 +76,20 @@ def test_a_network_that_saw_a_test_patient(run):
     torch.save(saved | {"train_cases": ["Train_0", "NoET_0"]}, run.best)
     line = look(run)["The scored network has seen no test patient"]
     assert line.mark == log.FAIL and line.evidence.endswith("1 of them test patients; seen: NoET_0")
+    run.best.unlink()  # scored by others' checkpoints alone
+    assert look(run)["The scored network has seen no test patient"].mark == log.OK
+    rewrite(run.metrics, leakage=["Exact_0"])
+    line = look(run)["The scored network has seen no test patient"]
+    assert line.mark == log.FAIL and line.evidence.endswith("that the scored checkpoints name as seen; seen: Exact_0")
+
+
+def test_a_broken_file_fails_its_lines_and_no_others(run):
+    run.best.write_bytes(run.best.read_bytes()[:5000])
+    (run.notebooks / "01_explore.ipynb").write_text('{"cells": [')
+    lines = look(run)
+    assert lines["Every weight is finite"].mark == lines["Each figure is there"].mark == log.FAIL
+    assert lines["Each figure is there"].evidence.startswith("could not be looked at: JSONDecodeError")
+    assert lines["Every test patient is scored"].mark == log.OK
 
 
 def test_folds_that_know_their_test_patients(tmp_path):
@@ -114,7 +128,7 @@ def test_folds_that_share_patients(tmp_path, part):
 
 
 def test_people_under_two_names_and_findings_of_the_audit(run):
-    ids = [case_id for part in PARTS.values() for case_id in part]
+    ids = [case_id for part in PARTS.values() for case_id in part] + ["Unlabelled_0"]
     cases = {case_id: {"group": case_id, "findings": []} for case_id in ids}
     audit = run.folder / "audit.json"
     audit.write_text(json.dumps({"cases": cases}))
@@ -128,9 +142,16 @@ def test_people_under_two_names_and_findings_of_the_audit(run):
     assert lines["Nobody is in two parts under two names"].mark == log.FAIL
     line = lines["The audit has nothing against the patients used"]
     assert line.mark == log.WARN
-    assert line.evidence == "audit.json: 5 patients, findings: 1 warning; left out: Left_0"
-    run.record(excluded={})
-    assert look(run)["The audit has nothing against the patients used"].mark == log.FAIL
+    evidence = "audit.json: 6 patients used of 7 found, findings: 1 warning; left out: Left_0"
+    assert line.evidence == evidence
+    cases["Val_0"]["findings"] = []
+    cases["Unread_0"] = {"group": "Unread_0", "findings": [{"severity": "warning"}]}  # found, never opened
+    audit.write_text(json.dumps({"cases": cases}))
+    assert look(run)["The audit has nothing against the patients used"].mark == log.OK
+    del cases["Exact_0"]
+    audit.write_text(json.dumps({"cases": cases}))
+    line = look(run)["The audit has nothing against the patients used"]
+    assert line.mark == log.FAIL and "not in it: Exact_0" in line.evidence
 
 
 def test_patients_that_changed(run, tmp_path):
@@ -280,7 +301,11 @@ def test_the_preflight(run, measured, mark):
     predicted, found = {"epochs": 20, "seconds_per_epoch": 100}, {"epochs": 8, "seconds_per_epoch": measured}
     run.record(preflight={"predicted": predicted | {"steps": 5}, "measured": found})
     line = look(run)["Time and memory were as the preflight predicted"]
-    assert line.mark == mark and f"seconds_per_epoch: predicted 100, measured {measured};" in line.evidence
+    assert line.mark == mark and line.evidence.startswith(
+        f"seconds_per_epoch: predicted 100, measured {measured}; held"
+    )
+    run.record(preflight={"predicted": {"epochs": 20}, "measured": {"epochs": 8}})
+    assert look(run)["Time and memory were as the preflight predicted"].mark == NOT_APPLICABLE
 
 
 def test_scores_that_lack_or_do_not_repeat(run):
@@ -296,16 +321,21 @@ def test_scores_that_lack_or_do_not_repeat(run):
     assert look(run)["Every test patient is scored"].mark == log.WARN
 
 
-@pytest.mark.parametrize("gain, mark", [(0.01, log.OK), (-0.01, log.WARN)])
-def test_a_loss_by_post_processing_is_told(run, gain, mark):
+@pytest.mark.parametrize(
+    "gain, wt, mark",
+    [(0.01, 0, log.OK), (0, 0, log.WARN), (0.01, -0.005, log.WARN), (-0.01, 0, log.FAIL)],
+)
+def test_a_loss_by_post_processing_is_told(run, gain, wt, mark):
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
-    changed = {"n": 3, "before": dice, "after": dice | {"ET": 0.7 + gain}}
+    changed = {"n": 3, "before": dice, "after": dice | {"WT": 0.9 + wt, "ET": 0.7 + gain}}
     post = {"rules": {"et_voxels": 30}, "validation": changed, "test": changed}
     rewrite(run.metrics, postprocess=post)
-    line = look(run)["Post-processing was chosen on validation and gains on test"]
-    assert line.mark == mark and f"on 3 test patients WT +0.0000, TC +0.0000, ET {gain:+.4f}" in line.evidence
+    line = look(run)["Post-processing, chosen on validation, gains on test"]
+    assert line.mark == mark and f"on 3 test patients WT {wt:+.4f}, TC +0.0000, ET {gain:+.4f}" in line.evidence
+    rewrite(run.metrics, postprocess=post | {"validation": changed | {"n": 0}})
+    assert look(run)["Post-processing, chosen on validation, gains on test"].mark == log.FAIL
     rewrite(run.metrics, postprocess=post | {"rules": {"et_voxels": 0}})
-    assert look(run)["Post-processing was chosen on validation and gains on test"].mark == NOT_APPLICABLE
+    assert look(run)["Post-processing, chosen on validation, gains on test"].mark == NOT_APPLICABLE
 
 
 @pytest.mark.parametrize("auc, mark", [(0.8, log.OK), (0.7, log.WARN), (0.55, log.FAIL), (None, NOT_APPLICABLE)])
@@ -341,6 +371,14 @@ def test_the_revision_and_its_tests(run):
     record.write_text(json.dumps({"revision": "0123abc", "passed": 9, "failed": 0, "skipped": 1}))
     line = look(run)["The tests passed at this revision"]
     assert (line.mark, line.evidence) == (log.OK, "tests.json: 9 passed, 0 failed, 1 skipped")
+    stages = run.manifest["stages"]
+    dirty = {stage: entry | {"revision": "0123abc-dirty"} for stage, entry in stages.items()}
+    run.record(stages=dirty)
+    rewrite(record, revision="0123abc-dirty")
+    line = look(run)["The tests passed at this revision"]
+    assert line.mark == log.WARN and "changes that no commit has" in line.evidence
+    run.record(stages=stages)
+    rewrite(record, revision="0123abc")
     record.write_text(json.dumps({"revision": "0123abc", "passed": 9, "failed": 1, "skipped": 1}))
     assert look(run)["The tests passed at this revision"].mark == log.FAIL
     assert look(run)["The revision is known and clean"].mark == log.OK
