@@ -25,9 +25,15 @@ STEPS = ("audit", "index", "preparation", "epoch", "evaluation")
 SETS = {"BraTS 2020": 369, "BraTS 2021": 1_251, "a hundred thousand": 100_000}
 EPOCHS = 20
 RAW_MB = 80  # a patient as Kaggle has it, .nii without compression
-# Cores, slices a second in training. The V100 and A100 are NVIDIA's published figures for its 2D nnU-Net, 707 and 1345;
-# a T4 is taken as 0.36 of a V100, by their memory bandwidth (320 and 900 GB/s). None of the three was measured here.
-MACHINES = {"two cores": (2, None), "one T4": (2, 250), "two T4s": (4, 500), "eight A100s": (96, 8 * 1345)}
+# Cores, slices a second in training, memory in GB. The V100 and A100 are NVIDIA's published figures for its 2D nnU-Net,
+# 707 and 1345; a T4 is taken as 0.36 of a V100, by their memory bandwidth (320 and 900 GB/s). None of the three was
+# measured here. One T4 is Colab's machine, two are Kaggle's.
+MACHINES = {
+    "two cores": (2, None, 16),
+    "one T4": (2, 250, 12),
+    "two T4s": (4, 500, 30),
+    "eight A100s": (96, 8 * 1345, 1000),
+}
 
 
 def main() -> None:
@@ -232,14 +238,19 @@ def on_paper(one: dict[str, float]) -> None:
     print("evaluate: a tenth for validation and one for test, by the cores alone as if there were no GPU")
     print(f"{'':38}{'disk':>9}{'prepare':>10}{'train':>12}{'evaluate':>10}")
     for name, n in SETS.items():
-        for machine, (cores, speed) in MACHINES.items():
+        for machine, (cores, speed, _) in MACHINES.items():
             prepare_s = n * (one["audit"] + one["preparation"]) / cores
             train_s = EPOCHS * n * (slices / speed if speed else one["epoch"] * os.cpu_count() / cores)
             evaluate_s = n / 10 * one["evaluation"] * os.cpu_count() / cores  # as if the cores did it without a GPU
             disk = n * (RAW_MB + one["cache_mb"]) / 1e6
             hours = "".join(f"{s / 3600:>8.1f} h" for s in (prepare_s, train_s, evaluate_s))
             print(f"{f'{name}, {n:,}':24}{machine:>14}{disk:>6.2f} TB{hours}")
-    print(first_to_break(one))
+    for machine, (cores, speed, memory) in MACHINES.items():
+        speed = speed or slices / (one["epoch"] * os.cpu_count() / cores)
+        need = speed * one["cache_mb"] / slices
+        held = f"{memory} GB hold {1000 * memory / one['cache_mb']:,.0f} prepared patients"
+        print(f"{machine}: {held}; of more the disk has to read {need:,.0f} MB/s while it trains")
+    print(f"on this machine: {first_to_break(one)}")
 
 
 def first_to_break(one: dict[str, float]) -> str:

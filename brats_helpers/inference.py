@@ -29,6 +29,8 @@ from brats_helpers.postprocess import NO_RULES, Rules, gain
 
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
 """Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
+ENOUGH_TO_CHOOSE = 200
+"""Validation patients that post-processing is chosen by, at most."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,13 @@ def predict_validation(
 
     Returns:
         Per patient (prediction, reference): class indices, uint8 (slices, height, width), of the part of the box that
-        either calls tumour. Every patient is kept in memory, and nothing else counts for rules and Dice.
+        either calls tumour: nothing else counts for rules and Dice. All are kept in memory, so it is the first
+        `ENOUGH_TO_CHOOSE` patients at most.
     """
     trained_on = frozenset().union(*(network.trained_on for network in networks))
     return [
         crop_tumour(_classes(predict(networks, case, flips=flips)), np.asarray(case.labels))
-        for case in cases
-        if case.id not in trained_on
+        for case in [case for case in cases if case.id not in trained_on][:ENOUGH_TO_CHOOSE]
     ]
 
 

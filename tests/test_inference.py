@@ -256,13 +256,16 @@ def test_predictions_never_take_the_place_of_a_reference(checkpoint, tmp_path):
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_thresholds_are_not_chosen_by_patients_that_one_of_the_networks_learnt_from(tiny_patients):
+def test_thresholds_are_not_chosen_by_patients_that_one_of_the_networks_learnt_from(tiny_patients, monkeypatch):
     cases = [with_classes_as_images(case) for case in find_cases(tiny_patients)[:2]]
     networks = [echo(), echo(trained_on=["Tiny_0"])]
     ((pred, truth),) = inference.predict_validation(networks, cases, flips=False)
     np.testing.assert_array_equal(pred, truth)
     assert list(np.bincount(truth.ravel())[1:]) == list(np.bincount(cases[1].labels.ravel())[1:])
     assert truth.size < cases[1].labels.size  # all patients are in memory at once: only the part with tumour
+    assert len(inference.predict_validation([echo()], cases, flips=False)) == 2
+    monkeypatch.setattr(inference, "ENOUGH_TO_CHOOSE", 1)
+    assert len(inference.predict_validation([echo()], cases, flips=False)) == 1
 
 
 def test_a_submission_is_one_flat_archive_of_files_called_after_the_patients(tmp_path):

@@ -3,9 +3,9 @@
 SegResNet (blocks 1, 2, 2, 4 and 1, 1, 1; dropout 0.2) on random crops of one patient, flips, intensities scaled and
 shifted by up to 0.1, Dice loss of the three regions by sigmoid, Adam with weight decay 1e-5, a cosine down to 0,
 sliding windows with overlap 0.5. The regions are made of the right tissues. The job may ask for smaller crops and fewer
-filters than the tutorial's 224 x 224 x 144 and 16, and for another learning rate than its 1e-4. Such smaller crops are
-taken about a voxel of tumour or of the whole box by turns, as MONAI's RandCropByPosNegLabel does: at random two thirds
-of them would hold no enhancing tumour. Its normalisation over the voxels that are not 0 is that of the suite's prepared
+filters than the tutorial's 224 x 224 x 144 and 16, and for another learning rate than its 1e-4. Of such smaller crops
+every second one is taken about a voxel of tumour, much as MONAI's RandCropByPosNegLabel would: most of those at random
+hold no enhancing tumour. Its normalisation over the voxels that are not 0 is that of the suite's prepared
 patients, which it reads instead of NIfTI files, and of these no more than the crop. The last weights count: its own
 choice among epochs, by whole validation patients, would take a good part of so short a time.
 """
