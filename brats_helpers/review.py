@@ -14,13 +14,14 @@ from brats_helpers.splits import ChangedError, load_parts
 LOW_DICE = 0.7
 SMALL_ML = 5.0
 FAR_MM = 10.0
+FAR_ML = 0.1
 CAUSES = {
     "missed enhancing tumour": "the reference has ET, and the prediction overlaps none of it",
     "missed tumour": "the reference has WT or TC, and the prediction overlaps none of it",
     "false enhancing tumour": "the prediction has ET, and the reference has none",
     "false tumour": "the prediction has WT or TC, and the reference has none",
     "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
-    "far false positive": f"predicted tumour that lies more than {FAR_MM:g} mm from any reference tumour",
+    "far false positive": f"{FAR_ML:g} ml or more of predicted tumour, over {FAR_MM:g} mm from any reference tumour",
     "other low score": f"a Dice below {LOW_DICE:g} for none of these reasons",
 }
 """What counts as a failure, by cause, in the order in which they are told; Dice is that of the whole volume."""
@@ -160,7 +161,7 @@ def find_failures(
 
     tumour, reference = pred > 0, truth > 0
     count, ml, mm = _far(tumour, reference, spacing_mm)
-    if count:
+    if ml >= FAR_ML:
         away = f"up to {mm:.0f} mm away" if reference.any() else "the reference has no tumour"
         seen = f"{count} piece{'s' * (count > 1)}, {_ml(ml)} together, {away}"
         failures.append(Failure("far false positive", case_id, "WT", _dice(tumour, reference), seen))

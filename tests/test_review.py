@@ -80,8 +80,9 @@ def test_far_false_positives_are_counted_by_piece_and_distance():
     pred = truth.copy()
     pred[24, 5:15, 5:15] = 2  # 24 - 14 = 10 mm away: not more than 10
     assert causes(pred, truth) == []
+    pred[59, 14, 14] = 2  # 45 mm: far, but one voxel is a speck
+    assert causes(pred, truth) == []
     pred[26:28, 5:15, 5:15] = 2  # 12 mm: far, 200 voxels
-    pred[59, 14, 14] = 2  # 45 mm: far, one voxel
     failure = find_failures("P", pred, truth, MM)[-1]
     assert (failure.cause, failure.region) == ("far false positive", "WT")
     assert failure.seen == "2 pieces, 0.2 ml together, up to 45 mm away"

@@ -119,25 +119,6 @@ def manifest(checkout, name):
     return json.loads((checkout / "runs" / name / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("deaths", [1, 3])
-def test_a_kernel_that_does_not_come_up_is_started_twice_more(checkout, tmp_path, deaths):
-    """As where another process took one of its ports; here it dies at once, so often as there are files to take."""
-    for number in range(deaths):
-        (tmp_path / f"death{number}").touch()
-    (tmp_path / "ipykernel_launcher.py").write_text(
-        "import runpy, sys\nfrom pathlib import Path\n"
-        "here = Path(__file__).parent\nsys.path.remove(str(here))\n"
-        "for death in here.glob('death*'):\n    death.unlink()\n    sys.exit(1)\n"
-        "runpy.run_module('ipykernel_launcher', run_name='__main__')\n"
-    )
-    python = ("env", f"PYTHONPATH={tmp_path}", sys.executable)
-    done = run(checkout, "--run", f"deaths{deaths}", "--only", "00", python=python)
-    assert "00_setup: its kernel did not come up; once more" in done.stdout, done.stdout + done.stderr
-    assert done.returncode == (deaths > 2), done.stdout + done.stderr
-    assert ("00_setup failed before its first cell\n   RuntimeError: Kernel died" in done.stdout) == (deaths > 2)
-    assert not any(tmp_path.glob("death*"))
-
-
 # --- what is asked for --------------------------------------------------------------------------------------------
 
 
@@ -518,3 +499,22 @@ def test_score_knows_every_convention(tmp_path, capsys):
         assert main(["score", str(tmp_path), str(tmp_path), "--convention", convention]) == 1  # nothing to score
     with pytest.raises(SystemExit, match="2"):
         main(["score", str(tmp_path), str(tmp_path), "--convention", "brats2032"])
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_a_kernel_that_does_not_come_up_is_started_twice_more(checkout, tmp_path, deaths):
+    """As where another process took one of its ports; here it dies at once, so often as there are files to take."""
+    for number in range(deaths):
+        (tmp_path / f"death{number}").touch()
+    (tmp_path / "ipykernel_launcher.py").write_text(
+        "import runpy, sys\nfrom pathlib import Path\n"
+        "here = Path(__file__).parent\nsys.path.remove(str(here))\n"
+        "for death in here.glob('death*'):\n    death.unlink()\n    sys.exit(1)\n"
+        "runpy.run_module('ipykernel_launcher', run_name='__main__')\n"
+    )
+    python = ("env", f"PYTHONPATH={tmp_path}", sys.executable)
+    done = run(checkout, "--run", f"deaths{deaths}", "--only", "00", python=python)
+    assert "00_setup: its kernel did not come up; once more" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == (deaths > 2), done.stdout + done.stderr
+    assert ("00_setup failed before its first cell\n   RuntimeError: Kernel died" in done.stdout) == (deaths > 2)
+    assert not any(tmp_path.glob("death*"))
