@@ -134,7 +134,9 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
         low, high = change["ci95"]
         patients = f"{'simulated ' * result['simulated']}patient{'s' * (result['n'] > 1)}"
         fresh = [
-            f"{name} has not learnt {regions} yet" for name in (first, other) if (regions := _unlearnt(metrics[name]))
+            f"{name} has not learnt {regions} yet (a mean Dice below {LEARNT:g})"
+            for name in (first, other)
+            if (regions := _unlearnt(metrics[name]))
         ]
         if result["n"] < ENOUGH_PAIRS:
             verdict = f"not decided by this run, which has fewer than {ENOUGH_PAIRS} patients to score"

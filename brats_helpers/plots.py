@@ -771,7 +771,9 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
         ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
     axes[0].set_ylabel("share that is the region")
-    detail = "brain voxels given the region with 0.01 or more · dotted: perfect · above it the network says too little"
+    detail = (
+        "brain voxels given the region with 0.01 or more · dotted: perfect · above: says too little, below: too much"
+    )
     _title(figure, f"Calibration on {_tested(len(metrics['uncertainty']['cases']))}", detail, simulated)
     return figure
 
@@ -872,14 +874,16 @@ def comparison(
         headline: what they are, or the question that they answer.
     """
     end_s = max(history["seconds"].max() for history in histories.values())
-    heights = [3.6, 0.9 + 0.63 * len(histories)]
-    figure, axes = plt.subplots(2, 3, figsize=(_WIDTH, sum(heights)), height_ratios=heights, sharey="row")
+    curves = any(len(history) > 1 for history in histories.values())  # of one epoch each there is nothing to draw
+    heights = [3.6] * curves + [0.9 + 0.63 * len(histories)]
+    size = (_WIDTH, sum(heights) + 0.8 * (not curves))
+    figure, axes = plt.subplots(len(heights), 3, figsize=size, height_ratios=heights, sharey="row", squeeze=False)
     dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
     for column, region in enumerate(REGIONS):
-        above, below = axes[:, column]
+        above, below = axes[0, column], axes[-1, column]
         for place, (name, history) in enumerate(histories.items()):
             style = {"color": COLOURS[region], "marker": markers[place % 7]}
-            if f"dice_{region}" in history:
+            if curves and f"dice_{region}" in history:
                 above.plot(history["seconds"], history[f"dice_{region}"], linestyle=dashes[place % 4], **style)
             dice = metrics.get(name, {}).get("summary", {}).get(region, {}).get("dice", {})
             if dice.get("mean") is not None:
@@ -887,21 +891,24 @@ def comparison(
                 below.plot(dice.get("ci95") or [mean, mean], [place, place], color=COLOURS[region], linewidth=2)
                 below.plot(mean, place, markersize=7, **style)
                 below.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha="center")
-        limits = {"xlim": (0, 1.05 * end_s), "ylim": (-0.02, 1.02)}
-        above.set(title=_named(region), xlabel="training time (s)", **limits)
+        above.set_title(_named(region))
+        if curves:
+            above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
+            above.grid(axis="y")
         below.set(xlabel="test Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
         below.set_yticklabels(list(histories))
-        above.grid(axis="y")
         below.grid(axis="x")
-    axes[1, 0].set_ylim(len(histories) - 0.4, -0.6)
-    axes[0, 0].set_ylabel("validation Dice (0 to 1)")
-    handles = [
-        Line2D([], [], color=_INK, linestyle=dashes[place % 4], marker=markers[place % 7], label=name)
-        for place, name in enumerate(histories)
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4)
+    axes[-1, 0].set_ylim(len(histories) - 0.4, -0.6)
+    if curves:
+        axes[0, 0].set_ylabel("validation Dice (0 to 1)")
+        handles = [
+            Line2D([], [], color=_INK, linestyle=dashes[place % 4], marker=markers[place % 7], label=name)
+            for place, name in enumerate(histories)
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=4)
     conventions = sorted({_convention(found) for found in metrics.values()})
-    detail = " · ".join([", ".join(histories), "validation Dice by epoch", *conventions])
+    what = "validation Dice by epoch" if curves else "an epoch or less of training each"
+    detail = " · ".join([", ".join(histories), what, *conventions])
     _title(figure, headline, detail, simulated)
     return figure
 

@@ -83,7 +83,8 @@ class Preflight:
     def announce(self) -> None:
         """Say what is expected, and whether that is hopeless."""
         predicted = self.predicted()
-        print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
+        facts = self.facts | ({"precision": "float32"} if self.facts.get("precision") == "no" else {})
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
         print(
             f"expected: {predicted['epochs']} epochs of {self.steps} steps of {self.batch_size} slices,"
             f" {duration(predicted['seconds_per_epoch'])} each, {duration(predicted['seconds'])} in all,"
@@ -99,9 +100,10 @@ class Preflight:
     def report(self, history: list[dict[str, float]], piece: int) -> dict:
         """For the manifest: what was expected, and what `history` measured; `piece` slices at a time did fit."""
         last = history[-1]
+        whole = [row for row in history if row["seconds"] < self.limit_s]  # the clock may have cut the last one short
         measured = {
             "epochs": last["epoch"],
-            "seconds_per_epoch": last["seconds"] / last["epoch"],
+            **({"seconds_per_epoch": whole[-1]["seconds"] / len(whole)} if whole else {}),
             "seconds": last["seconds"],
             "slices_per_s": sum(row["slices_per_s"] for row in history) / len(history),
             "memory_gib": last["memory_gib"],

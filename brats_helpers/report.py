@@ -47,6 +47,9 @@ _TERMS = {
     "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
     "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
     "95 % interval": "where the mean of many such patients lies, as far as these can say; of one training only",
+    "lesion-wise": "each lesion counts alike, and each missed or false one as 0, so that stray pieces cost the most",
+    "best, median, worst": "of the patients, by the mean Dice of WT, TC and ET",
+    "calibration error": "by how much the probabilities that the network gives are off, on average; 0 at best",
     "entropy": "how undecided the network is about a voxel; 0 where it is sure",
 }
 
@@ -115,6 +118,8 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         enough=ENOUGH,
         terms=_TERMS,
         best=_best(run),
+        stopped=next(line.evidence for line in lines if line.check == "It stopped when its rule says"),
+        farthest=_farthest(metrics),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
         answers=_read(run.answers),
@@ -292,6 +297,17 @@ def _patients(run: Run, metrics: Mapping) -> list[dict]:
         }
         for case_id, scores in sorted(metrics.get("cases", {}).items(), key=dice_sum)
     ]
+
+
+def _farthest(metrics: Mapping) -> dict:
+    """The largest HD95 of any region, and whose it is; empty without any."""
+    found = [
+        (scores[region]["hd95_mm"], case_id, region)
+        for case_id, scores in metrics.get("cases", {}).items()
+        for region in REGIONS
+        if isinstance(scores.get(region, {}).get("hd95_mm"), float)
+    ]
+    return dict(zip(("mm", "id", "region"), max(found), strict=True)) if found else {}
 
 
 def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:

@@ -21,8 +21,10 @@ CAUSES = {
     "false enhancing tumour": "the prediction has ET, and the reference has none",
     "false tumour": "the prediction has WT or TC, and the reference has none",
     "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
+    "under-segmented": f"a Dice below {LOW_DICE:g}, and less than two thirds of the reference's volume",
+    "over-segmented": f"a Dice below {LOW_DICE:g}, and more than one and a half times the reference's volume",
+    "misplaced": f"a Dice below {LOW_DICE:g} for none of these reasons",
     "far false positive": f"{FAR_ML:g} ml or more of predicted tumour, over {FAR_MM:g} mm from any reference tumour",
-    "other low score": f"a Dice below {LOW_DICE:g} for none of these reasons",
 }
 """What counts as a failure, by cause, in the order in which they are told; Dice is that of the whole volume."""
 
@@ -153,10 +155,16 @@ def find_failures(
             cause = f"missed {kind}"
         elif predicted_ml and not true_ml:
             cause = f"false {kind}"
-        elif dice < LOW_DICE:
-            cause = "small tumour" if true_ml < SMALL_ML else "other low score"
-        else:
+        elif dice >= LOW_DICE:
             continue
+        elif true_ml < SMALL_ML:
+            cause = "small tumour"
+        elif predicted_ml < true_ml / 1.5:
+            cause = "under-segmented"
+        elif predicted_ml > true_ml * 1.5:
+            cause = "over-segmented"
+        else:
+            cause = "misplaced"
         failures.append(Failure(cause, case_id, region, dice, seen))
 
     tumour, reference = pred > 0, truth > 0

@@ -25,6 +25,7 @@ MEANINGS = {OK: "held", WARN: "partly", FAIL: "not", NOT_APPLICABLE: "not applic
 """The marks of a line, and how they are read."""
 
 _ALIKE = 0.5  # cosine of trained and pretrained filters; filters that have nothing to do with each other have 0.00
+_GAIN = 0.001  # a change of mean Dice that counts
 _CLOSE, _FAR = 1.25, 2.0  # how far measured and predicted may be apart, as a factor
 
 
@@ -553,7 +554,8 @@ def _postprocessed(facts):
         for part, each in gains.items()
     )
     rules = ", ".join(f"{name} {value}" for name, value in post["rules"].items())
-    up, down = (any(sign * gain > 0 for gain in gains["test"].values()) for sign in (1, -1))
+    up, down = (any(sign * gain >= _GAIN for gain in gains["test"].values()) for sign in (1, -1))
+    changes += f" (less than {_GAIN:g} is none)"
     return FAIL if down and not up else _mark(up and not down, WARN), f"{rules}; change of Dice {changes}"
 
 

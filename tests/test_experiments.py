@@ -46,7 +46,9 @@ def test_a_network_that_has_not_started_decides_nothing():
     }
     fresh = collect(cases, convention="brats2020", simulated=False, not_scored={}, leakage=[])
     (sentence,) = answers({"a": scores([0.5] * ENOUGH), "b": fresh})
-    assert sentence.startswith("b against a: not decided by this run: b has not learnt ET yet. ")
+    assert sentence.startswith(
+        "b against a: not decided by this run: b has not learnt ET yet (a mean Dice below 0.05). "
+    )
 
 
 def test_answers_are_kept_for_the_report_by_question(tmp_path, capsys):

@@ -54,14 +54,14 @@ def test_enhancing_tumour_that_lies_elsewhere_is_missed_although_there_is_some()
 
 def test_low_scores_of_small_and_of_other_tumours():
     # The lower half of a cube: Dice 2 x 0.5 / 1.5 = 0.667. 1 ml is small, 8 ml is not.
-    for side, cause in ((10, "small tumour"), (20, "other low score")):
+    for side, cause in ((10, "small tumour"), (20, "under-segmented")):
         pred = box(side)
         pred[:, :, 5 + side // 2 :] = 0
         assert causes(pred, box(side)) == [(cause, region) for region in ("WT", "TC", "ET")]
     # Voxels of 2 mm: 1,000 of them are 8 ml.
     pred = box(10)
     pred[:, :, 10:] = 0
-    assert causes(pred, box(10), (2.0, 2.0, 2.0))[0] == ("other low score", "WT")
+    assert causes(pred, box(10), (2.0, 2.0, 2.0))[0] == ("under-segmented", "WT")
 
 
 def test_a_score_just_above_the_bound_is_no_failure():
@@ -72,7 +72,9 @@ def test_a_score_just_above_the_bound_is_no_failure():
     pred[14:] = 0
     assert causes(pred, truth) == []
     pred[13:] = 0  # 2 x 13 / 39 = 0.667
-    assert ("other low score", "WT") in causes(pred, truth)
+    assert ("under-segmented", "WT") in causes(pred, truth)
+    assert ("over-segmented", "WT") in causes(truth, pred)
+    assert ("misplaced", "WT") in causes(np.roll(truth, 10, axis=0), truth)  # 16 of 26 layers: 0.615
 
 
 def test_far_false_positives_are_counted_by_piece_and_distance():

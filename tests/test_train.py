@@ -472,6 +472,14 @@ PLAN = Preflight(
 )
 
 
+def test_an_epoch_that_the_clock_cut_short_does_not_count_as_one():
+    rows = [{"epoch": k, "seconds": s, "slices_per_s": 2.0, "memory_gib": 1.0} for k, s in ((1, 20.0), (2, 31.0))]
+    timed = dataclasses.replace(PLAN, limit_s=30)
+    assert timed.report(rows, 4)["measured"]["seconds_per_epoch"] == 20
+    assert PLAN.report(rows, 4)["measured"]["seconds_per_epoch"] == 15.5
+    assert "seconds_per_epoch" not in dataclasses.replace(PLAN, limit_s=10).report(rows[:1], 4)["measured"]
+
+
 def test_epochs_cost_what_is_frozen_in_them():
     # Ten steps of 1 s, of 1.5 s, of 2 s, and 5 s of validation each.
     assert [PLAN.epochs_s(k, k) for k in (1, 2, 3)] == [15, 20, 25]
