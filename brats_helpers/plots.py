@@ -890,7 +890,8 @@ def comparison(
                 mean = dice["mean"]
                 below.plot(dice.get("ci95") or [mean, mean], [place, place], color=COLOURS[region], linewidth=2)
                 below.plot(mean, place, markersize=7, **style)
-                below.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha="center")
+                side = "left" if mean < 0.1 else "center"  # clear of the axis
+                below.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha=side)
         above.set_title(_named(region))
         if curves:
             above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
