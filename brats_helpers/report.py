@@ -118,7 +118,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         enough=ENOUGH,
         terms=_TERMS,
         best=_best(run),
-        stopped=next(line.evidence for line in lines if line.check == "It stopped when its rule says"),
+        stopped=next(line for line in lines if line.check == "It stopped when its rule says"),
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
@@ -305,7 +305,7 @@ def _farthest(metrics: Mapping) -> dict:
         (scores[region]["hd95_mm"], case_id, region)
         for case_id, scores in metrics.get("cases", {}).items()
         for region in REGIONS
-        if isinstance(scores.get(region, {}).get("hd95_mm"), float)
+        if math.isfinite(scores.get(region, {}).get("hd95_mm") or math.nan)
     ]
     return dict(zip(("mm", "id", "region"), max(found), strict=True)) if found else {}
 

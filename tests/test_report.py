@@ -172,7 +172,8 @@ def test_failures_conventions_and_validation_are_told(pages):
     assert ["missed enhancing tumour", "NoET_0", "ET", "0.000"] in [row[:4] for row in rows]
     text = " ".join(pages["index"].text.split())
     assert "Failures: 1 of 3 patients." in text and "1 of 3 test patients, read from the masks" in text
-    assert "Best epoch 2 of 3: mean validation Dice of WT, TC and ET 0.800." in text
+    stopped = "all 3 epochs are done; best epoch 2; limits: 3 epochs, patience 2, any number of minutes"
+    assert f"Best epoch 2 of 3: mean validation Dice of WT, TC and ET 0.800. Why it stopped: {stopped}." in text
     assert any(row[0].startswith("brats2023: mean over patients") and len(row) == 4 for row in rows)
     checks = pages["validation"].rows
     shared = "splits.json: train ∩ val 0, train ∩ test 0, val ∩ test 0"
