@@ -20,6 +20,7 @@ import numpy as np
 
 from brats_helpers.cases import (
     MODALITIES,
+    TOLERANCE_MM,
     Case,
     DataError,
     Finding,
@@ -35,7 +36,6 @@ from brats_helpers.files import whole_file
 from brats_helpers.log import warn
 from brats_helpers.tables import read_tables
 
-_SPACING_MM = 1e-3  # what two voxel sizes may differ by before they are the reason
 _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
@@ -381,7 +381,7 @@ def _differs(one: dict, other: dict) -> tuple[str, str, str] | None:
         return "shape", _times(other["shape"]), _times(one["shape"])
     if same_place(one["affine"], other["affine"], one["shape"]):
         return None
-    spaced = np.allclose(one["spacing_mm"], other["spacing_mm"], rtol=0, atol=_SPACING_MM)
+    spaced = np.allclose(one["spacing_mm"], other["spacing_mm"], rtol=0, atol=TOLERANCE_MM)
     code, key = ("affine", "affine") if spaced else ("spacing", "spacing_mm")
     return code, _brief(other[key]), _brief(one[key])
 

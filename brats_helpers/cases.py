@@ -27,8 +27,9 @@ _SUFFIXES = {name: name for name in (*MODALITIES, "seg")} | {
     "t2w": "t2",
     "t2f": "flair",
 }
-TOLERANCE_MM = 0.05
-"""By which a voxel may lie elsewhere in another file: headers hold rounded numbers."""
+TOLERANCE_MM = 1e-3
+"""By which affines and voxel sizes may differ: headers hold rounded numbers."""
+_FAR_END_MM = 0.05  # by which a voxel may lie elsewhere for it
 _HEADER_BYTES = 348
 _NAMED = 3  # patients in one error
 _STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
@@ -285,7 +286,7 @@ def _scan(root: Path) -> Survey:
 
     for folder, patients in found.items():
         others = strangers.pop(folder, [])
-        scans = any({*files} - {"seg"} for files in patients.values())
+        imaged = any({*files} - {"seg"} for files in patients.values())
         for case_id, files in patients.items():
             seg = files.pop("seg", None)
             if seg is None and len(patients) == 1:
@@ -299,9 +300,10 @@ def _scan(root: Path) -> Survey:
                 seg = maps[0] if maps else None
                 others = [path for path in others if path != seg]
             scan.cases.append(Case(case_id, files, seg))
-        if not scans:  # label maps alone, whether called `<case>_seg` or just `<case>`
+        if not imaged:  # label maps alone, whether called `<case>_seg` or just `<case>`
             strangers[folder] = others
-        for path in others if scans else ():
+            continue
+        for path in others:
             scan._unused(path)
     scan.cases.extend(Case(_stem(path), {}, path) for paths in strangers.values() for path in paths)
     return scan
@@ -485,11 +487,12 @@ def spacing_mm(image: nib.Nifti1Image) -> tuple[float, float, float]:
 
 
 def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
-    """Whether voxels of the same index lie in the same place, to `TOLERANCE_MM`, in every corner of `one`."""
+    """Whether voxels of the same index lie in the same place: numbers to `TOLERANCE_MM`, corners to 0.05 mm."""
     return same_place(one.affine, other.affine, one.shape)
 
 
 def same_place(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
     """`same_affine` by the affines, 4 x 4, of volumes of one shape."""
     corners = np.array([*product(*((0, side - 1) for side in shape[:3]), (1,))])
-    return np.allclose(corners @ np.transpose(one), corners @ np.transpose(other), rtol=0, atol=TOLERANCE_MM)
+    apart = corners @ (np.asarray(one) - other).T
+    return np.allclose(one, other, rtol=0, atol=TOLERANCE_MM) and bool(np.all(np.abs(apart) <= _FAR_END_MM))

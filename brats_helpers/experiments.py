@@ -90,15 +90,8 @@ class Bench:
         start = Path(settings.encoder_weights)
         weights = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else ""
         hardware = machine.describe(self.device)
-        facts = [
-            settings,
-            weights,
-            *map(fingerprint, cases),
-            hardware["device"],
-            hardware["precision"],
-            hardware["cores"],
-        ]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        speed = [hardware[name] for name in ("device", "precision", "cores")]
+        return hashlib.sha256(repr([settings, weights, *map(fingerprint, cases), speed]).encode()).hexdigest()
 
     def _score(self, checkpoint: Path, test: Sequence[Packed]) -> dict:
         network = load_network(checkpoint, device=self.device)

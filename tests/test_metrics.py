@@ -547,6 +547,8 @@ def test_a_rounded_affine_is_no_misalignment_and_one_that_is_off_in_a_corner_is(
     pred_dir, truth_dir = folders
     put(pred_dir / "A_seg.nii.gz", tumour((16, 14, 12), 0), affine=AFFINE + 1e-5)
     assert score(pred_dir, truth_dir)["cases"]["A"]["WT"]["dice"] == 1
+    put(pred_dir / "A_seg.nii.gz", tumour((16, 14, 12), 0), affine=AFFINE + [[0, 0, 0, 0.01], *np.zeros((3, 4))])
+    assert score(pred_dir, truth_dir)["not_scored"]["A"].startswith("misaligned")
     long = np.zeros((120, 4, 4), np.uint8)
     put(truth_dir / "long_seg.nii.gz", long)
     put(pred_dir / "long_seg.nii.gz", long, affine=AFFINE * [1.0009, 1, 1, 1])  # 0.1 mm at the far end
