@@ -152,9 +152,9 @@ def _unlearnt(metrics: Mapping) -> str:
     return " and ".join(name for name in REGIONS if name in summary and summary[name]["dice"]["mean"] < LEARNT)
 
 
-def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping]) -> None:
-    """Print the `answers` of a question, and keep them in `answers.json` under the name of its figure."""
-    sentences = answers(metrics)
+def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping], *, besides: Sequence[str] = ()) -> None:
+    """Print the `answers` of a question and what is said `besides`, kept in `answers.json` under its figure's name."""
+    sentences = [*answers(metrics), *besides]
     known = json.loads(run.answers.read_text("utf-8")) if run.answers.exists() else {}
     write_json(run.answers, known | {name: sentences})
     print(*sentences, sep="\n")

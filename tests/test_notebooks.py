@@ -146,7 +146,8 @@ def test_the_manifest_tells_what_was_done_with_what(smoke):
 def test_every_question_is_answered(smoke):
     answers = json.loads((smoke / "answers.json").read_text())
     assert list(answers) == [f"04_{name}.png" for name in ("start", "backbones", "dimensions", "augmentation")]
-    assert [sentence.split(":")[0] for sentence in answers["04_dimensions.png"]] == ["2.5D against 2D"]
+    assert [sentence.split(":")[0] for sentence in answers["04_dimensions.png"]] == ["2.5D against 2D", "3D against 2D"]
+    assert "not asked by this run" in answers["04_dimensions.png"][1]
     assert all((smoke / "figures" / name).is_file() for name in answers)
 
 
