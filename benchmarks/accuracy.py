@@ -63,7 +63,7 @@ def main() -> None:
             "cache": str(ROOT / "cache"),
             "device": options.device,
             "workers": options.workers,
-            "shrink": {"batch": options.nnunet[0], "thinner": options.nnunet[1]} if options.nnunet else None,
+            "smaller": {"batch": options.nnunet[0], "thinner": options.nnunet[1]} if options.nnunet else None,
         }
         crop, filters, lr = options.monai
         job |= {"crop": [int(side) for side in crop.split(",")], "filters": int(filters), "lr": float(lr)}

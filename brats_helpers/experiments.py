@@ -16,9 +16,9 @@ from brats_helpers import machine
 from brats_helpers.cache import Packed
 from brats_helpers.cases import REGIONS, DataError
 from brats_helpers.files import write_json
-from brats_helpers.inference import leaked, load_network, predict
+from brats_helpers.inference import load_network, predict
 from brats_helpers.metrics import ENOUGH_PAIRS, collect, compare, interval_text, region_dice
-from brats_helpers.model import build_model, summary
+from brats_helpers.model import build_model, learnt_from, summary
 from brats_helpers.runs import Run
 from brats_helpers.train import Settings, fingerprint, fit
 
@@ -63,6 +63,7 @@ class Bench:
         for name, settings in arms.items():
             key = self._key(settings, train, val, test)
             if key not in self._done:
+                _check_unseen(settings, [*train, *val], test)
                 own = Run(self.folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}-{key[:6]}")
                 if own.metrics.exists():
                     print(f"{name}: scored before")
@@ -95,17 +96,21 @@ class Bench:
 
     def _score(self, checkpoint: Path, test: Sequence[Packed]) -> dict:
         network = load_network(checkpoint, device=self.device)
-        if seen := leaked([network], test):
-            raise DataError(
-                f"{', '.join(seen)}: the weights to start from were trained on, or chosen by, these patients, who are"
-                " to score them. Start from imagenet, none, or a checkpoint of other patients."
-            )
         scores = {}
         for case in test:
             classes = predict([network], case, flips=False).argmax(axis=1).astype(np.uint8)
             dice = region_dice(classes, np.asarray(case.labels), convention="brats2020")
             scores[case.id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
         return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
+
+
+def _check_unseen(settings: Settings, shown: Sequence[Packed], test: Sequence[Packed]) -> None:
+    seen = {*learnt_from(settings.encoder_weights), *(case.id for case in shown)}
+    if leaked := sorted(seen.intersection(case.id for case in test)):
+        raise DataError(
+            f"{', '.join(leaked)}: the weights to start from were trained on, or chosen by, these patients, who are"
+            " to score them. Start from imagenet, none, or a checkpoint of other patients."
+        )
 
 
 def answers(metrics: Mapping[str, Mapping]) -> list[str]:
@@ -175,7 +180,7 @@ def backbones(
     """
     rows = {}
     for name, settings in arms.items():
-        network = {"encoder": settings.encoder, "patch_size": settings.patch_size}
+        network = {"encoder": settings.encoder, "patch_size": settings.patch_size, "shrink": settings.shrink}
         cost = summary(build_model(**network, weights="none", in_channels=shape[0]), shape)
         dice = metrics[name]["summary"][MEAN]["dice"]
         rows[name] = {

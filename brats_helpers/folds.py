@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from brats_helpers.files import whole_file, write_json
+from brats_helpers.log import warn
 from brats_helpers.metrics import collect, write_cases_csv
 from brats_helpers.runs import ONCE, PER_FOLD, Run
 from brats_helpers.splits import PARTS, check_disjoint, load_parts, read_splits
@@ -88,6 +89,9 @@ def share_out(
             if _finished(own, plan):
                 continue
             own_plan, members = _plan_of(plan, own, name), [Run(run.folder / place) for place in places[name]]
+            if not all(_finished(fold, plan) for fold in members):
+                warn("another process trains these folds with other parameters: nothing gathered; start this one again")
+                return False
             how = own_plan.values[PER_FOLD[-1]]
             gather(own, members, **{key: how[key] for key in ("device", "flips", "convention", "labels")})
             made = own.manifest["stages"]

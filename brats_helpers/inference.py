@@ -23,7 +23,7 @@ from brats_helpers.files import write_json
 from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
 from brats_helpers.metrics import collect, crop_tumour, read_leakage, region_dice, score_files
-from brats_helpers.model import build_model
+from brats_helpers.model import EARLIER_SETTINGS, build_model
 from brats_helpers.patches import patients
 from brats_helpers.postprocess import NO_RULES, Rules, gain
 
@@ -65,12 +65,13 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
     """
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        settings = saved["settings"]
+        settings = EARLIER_SETTINGS | saved["settings"]
         model = build_model(
             encoder=settings["encoder"],
             weights="none",
             in_channels=saved["in_channels"],
             patch_size=settings["patch_size"],
+            shrink=settings["shrink"],
         )
         model.load_state_dict(saved["model"])
         seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]

@@ -7,9 +7,11 @@ import pickle
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.cases import CLASSES
+from brats_helpers.dataset import SIDE_MULTIPLE
 from brats_helpers.log import warn
 from brats_helpers.window import Windows
 
@@ -19,6 +21,8 @@ PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 
 PATCH_NETWORKS = ("monai-segresnet", "monai-dynunet", "monai-unet")
 """MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
+EARLIER_SETTINGS = {"shrink": 1}
+"""What a checkpoint of before there were these settings stands for."""
 
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
@@ -59,7 +63,7 @@ def sees_patches(encoder: str) -> bool:
     return encoder.startswith("monai-")
 
 
-def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int = 0) -> nn.Module:
+def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int = 0, shrink: int = 1) -> nn.Module:
     """A network with four output channels, the class indices of `cases.CLASSES`.
 
     Args:
@@ -70,6 +74,7 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
         patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; nothing to a network of slices.
+        shrink: see `SlicesUnet`; nothing to a network of patches. The weights are the same whatever it is.
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
@@ -79,7 +84,7 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
 
     Raises:
         WeightsError: the weights cannot be had. Nothing falls back to random weights.
-        ValueError: no such encoder, or patches of no such size.
+        ValueError: no such encoder, or no patches or slices of such a size.
     """
     state = {} if weights in ("imagenet", "none") else _read_weights(weights)
     if sees_patches(encoder):
@@ -90,7 +95,7 @@ def build_model(*, encoder: str, weights: str, in_channels: int, patch_size: int
             )
         model, head = _patch_network(encoder, in_channels, patch_size)
     else:
-        model = _unet(encoder, weights, in_channels)
+        model = _unet(encoder, weights, in_channels, shrink)
         head = model.segmentation_head[0]
         if state and "model" not in state:
             _load_encoder(model.encoder, state)
@@ -108,7 +113,32 @@ def _read_weights(path: str) -> dict:
         raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
 
 
-def _unet(encoder: str, weights: str, in_channels: int) -> nn.Module:
+class SlicesUnet(smp.Unet):
+    """The U-Net of segmentation-models-pytorch in the layout in which convolutions of slices are fastest.
+
+    Args:
+        encoder, how: see `smp.Unet`.
+        shrink: 1, or 2, 4 or 8: slices are shrunk so many times on the way in (the mean of as many pixels squared), and
+            the logits stretched on the way out. Sizes stay as they were, with a fraction of the work between.
+    """
+
+    def __init__(self, encoder: str, *, shrink: int, **how):
+        super().__init__(encoder, **how)
+        self.shrink = shrink
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.shrink == 1:
+            return super().forward(images.contiguous(memory_format=torch.channels_last))
+        small = F.avg_pool2d(images, self.shrink)
+        height, width = small.shape[-2:]
+        small = F.pad(small, (0, -width % SIDE_MULTIPLE, 0, -height % SIDE_MULTIPLE))
+        logits = super().forward(small.contiguous(memory_format=torch.channels_last))[..., :height, :width]
+        return F.interpolate(logits, scale_factor=self.shrink, mode="bilinear")
+
+
+def _unet(encoder: str, weights: str, in_channels: int, shrink: int) -> nn.Module:
+    if shrink not in (1, 2, 4, 8):
+        raise ValueError(f"shrink {shrink}: expected 1, 2, 4 or 8.")
     from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
     if from_hub and (problem := _why_unreachable(encoder)):
         raise WeightsError(
@@ -116,8 +146,12 @@ def _unet(encoder: str, weights: str, in_channels: int) -> nn.Module:
             f" in a package (-p encoder {PACKAGED_ENCODER}), or no pretrained weights (-p encoder_weights none)."
         )
     try:
-        model = smp.Unet(
-            encoder, encoder_weights="imagenet" if from_hub else None, in_channels=in_channels, classes=len(CLASSES)
+        model = SlicesUnet(
+            encoder,
+            shrink=shrink,
+            encoder_weights="imagenet" if from_hub else None,
+            in_channels=in_channels,
+            classes=len(CLASSES),
         )
     except (KeyError, RuntimeError) as error:
         near = difflib.get_close_matches(encoder, smp.encoders.get_encoder_names(), 3)
@@ -129,13 +163,7 @@ def _unet(encoder: str, weights: str, in_channels: int) -> nn.Module:
         raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
     if weights == "imagenet" and not from_hub:
         _load_encoder(model.encoder, packaged_weights(model.encoder))
-    # The layout in which convolutions of slices are fastest. Those of MONAI's 3D networks are not faster in it.
-    model.register_forward_pre_hook(_channels_last)
     return model.to(memory_format=torch.channels_last)
-
-
-def _channels_last(model: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-    return inputs[0].contiguous(memory_format=torch.channels_last)
 
 
 def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Windows, nn.Module]:

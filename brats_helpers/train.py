@@ -38,7 +38,7 @@ from brats_helpers.files import whole_file, write_json
 from brats_helpers.log import done, duration, warn
 from brats_helpers.losses import CrossEntropyDice
 from brats_helpers.metrics import STRUCTURES, dice_scores
-from brats_helpers.model import build_model, freeze_encoder, learnt_from, sees_patches, train_mode
+from brats_helpers.model import EARLIER_SETTINGS, build_model, freeze_encoder, learnt_from, sees_patches, train_mode
 from brats_helpers.patches import patients, samples
 from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import fitted, gradients
@@ -57,6 +57,7 @@ class Settings:
         encoder_weights: `imagenet`, `none`, a file with an encoder's, or a checkpoint to go on from.
         context_slices: neighbouring slices on each side fed as further channels.
         patch_size: edge in voxels of the patches that a 3D network sees; 0 for a network of slices.
+        shrink: how many times smaller slices are computed with, 1, 2, 4 or 8; see `model.SlicesUnet`.
         epochs: passes at most.
         minutes: stop after so many minutes of training and validation; 0 sets no limit. A training that is picked up
             takes the limit that is given then.
@@ -83,6 +84,7 @@ class Settings:
     encoder_weights: str
     context_slices: int
     patch_size: int
+    shrink: int
     epochs: int
     minutes: float
     batch_size: int
@@ -105,6 +107,8 @@ class Settings:
         if sees_patches(self.encoder) != bool(self.patch_size):
             kind = "patches, so expected their edge" if sees_patches(self.encoder) else "slices, so expected 0"
             raise ValueError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
+        if self.patch_size and self.shrink != 1:
+            raise ValueError(f"shrink {self.shrink}: {self.encoder} sees patches, which are not shrunk: expected 1.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -241,6 +245,7 @@ def fit(
         weights=settings.encoder_weights,
         in_channels=train_slices.channels,
         patch_size=settings.patch_size,
+        shrink=settings.shrink,
     ).to(accelerator.device)
     averaged = AveragedModel(network, multi_avg_fn=_average(settings.ema), use_buffers=True)
     weights = [float(weight) for weight in settings.class_weights.split(",")]
@@ -501,7 +506,7 @@ def _resumable(path: Path, origin: dict) -> dict | None:
     if saved.get("format") != FORMAT:
         warn(f"{path} is of another version of this suite, from which a training cannot go on: starting afresh")
         return None
-    now, then = (origin["settings"] | origin, saved["settings"] | saved)
+    now, then = (origin["settings"] | origin, EARLIER_SETTINGS | saved["settings"] | saved)
     may_differ = ("settings", "minutes")
     differ = [name for name in now if name not in may_differ and now[name] != then.get(name)]
     if not differ:

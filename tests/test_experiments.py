@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brats_helpers import experiments
+from brats_helpers import experiments, train
 from brats_helpers.cache import pack, prepare
 from brats_helpers.cases import DataError, find_cases
 from brats_helpers.experiments import MEAN, Bench, answers, backbones, keep_answers, merged, rounds_of_few
@@ -168,12 +168,17 @@ def test_the_table_of_backbones_says_what_each_costs(tried):
     assert row["parameters (M)"] == pytest.approx(sum(p.numel() for p in network.parameters()) / 1e6)
     assert row["slices per second"] == pd.Series(histories["one epoch"]["slices_per_s"]).mean()
     assert row["weights at the start"] == "none"
+    shrunk = {"one epoch": dataclasses.replace(arms["one epoch"], shrink=2)}  # 16 x 32, padded to 32 x 32
+    half = backbones(shrunk, histories, metrics, (4, 32, 64)).loc["one epoch"]
+    assert half["multiply-adds (M)"] == row["multiply-adds (M)"] / 2
 
 
-def test_a_network_goes_on_from_a_checkpoint_and_keeps_who_it_learnt_from(tried, tmp_path):
+def test_a_network_goes_on_from_a_checkpoint_and_keeps_who_it_learnt_from(tried, tmp_path, monkeypatch):
     bench, *_, cases = tried
     start = next(bench.folder.glob("one-epoch-*")) / "checkpoints" / "best.pt"
-    settings = dataclasses.replace(SETTINGS, encoder_weights=str(start), epochs=1, lr=0.0, ema=0.0)
+    settings = dataclasses.replace(SETTINGS, encoder_weights=str(start), epochs=1, lr=0.0, ema=0.0, shrink=2)
+    built = []
+    monkeypatch.setattr(train, "build_model", lambda **how: built.append(build_model(**how)) or built[-1])
     fit(settings, cases[3:], cases[3:], tmp_path, **HOW)
     network, before = (
         load_network(path, device=torch.device("cpu")) for path in (tmp_path / "checkpoints/best.pt", start)
@@ -181,5 +186,7 @@ def test_a_network_goes_on_from_a_checkpoint_and_keeps_who_it_learnt_from(tried,
     for name, weight in network.model.named_parameters():  # with a learning rate of 0, exactly those it started from
         assert torch.equal(weight, dict(before.model.named_parameters())[name]), name
     assert network.trained_on == {"Tiny_0", "Tiny_1", "Tiny_2", "Tiny_3"}
+    # The weights are alike, what is seen is not: in training as in what is made of it.
+    assert [model.shrink for model in (*built, network.model, before.model)] == [2, 2, 1]
     with pytest.raises(WeightsError, match="does not fit"):
         build_model(encoder="resnet18", weights=str(start), in_channels=4)

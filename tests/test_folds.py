@@ -25,8 +25,9 @@ from brats_helpers.cache import pack
 from brats_helpers.cases import MODALITIES, read_mask
 from brats_helpers.files import write_json
 from brats_helpers.inference import evaluate, load_network, predict
-from brats_helpers.runs import Run
+from brats_helpers.runs import PER_FOLD, Run
 from brats_helpers.splits import load_parts, load_prepared, write_splits
+from brats_helpers.suite import Plan
 from brats_helpers.train import fit
 
 from .conftest import write_tiny_case
@@ -329,6 +330,26 @@ def test_a_fold_follows_the_data_when_they_move(tmp_path):
 
 
 # --- the folds' networks together
+
+
+def test_folds_that_another_process_trains_otherwise_are_not_gathered(tmp_path, capsys):
+    ids = ["P0", "P1", "P2"]
+    parts = [{"train": [ids[k]], "val": [ids[k - 1]], "test": [ids[k - 2]]} for k in range(2)]
+    run = Run(tmp_path)
+    write_splits(run.splits, parts[0], folds=parts, unlabelled=[], contents=dict.fromkeys(ids))
+    empty = {field.name: None for field in dataclasses.fields(Plan)}
+    of_stages = {name: dict.fromkeys(PER_FOLD, {}) for name in ("values", "given")}
+    plan = Plan(**empty | of_stages | {"keys": dict.fromkeys(PER_FOLD, "mine"), "folds": 2, "sweep": {"": {}}})
+
+    def run_stages(plan, own, stages):
+        done = {"status": "finished", "seconds": 1}
+        own.record(stages=dict.fromkeys(stages, done | {"key": "mine"}))
+        if own.folder.name == "1":  # meanwhile
+            Run(tmp_path / "folds" / "0").record(stages=dict.fromkeys(stages, done | {"key": "theirs"}))
+        return True
+
+    assert not folds.share_out(plan, run, begin=lambda *given, **how: None, run_stages=run_stages)
+    assert "with other parameters: nothing gathered" in capsys.readouterr().out and not run.metrics.exists()
 
 
 def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):

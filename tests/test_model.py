@@ -114,6 +114,45 @@ def test_an_unknown_encoder_is_refused_with_the_nearest(name, nearest):
         build_model(encoder=name, weights="none", in_channels=4)
 
 
+def test_a_shrunk_network_has_the_weights_of_the_whole_one_and_answers_at_full_size():
+    torch.manual_seed(0)
+    whole = build_model(encoder="resnet18", weights="none", in_channels=2).eval()
+    shrunk = build_model(encoder="resnet18", weights="none", in_channels=2, shrink=2).eval()
+    shrunk.load_state_dict(whole.state_dict())
+    image = torch.randn(1, 2, 128, 64, generator=torch.Generator().manual_seed(0))
+    small = image.unflatten(2, (64, 2)).unflatten(4, (32, 2)).mean(dim=(3, 5))
+    with torch.no_grad():
+        expected = F.interpolate(whole(small), size=(128, 64), mode="bilinear")
+        torch.testing.assert_close(shrunk(image), expected, rtol=1e-4, atol=1e-4)
+        assert (shrunk(image) - whole(image)).abs().max() > 0.01
+    cost = [models.summary(network, (2, 128, 64))["multiply_adds"] for network in (whole, shrunk)]
+    assert cost[1] == cost[0] / 4
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_a_shrunk_network_sees_a_point_where_it_is_whatever_the_sides(shrink):
+    """96 and 32 are no multiples of 32 once shrunk, so there is padding to be cut off again."""
+    model = build_model(encoder="resnet18", weights="none", in_channels=1, shrink=shrink).eval()
+    seen = []
+    model.decoder.register_forward_hook(lambda *call: seen.append(call[2]))
+    assert model(torch.zeros(1, 1, 96, 32)).shape == (1, 4, 96, 32)
+    assert seen[0].shape[-2:] == (64 if shrink == 2 else 32, 32)
+    model.encoder.forward = lambda images: [images]  # what comes in goes out, so that places can be compared
+    model.decoder.forward = lambda features: features[0]
+    model.segmentation_head = torch.nn.Identity()
+    image = torch.zeros(1, 1, 96, 32)
+    image[..., 64 : 64 + 2 * shrink, 8 : 8 + 2 * shrink] = 1
+    answer = model(image)[0, 0]
+    rows, columns = (answer > 0.5).nonzero(as_tuple=True)
+    assert rows.float().mean() == 64 + shrink - 0.5 and columns.float().mean() == 8 + shrink - 0.5
+
+
+@pytest.mark.parametrize("shrink", [0, 3, 16])
+def test_another_shrink_is_refused(shrink):
+    with pytest.raises(ValueError, match=f"shrink {shrink}: expected 1, 2, 4 or 8"):
+        build_model(encoder="resnet18", weights="none", in_channels=2, shrink=shrink)
+
+
 def test_a_frozen_encoder_does_not_move_statistics_included():
     model = build_model(encoder="resnet18", weights="none", in_channels=2)
     models.freeze_encoder(model, 1.0)

@@ -146,24 +146,25 @@ def test_the_manifest_tells_what_was_done_with_what(smoke):
 def test_every_question_is_answered(smoke):
     answers = json.loads((smoke / "answers.json").read_text())
     assert list(answers) == [f"04_{name}.png" for name in ("start", "backbones", "dimensions", "augmentation")]
-    assert [sentence.split(":")[0] for sentence in answers["04_dimensions.png"]] == ["2.5D against 2D", "3D against 2D"]
+    assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
     assert "not asked by this run" in answers["04_dimensions.png"][1]
+    assert all(sentences[-1] == "Slices were seen at 1/2 of their resolution." for sentences in answers.values())
     assert all((smoke / "figures" / name).is_file() for name in answers)
 
 
 def test_real_patients_are_asked_how_few_will_do_and_whether_in_3d(tiny_patients, tmp_path):
     """Tiny ones that nobody marked as simulated: each of three is left out in turn."""
     shutil.rmtree(ROOT / "runs" / "test-few", ignore_errors=True)
-    asked = {"few": "1,9", "volumes": "monai-unet", "cache_dir": tmp_path}
+    asked = {"experiment_shrink": 0, "few": "1,9", "volumes": "monai-unet", "cache_dir": tmp_path}
     pairs = [word for key, value in asked.items() for word in ("-p", key, str(value))]
     said = _run_all("--run", "test-few", "--data", tiny_patients, "--only", "00,02,04", *pairs)
     assert "learning from 1, 9\n" in said and "learning from 9: there are not so many patients" in said
     run = ROOT / "runs" / "test-few"
     answers = json.loads((run / "answers.json").read_text())
     assert [sentence.split(":")[0] for sentence in answers["04_dimensions.png"]] == ["2.5D against 2D", "3D against 2D"]
-    (sentence,) = answers["04_few_1.png"]
+    sentence, curves = answers["04_few_1.png"]
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
-    assert sentence.endswith(", 3 patients.")
+    assert sentence.endswith(", 3 patients.") and "learnt from" in curves
     assert (run / "figures" / "04_few_1.png").is_file()
     shutil.rmtree(run)
 

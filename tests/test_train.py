@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from brats_helpers import machine, train
 from brats_helpers.cache import prepare
 from brats_helpers.cases import find_cases
+from brats_helpers.inference import load_network
 from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.preflight import Preflight, measure
 from brats_helpers.steps import gradients
@@ -33,6 +34,7 @@ SETTINGS = Settings(
     encoder="tu-tf_mobilenetv3_small_minimal_100",
     encoder_weights="none",
     context_slices=0,
+    shrink=1,
     patch_size=0,
     epochs=3,
     minutes=0,
@@ -136,6 +138,23 @@ def test_a_stopped_training_leaves_nothing_in_the_memory(prepared, tmp_path, mon
         _fit(prepared, tmp_path, {"follow": _stop})
     gc.collect()
     assert stopped.value.__traceback__ and [network() for network in networks] == [None]
+
+
+def test_checkpoints_of_before_a_setting_existed_are_gone_on_from(prepared, tmp_path, capsys):
+    with pytest.raises(Stopped):
+        _fit(prepared, tmp_path, {"follow": _stop})
+    for name in ("last.pt", "best.pt"):
+        saved = torch.load(tmp_path / "checkpoints" / name)
+        del saved["settings"]["shrink"]
+        torch.save(saved, tmp_path / "checkpoints" / name)
+    assert load_network(tmp_path / "checkpoints" / "best.pt", device=HOW["device"]).model.shrink == 1
+    assert [row["epoch"] for row in _fit(prepared, tmp_path)] == [1, 2, 3]
+    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+
+
+def test_patches_are_not_shrunk():
+    with pytest.raises(ValueError, match="shrink 2: monai-unet sees patches, which are not shrunk: expected 1"):
+        dataclasses.replace(SETTINGS, encoder="monai-unet", patch_size=32, shrink=2)
 
 
 def test_another_limit_of_time_does_not_throw_a_training_away(prepared, tmp_path, capsys):

@@ -90,7 +90,7 @@ def write_tiny_run(root: Path) -> Run:
             rows.writerow([epoch, loss, loss, *[dice] * 5, [1e-3, 5e-4, 1e-6][epoch - 1], 9.0, 20.0 * epoch])
 
     settings = {"modalities": "flair,t1ce", "encoder": PACKAGED_ENCODER, "encoder_weights": "imagenet"}
-    settings |= {"context_slices": 0, "patch_size": 0, "augment": "basic", "frozen_epochs": 3}
+    settings |= {"context_slices": 0, "patch_size": 0, "shrink": 1, "augment": "basic", "frozen_epochs": 3}
     settings |= {"epochs": 3, "patience": 2, "minutes": 0.0}
     network = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=2)
     run.checkpoints.mkdir()

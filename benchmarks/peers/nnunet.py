@@ -1,7 +1,7 @@
 """nnU-Net v2 in 2D by its own command line, for one job of benchmarks/accuracy.py.
 
 The data set is set up as nnU-Net's own conversion of BraTS does it: labels 1 ED, 2 NCR, 3 ET, trained as the three
-regions. With `shrink` in the job, the plans get a second 2D configuration with a smaller batch and thinner network, as
+regions. With `smaller` in the job, the plans get a second 2D configuration with a smaller batch and thinner network, as
 its documentation of plans files offers; without, they are as planned.
 """
 
@@ -61,14 +61,14 @@ def main() -> None:
     (prepared / "splits_final.json").write_text(json.dumps([{name: parts[name] for name in ("train", "val")}]))
     plans = json.loads((prepared / "nnUNetPlans.json").read_text())
     configuration = "2d"
-    if job["shrink"]:
+    if job["smaller"]:
         configuration = "2d_small"
         architecture = plans["configurations"]["2d"]["architecture"]
         widths = architecture["arch_kwargs"]["features_per_stage"]
-        architecture["arch_kwargs"]["features_per_stage"] = [width // job["shrink"]["thinner"] for width in widths]
+        architecture["arch_kwargs"]["features_per_stage"] = [width // job["smaller"]["thinner"] for width in widths]
         plans["configurations"][configuration] = {
             "inherits_from": "2d",
-            "batch_size": job["shrink"]["batch"],
+            "batch_size": job["smaller"]["batch"],
             "architecture": architecture,
         }
         (prepared / "nnUNetPlans.json").write_text(json.dumps(plans, indent=1))
