@@ -28,7 +28,8 @@ from brats_helpers.patches import patients
 from brats_helpers.postprocess import NO_RULES, Rules, gain
 
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
-"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
+"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches. So many
+times more where they are shrunk, as each takes less than that."""
 ENOUGH_TO_CHOOSE = 200
 """Validation patients that post-processing is chosen by, at most."""
 
@@ -140,7 +141,8 @@ def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
     seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
-    for batch in patients([case], **seen, batch_size=BATCH_SIZE[device.type], workers=0, device=device):
+    at_once = BATCH_SIZE[device.type] * network.settings["shrink"]
+    for batch in patients([case], **seen, batch_size=at_once, workers=0, device=device):
         images = batch.images.to(device)
         y, x = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         with torch.autocast(device.type, dtype, enabled=precision != "no"):

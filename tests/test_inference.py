@@ -65,7 +65,7 @@ class _Echo(torch.nn.Module):
 
 
 def echo(logit=30.0, trained_on=()):
-    settings = {"modalities": "flair,t1,t1ce,t2", "context_slices": 0, "patch_size": 0}
+    settings = {"modalities": "flair,t1,t1ce,t2", "context_slices": 0, "patch_size": 0, "shrink": 1}
     return inference.Network(_Echo(logit), settings, frozenset(trained_on), frozenset(), 1)
 
 
