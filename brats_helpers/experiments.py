@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -59,11 +59,15 @@ class Bench:
         Returns:
             By the same names: the history of each training, see `train.fit`, and the scores in the form of
             `metrics.json`, with the Dice of WT, TC, ET and their `MEAN`.
+
+        Raises:
+            DataError: the weights that one starts from have seen a patient of `test`; nothing is trained then.
         """
+        for settings in arms.values():
+            _check_unseen(settings.encoder_weights, test)
         for name, settings in arms.items():
             key = self._key(settings, train, val, test)
             if key not in self._done:
-                _check_unseen(settings, [*train, *val], test)
                 own = Run(self.folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}-{key[:6]}")
                 if own.metrics.exists():
                     print(f"{name}: scored before")
@@ -104,13 +108,30 @@ class Bench:
         return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
 
 
-def _check_unseen(settings: Settings, shown: Sequence[Packed], test: Sequence[Packed]) -> None:
-    seen = {*learnt_from(settings.encoder_weights), *(case.id for case in shown)}
-    if leaked := sorted(seen.intersection(case.id for case in test)):
+def _check_unseen(weights: str, test: Sequence[Packed]) -> None:
+    if leaked := sorted({*learnt_from(weights)}.intersection(case.id for case in test)):
         raise DataError(
             f"{', '.join(leaked)}: the weights to start from were trained on, or chosen by, these patients, who are"
             " to score them. Start from imagenet, none, or a checkpoint of other patients."
         )
+
+
+def going_on_from(checkpoint: Path, base: Settings) -> Settings:
+    """`base`, but with the network of a checkpoint to start from.
+
+    Raises:
+        DataError: there is no such checkpoint, or its network was shown something else than `base` shows.
+    """
+    known = load_network(checkpoint, device=torch.device("cpu")).settings
+    names = ("modalities", "context_slices", "patch_size", "shrink")
+    if differ := [
+        f"{name} {known[name]}, not {wanted}" for name in names if known[name] != (wanted := getattr(base, name))
+    ]:
+        raise DataError(
+            f"{checkpoint} learnt with {'; '.join(differ)}: it would not know what it is shown here. Give one that"
+            " learnt as these experiments do; of another shrink, give them that (-p experiment_shrink)."
+        )
+    return replace(base, encoder=known["encoder"], encoder_weights=str(checkpoint))
 
 
 def answers(metrics: Mapping[str, Mapping]) -> list[str]:
@@ -144,11 +165,16 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
             verdict = "not decided by this run"
         else:
             verdict = "better" if low > 0 else "worse"
+        dice = f"{_mean(metrics[other])} against {_mean(metrics[first])}, {change['mean_difference']:+.3f}"
         sentences.append(
-            f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {change['mean_difference']:+.3f}"
+            f"{other} against {first}: {verdict}. Mean Dice of WT, TC and ET {dice}"
             f" ({interval_text((low, high), result['n'], '+.3f')}), {result['n']} {patients}."
         )
     return sentences
+
+
+def _mean(metrics: Mapping) -> str:
+    return f"{metrics['summary'][MEAN]['dice']['mean']:.3f}"
 
 
 def _unlearnt(metrics: Mapping) -> str:

@@ -85,13 +85,13 @@ def share_out(
         todo = elsewhere
 
     with awaited(claims, "run"):
+        if not all(_finished(Run(run.folder / place), plan) for place in sum(places.values(), [])):
+            warn("another process trains here with other parameters: nothing is gathered or compared; start this again")
+            return False
         for name, own in gathered.items():
             if _finished(own, plan):
                 continue
             own_plan, members = _plan_of(plan, own, name), [Run(run.folder / place) for place in places[name]]
-            if not all(_finished(fold, plan) for fold in members):
-                warn("another process trains these folds with other parameters: nothing gathered; start this one again")
-                return False
             how = own_plan.values[PER_FOLD[-1]]
             gather(own, members, **{key: how[key] for key in ("device", "flips", "convention", "labels")})
             made = own.manifest["stages"]

@@ -133,7 +133,7 @@ class SlicesUnet(smp.Unet):
         height, width = small.shape[-2:]
         small = F.pad(small, (0, -width % SIDE_MULTIPLE, 0, -height % SIDE_MULTIPLE))
         logits = super().forward(small.contiguous(memory_format=torch.channels_last))[..., :height, :width]
-        return F.interpolate(logits, scale_factor=self.shrink, mode="bilinear")
+        return F.interpolate(logits.float(), scale_factor=self.shrink, mode="bilinear")
 
 
 def _unet(encoder: str, weights: str, in_channels: int, shrink: int) -> nn.Module:

@@ -57,7 +57,7 @@ class Settings:
         encoder_weights: `imagenet`, `none`, a file with an encoder's, or a checkpoint to go on from.
         context_slices: neighbouring slices on each side fed as further channels.
         patch_size: edge in voxels of the patches that a 3D network sees; 0 for a network of slices.
-        shrink: how many times smaller slices are computed with, 1, 2, 4 or 8; see `model.SlicesUnet`.
+        shrink: slices are seen at 1/shrink of their width and height, 1, 2, 4 or 8; see `model.SlicesUnet`.
         epochs: passes at most.
         minutes: stop after so many minutes of training and validation; 0 sets no limit. A training that is picked up
             takes the limit that is given then.

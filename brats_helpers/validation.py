@@ -377,6 +377,8 @@ def _inputs(facts):
     settings, channels = facts.checkpoint["settings"], facts.checkpoint["in_channels"]
     modalities, slices = len(settings["modalities"].split(",")), 2 * settings["context_slices"] + 1
     evidence = f"best.pt: {modalities} modalities, {slices} slice{'s' * (slices > 1)} at a time, {channels} channels"
+    shrink = settings.get("shrink", 1)
+    evidence += f"; slices shrunk to 1/{shrink} of their width and height" if shrink > 1 else ""
     return _mark(channels == modalities * slices), evidence
 
 

@@ -11,7 +11,16 @@ import torch
 from brats_helpers import experiments, train
 from brats_helpers.cache import pack, prepare
 from brats_helpers.cases import DataError, find_cases
-from brats_helpers.experiments import MEAN, Bench, answers, backbones, keep_answers, merged, rounds_of_few
+from brats_helpers.experiments import (
+    MEAN,
+    Bench,
+    answers,
+    backbones,
+    going_on_from,
+    keep_answers,
+    merged,
+    rounds_of_few,
+)
 from brats_helpers.inference import load_network
 from brats_helpers.metrics import ENOUGH_PAIRS as ENOUGH
 from brats_helpers.metrics import collect
@@ -30,7 +39,10 @@ def scores(dice, prefix="P"):
 def test_an_answer_needs_enough_patients_that_agree():
     low, high = [0.5] * ENOUGH, [0.6] * ENOUGH
     (sentence,) = answers({"a": scores(low), "b": scores(high)})
-    assert sentence.startswith("b against a: better.") and "+0.100 (+0.100 to +0.100), 6 simulated patients" in sentence
+    assert (
+        sentence.startswith("b against a: better.")
+        and "0.600 against 0.500, +0.100 (+0.100 to +0.100), 6 simulated patients" in sentence
+    )
     (sentence,) = answers({"a": scores(high), "b": scores(low)})
     assert sentence.startswith("b against a: worse.")
     (sentence,) = answers({"a": scores(low[1:]), "b": scores(high[1:])})  # five agree, which may be chance
@@ -152,12 +164,34 @@ def test_the_scores_are_those_of_the_whole_volume(tried):
     assert found[MEAN]["dice"] == pytest.approx(sum(found[region]["dice"] for region in ("WT", "TC", "ET")) / 3)
 
 
-def test_patients_that_the_weights_have_seen_do_not_score(tried):
+def test_patients_that_the_weights_have_seen_do_not_score_and_nobody_is_trained(tried, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", None)
     bench, arms, _, _, _, cases = tried
     known = str(next(bench.folder.glob("one-epoch-*")) / "checkpoints" / "best.pt")
     settings = dataclasses.replace(arms["one epoch"], encoder_weights=known)
     with pytest.raises(DataError, match="Tiny_0: the weights to start from were trained on"):
-        bench.try_out({"again": settings}, cases[1:2], cases[2:3], [*cases[3:], cases[0]])
+        bench.try_out(
+            {"other": dataclasses.replace(SETTINGS, epochs=3), "again": settings},
+            cases[1:2],
+            cases[2:3],
+            [*cases[3:], cases[0]],
+        )
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"shrink": 2}, "shrink 1, not 2: "),
+        ({"context_slices": 1}, "context_slices 0, not 1: "),
+        ({"modalities": "t1,flair,t1ce,t2"}, "modalities flair,t1,t1ce,t2, not t1,flair,t1ce,t2: "),
+    ],
+)
+def test_a_checkpoint_that_was_shown_something_else_is_no_start(tried, change, said):
+    known = next(tried[0].folder.glob("one-epoch-*")) / "checkpoints" / "best.pt"
+    start = going_on_from(known, dataclasses.replace(SETTINGS, encoder="resnet18", lr=0.5))
+    assert (start.encoder, start.encoder_weights, start.lr) == (SETTINGS.encoder, str(known), 0.5)
+    with pytest.raises(DataError, match=said):
+        going_on_from(known, dataclasses.replace(SETTINGS, **change))
 
 
 def test_the_table_of_backbones_says_what_each_costs(tried):

@@ -332,24 +332,30 @@ def test_a_fold_follows_the_data_when_they_move(tmp_path):
 # --- the folds' networks together
 
 
-def test_folds_that_another_process_trains_otherwise_are_not_gathered(tmp_path, capsys):
+@pytest.mark.parametrize("n, sweep, places", [(2, [""], ["folds/0", "folds/1"]), (0, "ab", ["sweep/a", "sweep/b"])])
+def test_what_another_process_trains_otherwise_is_not_gathered(n, sweep, places, tmp_path, capsys):
     ids = ["P0", "P1", "P2"]
     parts = [{"train": [ids[k]], "val": [ids[k - 1]], "test": [ids[k - 2]]} for k in range(2)]
     run = Run(tmp_path)
     write_splits(run.splits, parts[0], folds=parts, unlabelled=[], contents=dict.fromkeys(ids))
     empty = {field.name: None for field in dataclasses.fields(Plan)}
     of_stages = {name: dict.fromkeys(PER_FOLD, {}) for name in ("values", "given")}
-    plan = Plan(**empty | of_stages | {"keys": dict.fromkeys(PER_FOLD, "mine"), "folds": 2, "sweep": {"": {}}})
+    plan = Plan(
+        **empty
+        | of_stages
+        | {"keys": dict.fromkeys(PER_FOLD, "mine"), "folds": n, "sweep": {name: {} for name in sweep}}
+    )
 
     def run_stages(plan, own, stages):
         done = {"status": "finished", "seconds": 1}
         own.record(stages=dict.fromkeys(stages, done | {"key": "mine"}))
-        if own.folder.name == "1":  # meanwhile
-            Run(tmp_path / "folds" / "0").record(stages=dict.fromkeys(stages, done | {"key": "theirs"}))
+        if own.folder == tmp_path / places[1]:  # meanwhile
+            Run(tmp_path / places[0]).record(stages=dict.fromkeys(stages, done | {"key": "theirs"}))
         return True
 
     assert not folds.share_out(plan, run, begin=lambda *given, **how: None, run_stages=run_stages)
-    assert "with other parameters: nothing gathered" in capsys.readouterr().out and not run.metrics.exists()
+    assert "with other parameters: nothing is gathered" in capsys.readouterr().out
+    assert not run.metrics.exists() and not (tmp_path / "sweep.csv").exists()
 
 
 def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):

@@ -148,7 +148,8 @@ def test_every_question_is_answered(smoke):
     assert list(answers) == [f"04_{name}.png" for name in ("start", "backbones", "dimensions", "augmentation")]
     assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
     assert "not asked by this run" in answers["04_dimensions.png"][1]
-    assert all(sentences[-1] == "Slices were seen at 1/2 of their resolution." for sentences in answers.values())
+    terms = "Each network was trained once, for 0.6 s, on slices at 1/2 of their width and height."
+    assert all(sentences[-1] == terms for sentences in answers.values())
     assert all((smoke / "figures" / name).is_file() for name in answers)
 
 
@@ -161,8 +162,9 @@ def test_real_patients_are_asked_how_few_will_do_and_whether_in_3d(tiny_patients
     assert "learning from 1, 9\n" in said and "learning from 9: there are not so many patients" in said
     run = ROOT / "runs" / "test-few"
     answers = json.loads((run / "answers.json").read_text())
-    assert [sentence.split(":")[0] for sentence in answers["04_dimensions.png"]] == ["2.5D against 2D", "3D against 2D"]
-    sentence, curves = answers["04_few_1.png"]
+    assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
+    assert len(answers["04_dimensions.png"]) == 3  # the terms as well
+    sentence, curves, _ = answers["04_few_1.png"]
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
     assert sentence.endswith(", 3 patients.") and "learnt from" in curves
     assert (run / "figures" / "04_few_1.png").is_file()

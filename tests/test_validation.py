@@ -243,8 +243,9 @@ def test_weights_that_are_not_imagenets(run):
 def test_a_weight_that_is_not_finite_and_channels_that_do_not_fit(run):
     saved = torch.load(run.best, weights_only=True)
     saved["model"]["segmentation_head.0.bias"][1] = np.nan
-    torch.save(saved | {"settings": saved["settings"] | {"context_slices": 1}}, run.best)
+    torch.save(saved | {"settings": saved["settings"] | {"context_slices": 1, "shrink": 2}}, run.best)
     lines = look(run)
+    assert "shrunk to 1/2" in lines["Input channels are modalities times slices"].evidence
     assert lines["Every weight is finite"].mark == log.FAIL
     assert lines["Input channels are modalities times slices"].mark == log.FAIL
 
