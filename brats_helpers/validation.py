@@ -374,11 +374,13 @@ def _unlabelled(facts):
 
 @_line("Model architecture", "Input channels are modalities times slices")
 def _inputs(facts):
-    settings, channels = facts.checkpoint["settings"], facts.checkpoint["in_channels"]
+    from brats_helpers.model import EARLIER_SETTINGS  # seconds, so only where there is a checkpoint
+
+    settings, channels = EARLIER_SETTINGS | facts.checkpoint["settings"], facts.checkpoint["in_channels"]
     modalities, slices = len(settings["modalities"].split(",")), 2 * settings["context_slices"] + 1
     evidence = f"best.pt: {modalities} modalities, {slices} slice{'s' * (slices > 1)} at a time, {channels} channels"
-    shrink = settings.get("shrink", 1)
-    evidence += f"; slices shrunk to 1/{shrink} of their width and height" if shrink > 1 else ""
+    if settings["shrink"] > 1:
+        evidence += f"; slices shrunk to 1/{settings['shrink']} of their width and height"
     return _mark(channels == modalities * slices), evidence
 
 
