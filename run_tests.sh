@@ -10,6 +10,7 @@ install_missing test
 cd "$root"
 if [[ $# == 0 ]]; then
   "$python" -m ruff check --quiet
+  "$(dirname "$python")/lint-imports" --no-cache >/dev/null
   export OMP_NUM_THREADS=1 # for each of two processes
   set -- -n 2 --dist loadfile --no-loadscope-reorder
 fi

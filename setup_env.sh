@@ -27,5 +27,5 @@ install_missing() {
   # A kernel that is already running, as on Colab and Kaggle, cannot import an editable install.
   local editable=(--editable)
   [[ -n $hosted ]] && editable=()
-  "$python" -P "$root/brats_helpers/environment.py" ${editable[@]+"${editable[@]}"} "$@"
+  "$python" -P "$root/brats_helpers/suite/environment.py" ${editable[@]+"${editable[@]}"} "$@"
 }

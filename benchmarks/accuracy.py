@@ -27,13 +27,16 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from brats_helpers.cache import prepare
-from brats_helpers.cases import REGIONS, Case, survey
-from brats_helpers.environment import ROOT
-from brats_helpers.experiments import MEAN
-from brats_helpers.metrics import collect, compare, score_folders
-from brats_helpers.phantom import VERSION, is_simulated, make_cases
-from brats_helpers.splits import fold_cases, split_cases
+from brats_helpers.data.cache import prepare
+from brats_helpers.data.cases import Case, survey
+from brats_helpers.data.phantom import VERSION, is_simulated, make_cases
+from brats_helpers.data.splits import fold_cases, split_cases
+from brats_helpers.evaluation.experiments import MEAN
+from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.scores import collect
+from brats_helpers.scoring.statistics import compare
+from brats_helpers.suite.environment import ROOT
 
 PEERS = {
     "this suite": "suite",

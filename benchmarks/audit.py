@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from brats_helpers import audit
-from brats_helpers.cases import Survey, read_bytes, survey
+from brats_helpers.data import audit
+from brats_helpers.data.cases import Survey, survey
+from brats_helpers.data.nifti import read_bytes
 
 
 def main() -> None:

@@ -17,15 +17,15 @@ import torch
 from accelerate import Accelerator
 from monai import transforms
 
-from brats_helpers.augment import STRENGTHS, augment, generators
-from brats_helpers.cache import pack
-from brats_helpers.cases import find_cases
-from brats_helpers.dataset import BalancedSampler, Slices, make_loader
-from brats_helpers.losses import CrossEntropyDice
+from brats_helpers.data.cache import pack
+from brats_helpers.data.cases import find_cases
 from brats_helpers.machine import choose_device, choose_precision, describe
-from brats_helpers.model import PACKAGED_ENCODER, build_model
-from brats_helpers.patches import SLICES
-from brats_helpers.steps import gradients
+from brats_helpers.training.augment import STRENGTHS, augment, generators
+from brats_helpers.training.dataset import BalancedSampler, Slices, make_loader
+from brats_helpers.training.losses import CrossEntropyDice
+from brats_helpers.training.model import PACKAGED_ENCODER, build_model
+from brats_helpers.training.patches import SLICES
+from brats_helpers.training.steps import gradients
 
 
 def main() -> None:

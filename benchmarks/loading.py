@@ -33,12 +33,14 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brats_helpers.cache import Packed, count_classes, pack, prepare
-from brats_helpers.cases import REGIONS, Case, find_cases, read_mask
-from brats_helpers.dataset import BalancedSampler, Slices, make_loader
-from brats_helpers.inference import load_network, predict
-from brats_helpers.metrics import score_case
-from brats_helpers.phantom import make_cases
+from brats_helpers.data.cache import Packed, count_classes, pack, prepare
+from brats_helpers.data.cases import Case, find_cases
+from brats_helpers.data.nifti import read_mask
+from brats_helpers.data.phantom import make_cases
+from brats_helpers.evaluation.inference import load_network, predict
+from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.scores import score_case
+from brats_helpers.training.dataset import BalancedSampler, Slices, make_loader
 
 BATCH = 32
 WORKERS = 2

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from brats_helpers.cases import find_cases
-from brats_helpers.inference import Network, predict_files
+from brats_helpers.data.cases import find_cases
+from brats_helpers.evaluation.inference import Network, predict_files
 from brats_helpers.machine import choose_device, describe
-from brats_helpers.model import build_model
+from brats_helpers.training.model import build_model
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def machine() -> str:
 
 
 def simulated(folder: Path, n: int) -> list[Path]:
-    from brats_helpers.phantom import make_cases
+    from brats_helpers.data.phantom import make_cases
 
     return sorted(make_cases(folder, n_cases=n, seed=0, workers=os.cpu_count()))[:n]
 
@@ -125,8 +125,8 @@ def own_memory() -> int:
 
 
 def audit(place: Path):
-    from brats_helpers.audit import audit
-    from brats_helpers.cases import survey
+    from brats_helpers.data.audit import audit
+    from brats_helpers.data.cases import survey
 
     def job():
         found = survey(place / "data")
@@ -137,10 +137,10 @@ def audit(place: Path):
 
 def index(place: Path):
     """Find the patients, open what was prepared, share them out, list their slices."""
-    from brats_helpers.cache import prepare
-    from brats_helpers.cases import survey
-    from brats_helpers.dataset import Slices
-    from brats_helpers.splits import split_cases
+    from brats_helpers.data.cache import prepare
+    from brats_helpers.data.cases import survey
+    from brats_helpers.data.splits import split_cases
+    from brats_helpers.training.dataset import Slices
 
     prepare(survey(place / "data").cases, cache_dir=place / "cache", workers=os.cpu_count())
 
@@ -155,8 +155,8 @@ def index(place: Path):
 def preparation(place: Path):
     import torch  # noqa: F401 (the libraries do not count)
 
-    from brats_helpers.cache import prepare
-    from brats_helpers.cases import survey
+    from brats_helpers.data.cache import prepare
+    from brats_helpers.data.cases import survey
 
     shutil.rmtree(place / "cache", ignore_errors=True)
     return lambda: prepare(survey(place / "data").cases, cache_dir=place / "cache", workers=1)
@@ -166,9 +166,9 @@ def epoch(place: Path):
     """One epoch over every slice of the patients; always one patient to validate."""
     import torch
 
-    from brats_helpers.cache import prepare
-    from brats_helpers.cases import survey
-    from brats_helpers.train import fit
+    from brats_helpers.data.cache import prepare
+    from brats_helpers.data.cases import survey
+    from brats_helpers.training.loop import fit
 
     packed = prepare(survey(place / "data").cases, cache_dir=place / "cache", workers=1)
     how = {"device": torch.device("cpu"), "workers": 0, "checkpoint_minutes": 0, "deterministic": False}
@@ -181,10 +181,10 @@ def evaluation(place: Path):
 
     import torch
 
-    from brats_helpers.cache import prepare
-    from brats_helpers.cases import survey
-    from brats_helpers.inference import evaluate, load_networks, predict_validation
-    from brats_helpers.postprocess import choose
+    from brats_helpers.data.cache import prepare
+    from brats_helpers.data.cases import survey
+    from brats_helpers.evaluation.inference import evaluate, load_networks, predict_validation
+    from brats_helpers.evaluation.postprocess import choose
 
     cases = survey(place / "data").cases
     packed = prepare(cases, cache_dir=place / "cache", workers=1)
@@ -201,9 +201,9 @@ def evaluation(place: Path):
 
 def settings():
     """Those of notebook 02, with the encoder whose weights are in a package, for one epoch."""
-    from brats_helpers.patches import SLICES
-    from brats_helpers.suite import read_notebooks
-    from brats_helpers.train import Settings
+    from brats_helpers.suite.plan import read_notebooks
+    from brats_helpers.training.patches import SLICES
+    from brats_helpers.training.settings import Settings
 
     own = {name: p.default for name, p in read_notebooks(ROOT)["02_train"].parameters.items()}
     values = {name: own[name] for name in Settings.__dataclass_fields__ if name in own}

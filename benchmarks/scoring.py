@@ -24,8 +24,11 @@ if __name__ == "__main__":
 import numpy as np
 from scipy import ndimage
 
-from brats_helpers.cases import REGIONS, find_segs, read_mask
-from brats_helpers.metrics import CONVENTIONS, score_case
+from brats_helpers.data.cases import find_segs
+from brats_helpers.data.nifti import read_mask
+from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.rules import CONVENTIONS
+from brats_helpers.scoring.scores import score_case
 
 MM = (1.0, 1.0, 1.0)
 SHAPE = (240, 240, 155)

@@ -31,17 +31,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from brats_helpers.cache import Packed, normalise, prepare
-from brats_helpers.cases import Case, find_cases, labels_to_classes
-from brats_helpers.dataset import Batch, Slices
-from brats_helpers.environment import ROOT
-from brats_helpers.losses import CrossEntropyDice
+from brats_helpers.data.cache import Packed, normalise, prepare
+from brats_helpers.data.cases import Case, find_cases
+from brats_helpers.data.sources import find_data
+from brats_helpers.labels import labels_to_classes
 from brats_helpers.machine import choose_device, choose_precision, describe
-from brats_helpers.model import PACKAGED_ENCODER, build_model, train_mode
-from brats_helpers.patches import SLICES
-from brats_helpers.sources import find_data
-from brats_helpers.suite import read_notebooks
-from brats_helpers.train import Settings, fit, mean_dice, validate
+from brats_helpers.suite.environment import ROOT
+from brats_helpers.suite.plan import read_notebooks
+from brats_helpers.training.dataset import Batch, Slices
+from brats_helpers.training.loop import fit, mean_dice, validate
+from brats_helpers.training.losses import CrossEntropyDice
+from brats_helpers.training.model import PACKAGED_ENCODER, build_model, train_mode
+from brats_helpers.training.patches import SLICES
+from brats_helpers.training.settings import Settings
 
 PARTS = ("overhead", "time", "transfer")
 TARGET = 0.75

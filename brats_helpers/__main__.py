@@ -8,8 +8,8 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from brats_helpers import suite
 from brats_helpers.log import done, fail, warn
+from brats_helpers.suite import run as suite
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         return suite.main(argv[1:])
     options = _parser().parse_args(argv)
 
-    from brats_helpers.cases import DataError
+    from brats_helpers.labels import DataError
     from brats_helpers.runs import RunError
 
     try:
@@ -144,16 +144,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from brats_helpers.launch import train_run
     from brats_helpers.runs import Run
+    from brats_helpers.training.launch import train_run
 
     train_run(Run(options.run))
 
 
 def _check(options: argparse.Namespace) -> int:
-    from brats_helpers.audit import audit, excluded, rows
-    from brats_helpers.cases import MODALITIES, DataError, survey
+    from brats_helpers.data.audit import audit, excluded, rows
+    from brats_helpers.data.cases import survey
     from brats_helpers.files import write_json
+    from brats_helpers.labels import MODALITIES, DataError
 
     try:
         found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
@@ -181,15 +182,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _phantom(options: argparse.Namespace) -> None:
-    from brats_helpers.phantom import make_cases
+    from brats_helpers.data.phantom import make_cases
 
     cases = make_cases(options.out, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
     done(f"{len(cases)} simulated patients in {options.out}")
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from brats_helpers.inference import predict_folders
-    from brats_helpers.postprocess import NO_RULES, read_rules
+    from brats_helpers.evaluation.inference import predict_folders
+    from brats_helpers.evaluation.postprocess import NO_RULES, read_rules
 
     written = predict_folders(
         options.checkpoints,
@@ -206,10 +207,10 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from brats_helpers.cases import REGIONS, DataError
+    from brats_helpers.data.phantom import is_simulated
+    from brats_helpers.evaluation.folders import score_folders
     from brats_helpers.files import write_json
-    from brats_helpers.metrics import score_folders
-    from brats_helpers.phantom import is_simulated
+    from brats_helpers.labels import REGIONS, DataError
 
     scores = score_folders(
         options.pred_dir,
@@ -251,9 +252,9 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from brats_helpers.cases import REGIONS, DataError
     from brats_helpers.files import write_json
-    from brats_helpers.metrics import ENOUGH_PAIRS, compare, interval_text
+    from brats_helpers.labels import REGIONS, DataError
+    from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare, interval_text
 
     metrics = []
     for path in (options.a, options.b):
@@ -291,7 +292,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from brats_helpers.report import build_report
+    from brats_helpers.report.build import build_report
     from brats_helpers.runs import Run, RunError
 
     if not (options.run / "manifest.json").exists():

@@ -14,7 +14,6 @@ NEEDS = {
     "04_advanced": ("02_train",),
 }
 """The notebooks in their order, each with those whose files it reads."""
-
 ONCE = ("00_setup", "01_explore")
 PER_FOLD = ("02_train", "03_evaluate")
 """With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""

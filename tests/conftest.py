@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers import sources
-from brats_helpers.cases import MODALITIES
+from brats_helpers.data import sources
 from brats_helpers.files import write_json
-from brats_helpers.suite import _revision
+from brats_helpers.labels import MODALITIES
+from brats_helpers.suite.run import _revision
 from tests.kaggle_server import PORT, TOKEN, FakeKaggle, serve
 
 ROOT = Path(__file__).parents[1]

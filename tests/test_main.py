@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from brats_helpers.__main__ import main
-from brats_helpers.cache import pack
-from brats_helpers.cases import find_cases, read_mask
-from brats_helpers.metrics import collect, score_case
-
-from .conftest import write_tiny_case
-from .test_train import _fit
+from brats_helpers.data.cache import pack
+from brats_helpers.data.cases import find_cases
+from brats_helpers.data.nifti import read_mask
+from brats_helpers.scoring.scores import collect, score_case
+from tests.conftest import write_tiny_case
+from tests.tiny_training import fit_tiny
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_another_grid_is_refused_even_where_it_would_resample(folders, capsys):
 
 
 def test_predict_by_several_checkpoints_with_rules_and_labels(tiny_patients, tmp_path, capsys):
-    _fit([pack(case) for case in find_cases(tiny_patients)], tmp_path)
+    fit_tiny([pack(case) for case in find_cases(tiny_patients)], tmp_path)
     checkpoint = str(tmp_path / "checkpoints" / "best.pt")
     new = write_tiny_case(tmp_path / "new", "New", seed=9)
     rules = tmp_path / "postprocess.json"

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from papermill.cli import papermill
 
 from brats_helpers.runs import NEEDS
-from brats_helpers.suite import profiles, read_notebooks, read_profile
+from brats_helpers.suite.plan import profiles, read_notebooks, read_profile
 
 ROOT = Path(__file__).parents[1]
 STAGES = list(NEEDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbclient.client
 import pytest
 
-from brats_helpers.environment import ROOT
+from brats_helpers.suite.environment import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
 QUOTED = [
@@ -26,7 +26,7 @@ def messages() -> list[str]:
     found = [
         re.sub(r"\$\{[^}]+\}|\$\w+", ANY, line) for path in ROOT.glob("*.sh") for line in path.read_text().splitlines()
     ]
-    for path in (*(ROOT / "brats_helpers").glob("*.py"), Path(nbclient.client.__file__)):  # it tells of dead kernels
+    for path in (*(ROOT / "brats_helpers").rglob("*.py"), Path(nbclient.client.__file__)):  # it tells of dead kernels
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else ANY for part in node.values)

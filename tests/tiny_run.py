@@ -14,17 +14,20 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from brats_helpers.audit import examine
-from brats_helpers.cases import read_mask, read_nifti, survey, write_mask
-from brats_helpers.environment import ROOT
+from brats_helpers.data.audit import examine
+from brats_helpers.data.cases import survey
+from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
+from brats_helpers.data.splits import fingerprint, write_splits
+from brats_helpers.evaluation.folders import score_files
 from brats_helpers.files import write_json
-from brats_helpers.folds import gather, member, shares
-from brats_helpers.metrics import CONVENTIONS, collect, score_files, summarise, write_cases_csv
-from brats_helpers.model import PACKAGED_ENCODER, build_model
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
-from brats_helpers.splits import fingerprint, write_splits
-
-from .conftest import write_tiny_case
+from brats_helpers.scoring.rules import CONVENTIONS
+from brats_helpers.scoring.scores import collect, write_cases_csv
+from brats_helpers.scoring.statistics import summarise
+from brats_helpers.suite.environment import ROOT
+from brats_helpers.suite.folds import gather, member, shares
+from brats_helpers.training.model import PACKAGED_ENCODER, build_model
+from tests.conftest import write_tiny_case
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 MODALITIES = ["flair", "t1ce"]

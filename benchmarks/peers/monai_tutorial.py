@@ -28,8 +28,10 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from brats_helpers.cache import prepare
-from brats_helpers.cases import REGIONS, read_nifti, survey, write_mask
+from brats_helpers.data.cache import prepare
+from brats_helpers.data.cases import survey
+from brats_helpers.data.nifti import read_nifti, write_mask
+from brats_helpers.labels import REGIONS
 from brats_helpers.machine import choose_precision
 
 TUTORIALS = [144, 224, 224]

@@ -14,7 +14,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.cases import read_image, read_mask, read_nifti, survey, write_mask
+from brats_helpers.data.cases import survey
+from brats_helpers.data.nifti import read_image, read_mask, read_nifti, write_mask
 
 DATASET = "Dataset501_Benchmark"
 TO_THEIRS = np.array([0, 2, 1, 3], np.uint8)  # NCR and ED change places; the same table leads back

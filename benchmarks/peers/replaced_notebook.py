@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from brats_helpers.cache import normalise
-from brats_helpers.cases import Case, labels_to_classes, read_nifti, survey, write_mask
-from brats_helpers.losses import CrossEntropyDice
+from brats_helpers.data.cache import normalise
+from brats_helpers.data.cases import Case, survey
+from brats_helpers.data.nifti import read_nifti, write_mask
+from brats_helpers.labels import labels_to_classes
 from brats_helpers.machine import choose_precision
-from brats_helpers.model import PACKAGED_ENCODER, build_model
+from brats_helpers.training.losses import CrossEntropyDice
+from brats_helpers.training.model import PACKAGED_ENCODER, build_model
 
 
 def main() -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from brats_helpers.cache import prepare
-from brats_helpers.cases import survey
-from brats_helpers.environment import ROOT
-from brats_helpers.inference import load_networks, predict_files
-from brats_helpers.patches import SLICES
-from brats_helpers.suite import read_notebooks, read_profile
-from brats_helpers.train import Settings, fit
+from brats_helpers.data.cache import prepare
+from brats_helpers.data.cases import survey
+from brats_helpers.evaluation.inference import load_networks, predict_files
+from brats_helpers.suite.environment import ROOT
+from brats_helpers.suite.plan import read_notebooks, read_profile
+from brats_helpers.training.loop import fit
+from brats_helpers.training.patches import SLICES
+from brats_helpers.training.settings import Settings
 
 
 def main() -> None:

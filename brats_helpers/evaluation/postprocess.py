@@ -1,0 +1,116 @@
+"""What happens to a label map after the network: small components go, holes are filled, too little ET becomes NCR.
+
+The thresholds are chosen on validation patients, kept with the run, and then applied to everybody else.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from scipy import ndimage
+
+from brats_helpers.labels import CLASSES, REGIONS, DataError
+from brats_helpers.scoring.rules import region_dice
+
+NCR, ED, ET = (CLASSES.index(name) for name in ("NCR", "ED", "ET"))
+TRIED = {
+    "component_voxels": (10, 30, 100, 300, 1000),
+    "fill_holes": (True,),
+    "et_voxels": (30, 100, 200, 500, 1000),
+}
+"""What `choose` tries of each rule, the mildest first; the rules in the order in which they are applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Rules for a label map; 0 and False leave it as it is.
+
+    Attributes:
+        component_voxels: connected parts of the tumour (26 neighbours) of fewer voxels become background.
+        fill_holes: what the tumour core encloses becomes NCR, then what the whole tumour encloses becomes ED.
+        et_voxels: a patient's enhancing tumour of fewer voxels becomes NCR, which leaves the tumour core as it is.
+            A patient without enhancing tumour scores 0 for a single voxel of it and 1 for none.
+    """
+
+    component_voxels: int
+    fill_holes: bool
+    et_voxels: int
+
+    def __call__(self, classes: np.ndarray) -> np.ndarray:
+        """Apply the rules to one patient's class indices, uint8, three axes in any order; returns a new array."""
+        classes = classes.copy()
+        if not classes.any():  # which may be an empty box
+            return classes
+        for box in ndimage.find_objects((classes > 0).view(np.uint8)):
+            tumour = classes[box]  # a view: what changes here changes in `classes`
+            if self.component_voxels:
+                parts, _ = ndimage.label(tumour, np.ones((3, 3, 3)))
+                tumour[(np.bincount(parts.ravel()) < self.component_voxels)[parts]] = 0
+            if self.fill_holes:
+                for region, filling in (("TC", NCR), ("WT", ED)):
+                    solid = np.isin(tumour, REGIONS[region])
+                    tumour[ndimage.binary_fill_holes(solid) & ~solid] = filling
+            enhancing = tumour == ET
+            if np.count_nonzero(enhancing) < self.et_voxels:
+                tumour[enhancing] = NCR
+        return classes
+
+
+NO_RULES = Rules(component_voxels=0, fill_holes=False, et_voxels=0)
+
+
+def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -> tuple[Rules, dict]:
+    """Choose the rules by validation patients: the highest mean Dice of WT, TC and ET.
+
+    Rule after rule, each on top of those before it. A threshold is taken only if the mean gain stays positive
+    whichever patient is left out: what helps one patient alone is chance. Ties go to the milder threshold,
+    and to doing nothing.
+
+    Args:
+        pairs: per validation patient (prediction, reference), class indices, uint8, three axes.
+        convention: see `metrics.CONVENTIONS`.
+
+    Returns:
+        The rules, and what they changed on these patients, see `gain`.
+    """
+    rules = NO_RULES
+    before = dice = _dice(pairs, rules, convention)
+    for name, values in TRIED.items():
+        best, best_dice, best_gain = rules, dice, 0.0
+        for value in values:
+            candidate = replace(rules, **{name: value})
+            after = _dice(pairs, candidate, convention)
+            gains = np.array([fmean(a.values()) - fmean(d.values()) for a, d in zip(after, dice, strict=True)])
+            if gains.sum() > best_gain and gains.sum() - gains.max() > 0:
+                best, best_dice, best_gain = candidate, after, gains.sum()
+        rules, dice = best, best_dice
+    return rules, gain(before, dice)
+
+
+def gain(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> dict[str, object]:
+    """What rules changed: `n` patients, and their mean Dice of WT, TC and ET `before` and `after`; {} without patients.
+
+    Args:
+        before, after: per patient, what `metrics.region_dice` returns.
+    """
+    means = [{region: fmean(d[region] for d in dice) for region in REGIONS if dice} for dice in (before, after)]
+    return {"n": len(before), "before": means[0], "after": means[1]}
+
+
+def read_rules(path: Path) -> Rules:
+    """The rules that a run chose, out of its `postprocess.json`.
+
+    Raises:
+        DataError: there is no such file, or it holds no rules.
+    """
+    try:
+        return Rules(**json.loads(path.read_text())["rules"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} holds no rules of 03_evaluate ({type(error).__name__}: {error}).") from error
+
+
+def _dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]], rules: Rules, convention: str) -> list[dict[str, float]]:
+    return [region_dice(rules(pred), truth, convention=convention) for pred, truth in pairs]

@@ -1,0 +1,410 @@
+"""A run's report: `report/index.html`, one page that opens from disk, with validation and notebooks as pages behind it.
+
+Folds of a cross-validation and combinations of a sweep are runs with reports of their own, which it links.
+
+No page loads anything from a network, and its content security policy says so; the one script that may run is known
+by its hash. Whatever comes from the data (case IDs, paths, titles) goes through jinja's escaping and is text.
+
+The viewer is a small one of our own: NiiVue's bundle is 2.9 MB of WebGL, nilearn's viewer has no keyboard, and neither
+toggles prediction and reference; three canvases over 8-bit tiles do, at a third of a megabyte a modality.
+"""
+
+import base64
+import csv
+import hashlib
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+
+from brats_helpers.data.cases import Case
+from brats_helpers.data.splits import PARTS
+from brats_helpers.files import whole_file
+from brats_helpers.labels import REGIONS, STRUCTURES
+from brats_helpers.log import FAIL, WARN, duration, warn
+from brats_helpers.report import plots
+from brats_helpers.report.review import CAUSES, Review, review
+from brats_helpers.report.validation import (
+    MEANINGS,
+    best_epoch,
+    predicted_and_measured,
+    tally,
+    validate,
+    write_markdown,
+)
+from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
+from brats_helpers.scoring.statistics import ENOUGH
+
+_PAGES = Path(__file__).with_name("pages")
+_IMAGES = {".png": "image/png", ".gif": "image/gif"}
+_TERMS = {
+    "WT": "whole tumour: NCR, ED and ET together",
+    "TC": "tumour core: NCR and ET",
+    "ET": "enhancing tumour, a region and a label",
+    "NCR": "necrotic and non-enhancing core",
+    "ED": "oedema",
+    "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
+    "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
+    "95 % interval": "where the mean of many such patients lies, as far as these can say; of one training only",
+    "lesion-wise": "each lesion counts alike, and each missed or false one as 0, so that stray pieces cost the most",
+    "best, median, worst": "of the patients, by the mean Dice of WT, TC and ET",
+    "calibration error": "by how much the probabilities that the network gives are off, on average; 0 at best",
+    "entropy": "how undecided the network is about a voxel; 0 where it is sure",
+}
+
+
+def fresh_report(run: Run) -> Path:
+    """The report of a run, written unless it, and that of each fold in it, is of what is there."""
+    reports = [(own.report, _newest(own)) for own in (run, *run.folds)]
+    if all(report.exists() and report.stat().st_mtime_ns >= newest for report, newest in reports):
+        return run.report
+    return build_report(run, inner=fresh_report)
+
+
+def _newest(run: Run) -> int:
+    """When what a report is made from was last written, in ns."""
+    paths = (run.folder / "manifest.json", run.history, run.metrics, run.folder / "sweep.csv")
+    return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
+
+
+def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Path:
+    """Write the report of a run from whatever its folder holds so far; sections without content say what is missing.
+
+    Args:
+        run: any run, also a fold of a cross-validation or a combination of a sweep.
+        inner: writes the reports of the folds and combinations in it; None is this function.
+
+    Returns:
+        `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides.
+    """
+    newest = _newest(run)
+    manifest, metrics = run.manifest, _read(run.metrics)
+    simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
+    reviewed = review(run, metrics)
+    _draw(run, metrics, reviewed, simulated=simulated)
+    lines = validate(run, reviewed)
+    write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
+
+    pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
+    pages.tests["match"] = str.startswith
+    run.report.parent.mkdir(parents=True, exist_ok=True)
+    common = {"name": run.name, "simulated": simulated, "meanings": MEANINGS}
+    notebooks = sorted(run.notebooks.glob("*.ipynb"))
+    for path in notebooks:
+        body, highlighting = _notebook_body(path, [view.name for view in run.figures.glob(f"{path.stem[:2]}_*.html")])
+        page = pages.get_template("notebook.html")
+        page = page.render(page=path.stem, body=body, highlighting=highlighting, **common)
+        _write(run.report.parent / f"{path.stem}.html", page)
+
+    by_heading = [(heading, list(own)) for heading, own in groupby(lines, attrgetter("heading"))]
+    page = pages.get_template("validation.html").render(headings=by_heading, tally=tally(lines), **common)
+    _write(run.report.parent / "validation.html", page)
+
+    script = (_PAGES / "report.js").read_text("utf-8")
+    page = pages.get_template("index.html").render(
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        pages=[path.stem for path in notebooks],
+        tally=tally(lines),
+        doubts=[line for line in lines if line.mark in (WARN, FAIL)],
+        colours=plots.COLOURS,
+        figures=_figures(run),
+        missing={stage: _missing(run, stage, manifest.get("stages", {})) for stage in NEEDS},
+        metrics=metrics,
+        structures=[name for name in STRUCTURES if name in metrics.get("summary", {})],
+        regions=list(REGIONS),
+        enough=ENOUGH,
+        terms=_TERMS,
+        best=_best(run),
+        stopped=next(line for line in lines if line.check == "It stopped when its rule says"),
+        farthest=_farthest(metrics),
+        patients=_patients(run, metrics),
+        viewer=_viewer(run, metrics, reviewed),
+        answers=_read(run.answers),
+        folds=_folds(run, inner or build_report),
+        sweep=_sweep(run, inner or build_report),
+        outer=(run.folder.parent.parent / "manifest.json").exists() and run.expected == list(PER_FOLD),
+        review=reviewed,
+        causes=CAUSES,
+        audit=_audit(run, manifest),
+        shared_out=_shared_out(run),
+        manifest=manifest,
+        compared=predicted_and_measured(manifest),
+        duration=duration,
+        about={
+            key: value
+            for key, value in manifest.items()
+            if key not in ("stages", "versions", "preflight", "asked") and value not in ({}, [])
+        },
+        **common,
+    )
+    _write(run.report, page)
+    os.utime(run.report, ns=(newest, newest))  # what comes in meanwhile is newer, see `fresh_report`
+    return run.report
+
+
+def _write(path: Path, page: str) -> None:
+    with whole_file(path) as file:
+        file.write(page)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
+    """What to say of a stage that is not finished."""
+    status = stages.get(stage, {}).get("status")
+    left = {"00_setup": run.splits, "02_train": run.history, "03_evaluate": run.metrics}.get(stage)
+    by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
+    if status == "finished" or (status is None and by_hand):
+        return ""
+    if stage not in run.expected:
+        once, each = ", ".join(ONCE), ", ".join(PER_FOLD)
+        return f"{stage} is no part of this run: of a cross-validation or a sweep, {once} run once, {each} each time."
+    if status is None:
+        name = run.name if run.folder.parent.name == "runs" else run.folder
+        how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
+        how = run.manifest["command"] if run.manifest.get("shared") else how
+        return f"{stage} has not run yet: {how} makes this section."
+    return f"{stage} is not finished ({status}): this section shows what it left."
+
+
+def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> None:
+    """The figures that no notebook draws: volumes, and what is known of all folds together."""
+    figures, cases = {}, metrics.get("cases", {})
+    if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
+        figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
+    if folds := _scored_folds(run):
+        scored = {f"fold {own.folder.name}": own for own in folds if own.history.exists() and own.metrics.exists()}
+        if scored:
+            histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
+            by_fold = {name: _read(own.metrics) for name, own in scored.items()}
+            headline = f"{len(scored)} of {len(_read(run.splits)['folds'])} folds"
+            figures["02_folds"] = plots.comparison(histories, by_fold, headline=headline, simulated=simulated)
+        if cases:
+            figures["03_scores"] = plots.score_distributions(metrics, simulated=simulated)
+            figures["03_patients"] = plots.patient_dice(metrics, simulated=simulated)
+        if known := {case_id: cases[case_id] for case_id in reviewed.cases}:
+            shown = metrics | {"cases": known}
+            how = {"modality": _shown_first(reviewed.cases[next(iter(known))]), "simulated": simulated}
+            figures["03_overlays"] = plots.overlays([*reviewed.cases.values()], run.predictions, shown, **how)
+    for name, figure in figures.items():
+        plots.save_figure(figure, run.figures / f"{name}.png")
+
+
+def _shown_first(case: Case) -> str:
+    """The modality to show first: T1ce, where there is one."""
+    return "t1ce" if "t1ce" in case.images else next(iter(case.images))
+
+
+def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
+    """A row for each fold of a cross-validation, with its own report behind it."""
+    rows = []
+    for own in _scored_folds(run):
+        manifest, summary, best = own.manifest, _read(own.metrics).get("summary", {}), _best(own)
+        rows.append(
+            {
+                "name": own.folder.name,
+                "link": _link(run, own.folder, inner),
+                "patients": manifest["patients"],
+                "best": best.get("epoch"),
+                "validation": best.get("dice"),
+                "dice": {region: summary.get(region, {}).get("dice", {}).get("mean") for region in REGIONS},
+                "seconds": sum(entry.get("seconds") or 0 for entry in manifest["stages"].values()),
+            }
+        )
+    return rows
+
+
+def _best(run: Run) -> dict:
+    """The best epoch of the training, its mean validation Dice, and how many epochs there are; empty without any."""
+    history = pd.read_csv(run.history).to_dict("records") if run.history.exists() else []
+    return dict(zip(("epoch", "dice"), best_epoch(history), strict=True), epochs=len(history)) if history else {}
+
+
+def _sweep(run: Run, inner: Callable[[Run], Path]) -> dict:
+    """`sweep.csv`, with the report of each combination behind it."""
+    if not (path := run.folder / "sweep.csv").exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    rows = [(name, _link(run, run.folder / "sweep" / name, inner), list(map(float, dice))) for name, *dice in rows]
+    return {"head": head, "rows": rows}
+
+
+def _link(run: Run, folder: Path, inner: Callable[[Run], Path]) -> str | None:
+    """From the report of `run` to that of the run in `folder`, which `inner` writes first; None where it cannot."""
+    if not (folder / "manifest.json").exists():
+        return None
+    try:
+        return quote(f"../{inner(Run(folder)).relative_to(run.folder).as_posix()}")
+    except Exception as error:  # a run that goes on elsewhere, a disk that is full: no reason to have no report here
+        warn(f"the report of {folder} failed: {error}")
+        return None
+
+
+def _scored_folds(run: Run) -> list[Run]:
+    """The folds whose scores are those of `run`: none where a sweep was made of them since."""
+    return run.folds if "03_evaluate" in run.expected else []
+
+
+def _shared_out(run: Run) -> dict[str, list[str]]:
+    """Patients by part, of a cross-validation by the fold that tests them."""
+    splits = _read(run.splits)
+    parts = {part: splits.get(part, []) for part in PARTS}
+    if _scored_folds(run):
+        parts = {f"tested by fold {k}": fold["test"] for k, fold in enumerate(splits["folds"])}
+    return {part: ids for part, ids in (parts | {"unlabelled": splits.get("unlabelled", [])}).items() if ids}
+
+
+def _figures(run: Run) -> dict[str, dict[str, str]]:
+    """Every image of the run by name: as a data URI, with the title that `plots` put into the file.
+
+    One that cannot be read is left to the validation, which names it.
+    """
+    from PIL import Image
+
+    figures = {}
+    for path in sorted(run.figures.glob("*")):
+        if path.suffix in _IMAGES:
+            try:
+                with Image.open(path) as image:
+                    title = image.info.get("Title") or image.info.get("comment", b"").decode() or path.stem
+            except OSError:
+                continue
+            figures[path.name] = {"src": _data_uri(path.read_bytes(), _IMAGES[path.suffix]), "title": title}
+    return figures
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _patients(run: Run, metrics: Mapping) -> list[dict]:
+    """The scored patients, the lowest mean Dice first."""
+
+    def dice_sum(item: tuple[str, Mapping]) -> float:
+        return sum(item[1].get(region, {}).get("dice") or 0 for region in REGIONS)
+
+    return [
+        {
+            "id": case_id,
+            "scores": scores,
+            "file": f"{quote(case_id)}_seg.nii.gz" if (run.predictions / f"{case_id}_seg.nii.gz").exists() else None,
+        }
+        for case_id, scores in sorted(metrics.get("cases", {}).items(), key=dice_sum)
+    ]
+
+
+def _farthest(metrics: Mapping) -> dict:
+    """The largest HD95 of any region, and whose it is; empty without any."""
+    found = [
+        (scores[region]["hd95_mm"], case_id, region)
+        for case_id, scores in metrics.get("cases", {}).items()
+        for region in REGIONS
+        if math.isfinite(scores.get(region, {}).get("hd95_mm") or math.nan)
+    ]
+    return dict(zip(("mm", "id", "region"), max(found), strict=True)) if found else {}
+
+
+def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
+    """What the page's script draws: the worst, the median and the best patient, and the regions inside out."""
+    patients = []
+    ranks = plots.best_median_worst(metrics["cases"]) if reviewed.cases else {}
+    for rank, case_id in reversed(ranks.items()):
+        if case_id not in reviewed.cases:
+            continue
+        case = reviewed.cases[case_id]
+        tiles = plots.viewer_tiles(case, run.predictions / f"{case_id}_seg.nii.gz")
+        dice = ", ".join(f"{region} {_number(metrics['cases'][case_id][region]['dice'], 2)}" for region in REGIONS)
+        tiles["images"] = {name: _data_uri(content, "image/webp") for name, content in tiles["images"].items()}
+        tiles["labels"] = _data_uri(tiles["labels"], "image/png")
+        names = {name: plots.PRINTED[name] for name in case.images}
+        about = {"id": case_id, "rank": rank, "dice": dice, "modality": _shown_first(case), "printed": names}
+        patients.append(about | tiles)
+    regions = [
+        {
+            "name": name,
+            "classes": list(classes),
+            "colour": plots.COLOURS[name],
+            "rgb": list(bytes.fromhex(plots.COLOURS[name].removeprefix("#"))),
+        }
+        for name, classes in REGIONS.items()
+    ]
+    return {"patients": patients, "regions": regions}
+
+
+def _audit(run: Run, manifest: Mapping) -> dict:
+    """The findings of `audit.json` as rows, the patients left out, how many were found, and how many of them read."""
+    audit = _read(run.audit)
+    rows = [
+        {"case": case_id, **finding}
+        for case_id, case in audit.get("cases", {}).items()
+        for finding in case.get("findings", ())
+    ]
+    read = audit.get("summary", {}).get("read", 0)
+    return {
+        "patients": len(audit.get("cases", {})),
+        "read": read,
+        "findings": rows,
+        "excluded": manifest.get("excluded", {}),
+    }
+
+
+def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
+    """The cells of a notebook as HTML, and the style of its code; interactive views become links to their files."""
+    import nbformat
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    links = ", ".join(f'<a href="../figures/{quote(view)}">{html.escape(view)}</a>' for view in views)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except ValueError as error:  # no JSON: a run that was cut off while it was written
+        return f'<p class="missing">{html.escape(f"{path} cannot be read: {error}")}</p>', ""
+    heading = path.stem
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":  # without badges: no page loads a picture from a network
+            cell.source = re.sub(r"^\[!\[.*\n?", "", cell.source, flags=re.MULTILINE)
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            heading = cell.source.partition("\n")[0].lstrip("# ")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "<iframe" in data.get("text/html", ""):  # a page in the page, whose script may not run here
+                data["text/html"] = f"<p>Interactive, a page of its own: {links or 'not kept'}</p>"
+            if "image/gif" in data:  # nbconvert shows no GIF
+                picture = f"data:image/gif;base64,{data['image/gif'].strip()}"
+                data["text/html"] = f'<img src="{picture}" alt="animation">'
+            if "image/png" in data:
+                output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": f"figure of: {heading}"}
+    # The `basic` template is the cells alone; the others load scripts from a network.
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    return body, HtmlFormatter().get_style_defs(".highlight")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _interval(ends: list[float] | None, digits: int = 3) -> str:
+    return f"{_number(ends[0], digits)} to {_number(ends[1], digits)}" if ends else "–"
+
+
+def _plain(value) -> str:
+    """Any value of a JSON file as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return "–" if value is None else str(value)

@@ -1,0 +1,56 @@
+"""Every figure of the notebooks and the report, one function each.
+
+Each function returns a matplotlib figure that is shown once, as a cell's last value, and kept by
+`save_figure`. Patients are drawn as radiologists look at them: anterior (or head) up, the
+patient's right on the left. A region has one colour wherever it appears, and a line style and a
+marker besides, for print and for eyes that tell few colours apart.
+"""
+
+from brats_helpers.report.plots.patients import gif, histograms, modalities, montage, planes
+from brats_helpers.report.plots.scores import (
+    best_median_worst,
+    calibration,
+    doubt,
+    overlays,
+    patient_dice,
+    score_distributions,
+    strata,
+    volume_agreement,
+)
+from brats_helpers.report.plots.style import COLOURS, PRINTED, save_figure
+from brats_helpers.report.plots.training import (
+    augmentation,
+    balance,
+    batch,
+    comparison,
+    live_curves,
+    training_curves,
+)
+from brats_helpers.report.plots.viewer import interactive_view, viewer_tiles
+
+__all__ = [
+    "COLOURS",
+    "PRINTED",
+    "augmentation",
+    "balance",
+    "batch",
+    "best_median_worst",
+    "calibration",
+    "comparison",
+    "doubt",
+    "gif",
+    "histograms",
+    "interactive_view",
+    "live_curves",
+    "modalities",
+    "montage",
+    "overlays",
+    "patient_dice",
+    "planes",
+    "save_figure",
+    "score_distributions",
+    "strata",
+    "training_curves",
+    "viewer_tiles",
+    "volume_agreement",
+]

@@ -1,0 +1,286 @@
+"""Figures of scores and predictions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from brats_helpers.data.cache import Packed
+from brats_helpers.data.cases import Case
+from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.evaluation.uncertainty import entropy
+from brats_helpers.labels import REGIONS
+from brats_helpers.report.plots.patients import PLANES, cube, fullest, load_scan, upright
+from brats_helpers.report.plots.style import (
+    COLOURS,
+    DASHED,
+    ERROR,
+    INK,
+    MARKERS,
+    MEANINGS,
+    MOST,
+    PART_INK,
+    PRINTED,
+    SOFT,
+    WIDTH,
+    Z_WINDOW,
+    class_legend,
+    convention,
+    named,
+    outline,
+    overlay,
+    panels,
+    show,
+    styled,
+    title,
+    z_window,
+)
+
+
+@styled
+def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, modality: str, simulated: bool) -> Figure:
+    """Best, median and worst patient: outlines of prediction and reference in three planes.
+
+    Args:
+        cases: the scored patients.
+        predictions: folder of `<case>_seg.nii.gz`.
+        metrics: `metrics.json`; patients are ranked by their mean Dice of WT, TC and ET.
+    """
+    scores = metrics["cases"]
+    by_id = {case.id: case for case in cases}
+    picks = best_median_worst(scores)
+    figure = plt.figure(figsize=(WIDTH, 3.9 * len(picks) + 0.8))
+    rows = figure.subfigures(len(picks), 1, squeeze=False)[:, 0]
+    for row, (rank, case_id) in zip(rows, picks.items(), strict=True):
+        case = by_id[case_id]
+        scan = load_scan(case, [modality])
+        image = read_image(case.images[modality])[1]
+        predicted = upright(nib.Nifti1Image(read_mask(predictions / f"{case_id}_seg.nii.gz"), image.affine))[0]
+        focus = predicted > 0 if predicted.any() and not np.any(scan.mask) else scan.focus
+        box = cube(focus | (predicted > 0))
+        for ax, plane in zip(row.subplots(1, 3), PLANES, strict=True):
+            ax.axis("off")
+            at = fullest(focus, PLANES[plane])
+            picture = scan.cut(scan.volumes[modality], plane, at, box)
+            show(ax, picture, scan.window(modality), f"{plane} slice {at}", scan.aspect(plane))
+            for name, members in REGIONS.items():
+                for mask, dash in ((scan.mask, "-"), (predicted, DASHED)):
+                    inside = np.isin(scan.cut(mask, plane, at, box), members)
+                    outline(ax, inside, COLOURS[name], dash, 3.2 if name == "TC" else 1.2)  # TC shows below ET
+        dice = ", ".join(f"{name} {_number(scores[case_id], name, 'dice'):.2f}" for name in REGIONS)
+        row.suptitle(f"{rank}: {case_id} · Dice {dice}", x=0.01, ha="left", fontsize=11)
+    handles = [Line2D([], [], color=COLOURS[name], label=named(name)) for name in REGIONS]
+    handles += [
+        Line2D([], [], color=INK, label="reference"),
+        Line2D([], [], color=INK, linestyle=DASHED, label="prediction"),
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+    headline = f"Prediction against reference · {PRINTED[modality]} · {_tested(len(scores))}"
+    detail = "slices with most reference tumour, zoomed to it · patient's right on the left"
+    title(figure, headline, f"{convention(metrics)} · {detail}", simulated)
+    return figure
+
+
+def best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
+    """IDs by rank; of fewer than three patients, as many as there are."""
+    ranked = sorted(scores, key=lambda case_id: -mean_dice(scores[case_id]))
+    picks = {"Best": ranked[0], "Median": ranked[len(ranked) // 2], "Worst": ranked[-1]}
+    if len(ranked) < 3:
+        del picks["Median"]
+    return {"Only": ranked[0]} if len(ranked) == 1 else picks
+
+
+def _tested(n: int) -> str:
+    return f"{n} test patient{'s' * (n != 1)}"
+
+
+def _number(scores: Mapping, region: str, metric: str) -> float:
+    """One figure of one patient; nan where it is missing."""
+    value = scores.get(region, {}).get(metric)
+    return float("nan") if value is None else float(value)
+
+
+def mean_dice(scores: Mapping) -> float:
+    """Mean Dice of WT, TC and ET of one patient."""
+    return float(np.mean([_number(scores, region, "dice") for region in REGIONS]))
+
+
+@styled
+def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
+    """Dice and HD95 of every test patient, per region: a point a patient, a box over the quartiles.
+
+    Args:
+        metrics: `metrics.json` of the run.
+    """
+    cases = metrics["cases"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6))
+    for ax, metric in ((left, "dice"), (right, "hd95_mm")):
+        for place, region in enumerate(REGIONS):
+            values = np.array([_number(scores, region, metric) for scores in cases.values()])
+            values = values[~np.isnan(values)]
+            ax.boxplot(
+                values, positions=[place], widths=0.5, showfliers=False,
+                medianprops={"color": INK, "linewidth": 1.6}, boxprops={"color": SOFT},
+                whiskerprops={"color": SOFT}, capprops={"color": SOFT},
+            )  # fmt: skip
+            spread = np.random.default_rng(0).uniform(-0.17, 0.17, len(values))
+            ax.scatter(place + spread, values, 22, COLOURS[region], marker=MARKERS[region], linewidths=0, zorder=3)
+        ax.set_xticks(range(len(REGIONS)), [f"{region}\n{MEANINGS[region]}" for region in REGIONS])
+        ax.tick_params(axis="x", length=0)
+        ax.grid(axis="y")
+    left.set(ylim=(-0.02, 1.02), ylabel="Dice (0 to 1, higher is better)", title="Dice")
+    right.set_yscale("symlog", linthresh=1, linscale=0.4)
+    right.set_yticks([0, 1, 3, 10, 30, 100, 373], ["0", "1", "3", "10", "30", "100", "373"])
+    right.minorticks_off()
+    right.set(ylim=(-0.1, 450), ylabel="HD95 (mm, lower is better)", title="HD95, a percentile of the surface distance")
+    detail = f"{convention(metrics)} · a point is a patient; box: quartiles, line: median"
+    title(figure, f"Scores of {_tested(len(cases))}", detail, simulated)
+    return figure
+
+
+@styled
+def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
+    """How often a region is where the network gives it a probability; `metrics` is `metrics.json`."""
+    found = metrics["uncertainty"]["calibration"]
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(WIDTH, 4.3), sharey=True)
+    for ax, (region, curve) in zip(axes, found.items(), strict=True):
+        ax.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
+        predicted, observed = ([row[name] for row in curve["bins"]] for name in ("predicted", "observed"))
+        ax.plot(predicted, observed, color=COLOURS[region], marker=MARKERS[region], markersize=6)
+        error = "no voxel" if curve["ece"] is None else f"calibration error {curve['ece']:.3f}"
+        ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        ax.grid()
+    axes[0].set_ylabel("share that is the region")
+    detail = (
+        "brain voxels given the region with 0.01 or more · dotted: perfect · above: says too little, below: too much"
+    )
+    title(figure, f"Calibration on {_tested(len(metrics['uncertainty']['cases']))}", detail, simulated)
+    return figure
+
+
+@styled
+def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence[str], simulated: bool) -> Figure:
+    """Where a network is wrong and where it is in doubt, on the slice with most errors.
+
+    Args:
+        case: a prepared patient with its labels.
+        soft: its probabilities, see `inference.predict`.
+        modality: the one of `modalities`, those of the prepared patient, to show below the errors.
+    """
+    wrong = (soft.argmax(axis=1) != case.labels) & case.brain
+    at = int(wrong.sum(axis=(1, 2)).argmax())
+    image = case.images[at, list(modalities).index(modality)]
+    figure, axes = panels(1, 3, image.shape)
+    show(axes[0, 0], image, Z_WINDOW, "reference")
+    overlay(axes[0, 0], case.labels[at])
+    show(axes[0, 1], image, Z_WINDOW, f"errors: {int(wrong[at].sum()):,} voxels")
+    axes[0, 1].imshow(np.where(wrong[at, ..., None], to_rgba(ERROR), 0))
+    shown = axes[0, 2].imshow(entropy(np.moveaxis(soft[at], 0, -1)), cmap="magma", vmin=0, vmax=1)
+    axes[0, 2].set_title("entropy: 0 sure, 1 all classes alike")
+    figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
+    class_legend(figure)
+    headline = f"{case.id} · errors and doubt · {PRINTED[modality]} · axial slice {case.origin[0] + at}"
+    title(figure, headline, f"the slice with most errors · {z_window()}", simulated)
+    return figure
+
+
+@styled
+def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
+    """Dice of WT, TC and ET of up to `MOST` patients, the worst at the bottom; `metrics` is `metrics.json`."""
+    cases = metrics["cases"]
+    ranked = sorted(cases, key=lambda case_id: mean_dice(cases[case_id]))[:MOST]
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.9 + 0.24 * len(ranked)))
+    for region in REGIONS:
+        values = [_number(cases[case_id], region, "dice") for case_id in ranked]
+        ax.plot(
+            values, range(len(ranked)), linestyle="none", marker=MARKERS[region], color=COLOURS[region], markersize=6,
+            label=named(region),
+        )  # fmt: skip
+    ax.set_yticks(range(len(ranked)), ranked)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(ranked) - 0.4), xlabel="Dice (0 to 1, higher is better)")
+    ax.grid()
+    figure.legend(loc="outside lower left", ncols=len(REGIONS))
+    detail = f"{convention(metrics)} · ordered by the mean of the three regions"
+    lowest = f"the {len(ranked)} lowest of " * (len(ranked) < len(cases))
+    title(figure, f"Dice of {lowest}{_tested(len(cases))}", detail, simulated)
+    return figure
+
+
+@styled
+def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
+    """Predicted minus reference volume over the mean of the two, per region, a point a patient.
+
+    The lines are the mean difference and the limits of agreement, 1.96 standard deviations to either side of it
+    (Bland and Altman, Lancet 327, 1986). `metrics` is `metrics.json`.
+    """
+    cases = metrics["cases"]
+    figure, axes = plt.subplots(1, len(REGIONS), figsize=(WIDTH, 3.9))
+    for ax, region in zip(axes, REGIONS, strict=True):
+        predicted, true = (
+            np.array([_number(scores, region, metric) for scores in cases.values()])
+            for metric in ("volume_ml", "volume_ml_truth")
+        )
+        difference = predicted - true
+        style = {"color": COLOURS[region], "marker": MARKERS[region], "markersize": 6}
+        ax.plot((predicted + true) / 2, difference, linestyle="none", **style)
+        mean = np.nanmean(difference)
+        spread = 1.96 * np.nanstd(difference, ddof=1) if len(cases) > 1 else 0
+        lines = {mean: "-"} | ({mean - spread: "--", mean + spread: "--"} if len(cases) > 1 else {})
+        for at, dash in lines.items():
+            ax.axhline(at, color=INK, linewidth=1, linestyle=dash)
+            ax.annotate(
+                f"{at:+.1f}", (1, at), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", fontsize=9,
+            )  # fmt: skip
+        ax.axhline(0, color=SOFT, linewidth=0.8, linestyle=":")
+        ax.margins(x=0.12, y=0.15)
+        ax.set(title=named(region), xlabel="mean of the two volumes (ml)")
+        ax.grid(axis="y")
+    axes[0].set_ylabel("predicted minus reference (ml)")
+    detail = "a point is a patient · line: mean difference, dashed: limits of agreement (1.96 standard deviations)"
+    title(figure, f"Volume agreement of {_tested(len(cases))}", detail, simulated)
+    return figure
+
+
+@styled
+def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
+    """How alike the parts of a split are in grade and tumour size: shares of their patients and of their slices.
+
+    Args:
+        patients: a row a patient: `part`, `grade` (None where unknown), `tumour_ml` (whole tumour, ml), and `slices`,
+            its axial slices with tumour.
+    """
+    third = (patients["tumour_ml"].rank(method="first") - 1) * 3 // len(patients)
+    spans = patients["tumour_ml"].groupby(third).agg(["min", "max"])
+    sizes = {k: f"{span['min']:,.0f} to {span['max']:,.0f} ml" for k, span in spans.iterrows()}
+    kinds = {"Grade": patients["grade"].fillna("unknown"), "Whole tumour": third}
+    parts = list(patients["part"].unique())
+    figure = plt.figure(figsize=(WIDTH, 6))
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, (name, kind) in zip(axes, kinds.items(), strict=True):
+        for ax, unit in zip(row, ("patients", "slices with tumour"), strict=True):
+            weights = patients["slices"] if unit != "patients" else 1
+            table = patients.assign(kind=kind, n=weights).pivot_table(
+                index="kind", columns="part", values="n", aggfunc="sum", fill_value=0
+            )
+            for place, (part, ink) in enumerate(zip(parts, PART_INK, strict=False)):
+                at = np.arange(len(table)) + (place - (len(parts) - 1) / 2) * 0.8 / len(parts)
+                shares = 100 * table[part] / max(table[part].sum(), 1)
+                bars = ax.bar(at, shares, 0.74 / len(parts), color=ink, label=part)
+                ax.bar_label(bars, [f"{n:,}" for n in table[part]], fontsize=8, color=SOFT)
+            ax.set_xticks(range(len(table)), [sizes.get(key, key) for key in table.index])
+            ax.tick_params(axis="x", length=0)
+            ax.margins(y=0.12)
+            ax.set_title(f"{name}, {unit}")
+            ax.grid(axis="y")
+        row[0].set_ylabel("share of the part (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(parts))
+    detail = "numbers above the bars: how many; sizes are thirds of all patients, by the reference segmentation"
+    title(figure, f"Patients and slices by grade and tumour size · {', '.join(parts)}", detail, simulated)
+    return figure

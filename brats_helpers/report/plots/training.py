@@ -1,0 +1,257 @@
+"""Figures of slices, batches and training."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from brats_helpers import machine
+from brats_helpers.labels import CLASSES, REGIONS
+from brats_helpers.report.plots.style import (
+    COLOURS,
+    DASHES,
+    INK,
+    MARKERS,
+    PART_INK,
+    PRINTED,
+    SOFT,
+    WIDTH,
+    Z_WINDOW,
+    array,
+    class_legend,
+    convention,
+    named,
+    outline,
+    panels,
+    show,
+    styled,
+    title,
+    z_window,
+)
+from brats_helpers.runs import Run
+
+
+@styled
+def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> Figure:
+    """How many patients and slices of each part hold each class, as share and as number.
+
+    Args:
+        counts: for each part of the split one array a patient, (slices, 4): voxels of each class per slice of
+            the brain's box (`cache.Packed.counts`).
+    """
+    kinds = ["tumour", *CLASSES[1:]]
+    table = {}
+    for part, patients in counts.items():
+        holds = [np.column_stack([voxels[:, 1:].any(axis=1), voxels[:, 1:] > 0]) for voxels in patients]
+        in_patients = np.array([slices.any(axis=0) for slices in holds]).sum(axis=0)
+        in_slices = np.concatenate(holds).sum(axis=0)
+        table[part] = {"patients": (len(holds), in_patients), "slices": (sum(map(len, holds)), in_slices)}
+
+    figure = plt.figure(figsize=(WIDTH, 4.2 + 0.3 * len(table)))
+    axes = figure.subplots(2, 2, height_ratios=[3, 0.3 * (len(table) + 1)])
+    for (ax, below), unit in zip(axes.T, ("patients", "slices"), strict=True):
+        width = 0.8 / len(table)
+        for place, (part, ink) in enumerate(zip(table, PART_INK, strict=False)):
+            total, numbers = table[part][unit]
+            at = np.arange(len(kinds)) + (place - (len(table) - 1) / 2) * width
+            ax.bar(at, 100 * numbers / max(total, 1), width * 0.92, color=ink, label=part)
+        ax.set_xticks(range(len(kinds)), kinds)
+        for label in ax.get_xticklabels()[1:]:
+            label.set_bbox({"facecolor": to_rgba(COLOURS[label.get_text()], 0.45), "edgecolor": "none", "pad": 2})
+        ax.tick_params(axis="x", length=0, pad=6)
+        ax.set_ylim(0, 100 if unit == "patients" else None)
+        ax.set_ylabel(f"share of the part's {unit} (%)")
+        ax.set_title(unit.capitalize())
+        ax.grid(axis="y")
+        below.axis("off")
+        cells = below.table(
+            [[f"{number:,}" for number in (row[unit][0], *row[unit][1])] for row in table.values()],
+            rowLabels=list(table), colLabels=["all", *kinds], loc="center", edges="horizontal", cellLoc="right",
+            colLoc="right", rowLoc="left", bbox=[0.08, 0, 0.92, 1],
+        )  # fmt: skip
+        cells.auto_set_font_size(False)
+        cells.set_fontsize(9)
+        for cell in cells.get_celld().values():
+            cell.set_edgecolor("#D0D0D0")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(table))
+    headline = f"Patients and slices with each class · {', '.join(table)}"
+    title(figure, headline, "slices: axial, within the brain's box; split by patient", simulated)
+    return figure
+
+
+@styled
+def batch(images, masks, *, modalities: Sequence[str], count: int = 6, simulated: bool) -> Figure:
+    """Slices as the network sees them, the segmentation outlined.
+
+    Args:
+        images: (batch, channels, Y, X), z-scores; with neighbouring slices as channels, the middle one is shown.
+        masks: (batch, Y, X), class indices.
+        modalities: names of a slice's channels.
+        count: slices shown at most.
+    """
+    images, masks = _middle(images, len(modalities))[:count], array(masks)[:count]
+    figure, axes = panels(len(modalities), len(images), images.shape[2:])
+    for row, name in enumerate(modalities):
+        for column, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            show(axes[row, column], image[row], Z_WINDOW, PRINTED[name] if column == 0 else "")
+            for index, tissue in enumerate(CLASSES[1:], start=1):
+                outline(axes[row, column], mask == index, COLOURS[tissue])
+    class_legend(figure)
+    height, width = images.shape[2:]
+    headline = f"A training batch · {', '.join(PRINTED[name] for name in modalities)}"
+    title(figure, headline, f"{z_window()} · {height} × {width} pixels", simulated)
+    return figure
+
+
+@styled
+def augmentation(
+    images, masks, augmented, augmented_masks, *, modalities: Sequence[str], count: int = 5, simulated: bool
+) -> Figure:
+    """The first modality of some slices before (above) and after (below) augmentation; shapes as in `batch`."""
+    rows = {"before": (images, masks), "after": (augmented, augmented_masks)}
+    rows = {name: (_middle(x, len(modalities))[:count, 0], array(y)[:count]) for name, (x, y) in rows.items()}
+    figure, axes = panels(2, len(rows["before"][0]), rows["before"][0].shape[1:])
+    for row, (name, (pictures, classes)) in enumerate(rows.items()):
+        for column, (image, mask) in enumerate(zip(pictures, classes, strict=True)):
+            show(axes[row, column], image, Z_WINDOW, name if column == 0 else "")
+            for index, tissue in enumerate(CLASSES[1:], start=1):
+                outline(axes[row, column], mask == index, COLOURS[tissue])
+    class_legend(figure)
+    headline = f"Slices before and after augmentation · {PRINTED[modalities[0]]}"
+    title(figure, headline, z_window(), simulated)
+    return figure
+
+
+def _middle(images, modalities: int) -> np.ndarray:
+    """The channels of the middle slice, (batch, modalities, Y, X)."""
+    images = array(images).astype(np.float32)
+    first = (images.shape[1] - modalities) // 2
+    return images[:, first : first + modalities]
+
+
+@styled
+def training_curves(history: pd.DataFrame, *, best_epoch: int, run: str, simulated: bool) -> Figure:
+    """Loss, validation Dice per region and class, learning rate and speed over the epochs, the best one marked.
+
+    Args:
+        history: `history.csv` of the run; a panel whose columns are missing stays empty.
+        best_epoch: the one whose weights were kept.
+        run: its name.
+    """
+    figure = plt.figure(figsize=(WIDTH, 6.2))
+    layout = [["loss"] * 2 + ["regions"] * 2 + ["classes"] * 2, ["lr"] * 3 + ["speed"] * 3]
+    axes = figure.subplot_mosaic(layout, height_ratios=[2, 1])
+    _curve(axes["loss"], history, "train_loss", INK, "-", "o", "training")
+    _curve(axes["loss"], history, "val_loss", SOFT, "--", "s", "validation")
+    for panel, names in (("regions", REGIONS), ("classes", CLASSES[1:])):
+        for name in names:
+            _curve(axes[panel], history, f"dice_{name}", COLOURS[name], DASHES[name], MARKERS[name], name)
+        axes[panel].set_ylim(0, 1)
+    _curve(axes["lr"], history, "lr", INK, "-", "o")
+    _curve(axes["speed"], history, "slices_per_s", INK, "-", "o")
+    titles = {
+        "loss": ("Loss", "cross-entropy + Dice loss"),
+        "regions": ("Validation Dice by region", "Dice (0 to 1), brats2020"),
+        "classes": ("Validation Dice by class", "Dice (0 to 1), brats2020"),
+        "lr": ("Learning rate", "learning rate"),
+        "speed": ("Speed", "slices per second"),
+    }
+    for name, ax in axes.items():
+        ax.axvline(best_epoch, color=SOFT, linewidth=0.8, linestyle=":", zorder=0)
+        ax.set_title(titles[name][0])
+        ax.set_ylabel(titles[name][1])
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.grid(axis="y")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(loc="best")
+    for name in ("lr", "speed"):
+        axes[name].set_ylim(0, 1.1 * axes[name].get_ylim()[1])
+    epochs = history["epoch"]
+    detail = f"epochs {epochs.min()} to {epochs.max()} · dotted line: epoch {best_epoch}, the one kept"
+    title(figure, f"Training of {run}", detail, simulated)
+    return figure
+
+
+def _curve(ax: Axes, history: pd.DataFrame, column: str, colour: str, dash: str, marker: str, label: str = "") -> None:
+    if column in history:
+        ax.plot(history["epoch"], history[column], color=colour, linestyle=dash, marker=marker, label=label)
+
+
+@styled
+def comparison(
+    histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], *, headline: str, simulated: bool
+) -> Figure:
+    """Trainings side by side: validation Dice over training time, and test Dice with its 95 % interval.
+
+    Args:
+        histories: `history.csv` of each run by name; `seconds` counts from the start of training.
+        metrics: `metrics.json` of each run that was scored, by the same names.
+        headline: what they are, or the question that they answer.
+    """
+    end_s = max(history["seconds"].max() for history in histories.values())
+    curves = any(len(history) > 1 for history in histories.values())  # of one epoch each there is nothing to draw
+    heights = [3.6] * curves + [0.9 + 0.63 * len(histories)]
+    size = (WIDTH, sum(heights) + 0.8 * (not curves))
+    figure, axes = plt.subplots(len(heights), 3, figsize=size, height_ratios=heights, sharey="row", squeeze=False)
+    dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
+    for column, region in enumerate(REGIONS):
+        above, below = axes[0, column], axes[-1, column]
+        for place, (name, history) in enumerate(histories.items()):
+            style = {"color": COLOURS[region], "marker": markers[place % 7]}
+            if curves and f"dice_{region}" in history:
+                above.plot(history["seconds"], history[f"dice_{region}"], linestyle=dashes[place % 4], **style)
+            dice = metrics.get(name, {}).get("summary", {}).get(region, {}).get("dice", {})
+            if dice.get("mean") is not None:
+                mean = dice["mean"]
+                below.plot(dice.get("ci95") or [mean, mean], [place, place], color=COLOURS[region], linewidth=2)
+                below.plot(mean, place, markersize=7, **style)
+                side = "left" if mean < 0.1 else "center"  # clear of the axis
+                below.annotate(f"{mean:.3f}", (mean, place), (0, 6), textcoords="offset points", ha=side)
+        above.set_title(named(region))
+        if curves:
+            above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
+            above.grid(axis="y")
+        below.set(xlabel="test Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
+        below.set_yticklabels(list(histories))
+        below.grid(axis="x")
+    axes[-1, 0].set_ylim(len(histories) - 0.4, -0.6)
+    if curves:
+        axes[0, 0].set_ylabel("validation Dice (0 to 1)")
+        handles = [
+            Line2D([], [], color=INK, linestyle=dashes[place % 4], marker=markers[place % 7], label=name)
+            for place, name in enumerate(histories)
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=4)
+    conventions = sorted({convention(found) for found in metrics.values()})
+    what = "validation Dice by epoch" if curves else "an epoch or less of training each"
+    detail = " · ".join([", ".join(histories), what, *conventions])
+    title(figure, headline, detail, simulated)
+    return figure
+
+
+def live_curves(run: Run) -> Callable[[list[dict]], None] | None:
+    """Curves that grow in place after every epoch, for `launch(follow=...)`; None where nobody watches a notebook."""
+    if not (machine.watched() and "ipykernel" in sys.modules):
+        return None
+    shown = []
+
+    def redraw(history: list[dict]) -> None:
+        from IPython.display import display
+
+        best = max(history, key=lambda row: sum(row[region] for region in REGIONS))
+        figure = training_curves(
+            pd.DataFrame(history), best_epoch=best["epoch"], run=run.name, simulated=run.manifest["simulated"]
+        )
+        if shown:
+            shown[0].update(figure)
+        else:
+            shown.append(display(figure, display_id=True))
+
+    return redraw

