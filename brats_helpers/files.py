@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PART = ".part-"
 """How the names of unfinished folders begin; nobody else's files are called so."""
@@ -35,8 +35,26 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
         os.replace(part, path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON by `whole_file`."""
+_REQUIRED = object()
+
+
+def read_json(path: Path, default: object = _REQUIRED) -> Any:
+    """Read JSON as UTF-8, whatever the locale; return `default`, if given, where there is no such file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its content is not JSON in UTF-8; the message names the file.
+    """
+    if default is not _REQUIRED and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON in UTF-8 ({error}). Restore or remove it.") from error
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON as UTF-8 by `whole_file`."""
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,10 +1,9 @@
 """One run of the suite is one folder: where each stage finds and leaves its files."""
 
-import json
 import shutil
 from pathlib import Path
 
-from brats_helpers.files import write_json
+from brats_helpers.files import read_json, write_json
 
 NEEDS = {
     "00_setup": (),
@@ -54,11 +53,11 @@ class Run:
     @property
     def folds(self) -> list["Run"]:
         """The runs of a cross-validation inside this one, as far as they have begun with the patients of now."""
-        parts = json.loads(self.splits.read_text()).get("folds", ()) if self.splits.exists() else ()
+        parts = read_json(self.splits, {}).get("folds", ())
         begun = []
         for k, part in enumerate(parts):
             place = self.folder / "folds" / str(k) / "splits.json"
-            if place.exists() and part.items() <= json.loads(place.read_text()).items():
+            if part.items() <= read_json(place, {}).items():
                 begun.append(Run(place.parent))
         return begun
 
@@ -70,8 +69,7 @@ class Run:
     @property
     def manifest(self) -> dict:
         """What is known of the run: parameters, versions, device, patients, seconds per stage."""
-        path = self.folder / "manifest.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self.folder / "manifest.json", {})
 
     def record(self, **entries) -> None:
         """Put `entries` into `manifest.json`, in place of entries of the same names."""

@@ -88,3 +88,25 @@ def test_a_living_writer_is_not_swept(tmp_path):
         sweep(tmp_path)
         assert folder.is_dir()
     sweep(tmp_path / "nowhere")
+
+
+def test_json_is_utf_8_in_any_locale(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from brats_helpers.files import read_json, write_json\n"
+        "path = Path(sys.argv[1])\n"
+        "write_json(path, {'origin': 'T\\u00fcbingen\\u2019s'}); print(ascii(read_json(path)))"
+    )
+    ascii_locale = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, tmp_path / "a.json"]
+    done = subprocess.run(command, env=ascii_locale, capture_output=True, text=True)
+    assert done.stdout == "{'origin': 'T\\xfcbingen\\u2019s'}\n", done.stderr
+    assert "Tübingen’s" in (tmp_path / "a.json").read_bytes().decode("utf-8")
+
+
+def test_a_missing_file_gives_the_default_and_a_torn_one_is_named(tmp_path):
+    assert files.read_json(tmp_path / "none.json", {}) == {}
+    with pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "none.json")
+    (tmp_path / "torn.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="torn.json is not JSON"):
+        files.read_json(tmp_path / "torn.json", {})
