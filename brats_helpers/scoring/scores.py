@@ -15,7 +15,7 @@ import numpy as np
 
 from brats_helpers.labels import REGIONS, STRUCTURES
 from brats_helpers.scoring.lesions import lesion_dice, lesions
-from brats_helpers.scoring.overlap import crop_tumour, members
+from brats_helpers.scoring.overlap import crop_tumour, dice, members
 from brats_helpers.scoring.rules import CONVENTIONS, RULES, check_convention
 from brats_helpers.scoring.statistics import summarise
 
@@ -99,7 +99,7 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
         For each convention, by a line that says what it is: Dice of WT, TC and ET; None where the
         convention leaves nothing to average.
     """
-    dice: dict[str, dict[str, list[float]]] = {}
+    collected: dict[str, dict[str, list[float]]] = {}
     for pred, truth in pairs:
         slices = truth.shape[2]
         pred, truth = crop_tumour(pred, truth)
@@ -115,10 +115,10 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
                 "brats2020: mean over patients, both empty = 1, one empty = 0": [whole],
                 "brats2023: mean over patients of the lesion-wise Dice": [lesion_dice(*lesions(p, t))],
             }.items():
-                dice.setdefault(line, {name: [] for name in REGIONS})[region].extend(values)
+                collected.setdefault(line, {name: [] for name in REGIONS})[region].extend(values)
     return {
         line: {region: float(np.mean(values)) if values else None for region, values in regions.items()}
-        for line, regions in dice.items()
+        for line, regions in collected.items()
     }
 
 
