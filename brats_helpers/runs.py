@@ -1,6 +1,7 @@
 """One run of the suite is one folder: where each stage finds and leaves its files."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from brats_helpers.files import read_json, write_json
@@ -16,6 +17,10 @@ NEEDS = {
 ONCE = ("00_setup", "01_explore")
 PER_FOLD = ("02_train", "03_evaluate")
 """With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
+
+
+FIGURE_REGISTER = "figures.json"
+"""Beside the figures of a run: the names of those that were saved, so that a lost one is noticed."""
 
 
 class RunError(Exception):
@@ -34,6 +39,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = _name(self.folder.resolve())
         self.audit = self.folder / "audit.json"
+        self.checks = self.folder / "checks.json"
         self.splits = self.folder / "splits.json"
         self.history = self.folder / "history.csv"
         self.metrics = self.folder / "metrics.json"
@@ -75,6 +81,11 @@ class Run:
         """Put `entries` into `manifest.json`, in place of entries of the same names."""
         write_json(self.folder / "manifest.json", self.manifest | entries)
 
+    def record_checks(self, stage: str, checks: Mapping[str, tuple[bool, str]]) -> None:
+        """Put what notebook `stage` checked into `checks.json`: for each check, whether it held and what was seen."""
+        outcomes = {check: {"held": bool(held), "seen": str(seen)} for check, (held, seen) in checks.items()}
+        write_json(self.checks, read_json(self.checks, {}) | {stage: outcomes})
+
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path`, or raise `RunError` naming the notebook that makes it."""
         if not path.exists():
@@ -96,6 +107,10 @@ class Run:
             paths.append(self.answers)
         for path in paths:
             path.unlink(missing_ok=True)
+        register = self.figures / FIGURE_REGISTER
+        if register.exists():
+            gone = {path.name for path in paths}
+            write_json(register, {name: title for name, title in read_json(register).items() if name not in gone})
 
 
 def _name(folder: Path) -> str:

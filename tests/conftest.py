@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from brats_helpers.data import sources
-from brats_helpers.files import write_json
 from brats_helpers.labels import MODALITIES
-from brats_helpers.suite.run import _revision
 from tests.kaggle_server import PORT, TOKEN, FakeKaggle, serve
 
 ROOT = Path(__file__).parents[1]
@@ -25,21 +23,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 def pytest_collection_modifyitems(items):
     """What takes the longest comes first, so that it does not run on alone at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_notebooks.py", "test_folds.py"))
-
-
-def pytest_sessionfinish(session, exitstatus):
-    """After the whole suite, note how it went at which revision: the validation of later runs cites it."""
-    config = session.config
-    if hasattr(config, "workerinput"):  # one of two at a time: the process above them sees all results
-        return
-    narrow = ("keyword", "markexpr", "lf", "stepwise", "deselect", "ignore", "ignore_glob")
-    chosen = any(getattr(config.option, name, None) for name in narrow)
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
-    if whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        stats = config.pluginmanager.get_plugin("terminalreporter").stats
-        n = {outcome: len(stats.get(outcome, ())) for outcome in ("passed", "failed", "error", "skipped")}
-        record = {"passed": n["passed"], "failed": n["failed"] + n["error"], "skipped": n["skipped"]}
-        write_json(ROOT / "runs" / "tests.json", {"revision": _revision(ROOT)} | record)
 
 
 @pytest.fixture(scope="session")

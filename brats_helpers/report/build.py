@@ -30,17 +30,11 @@ from brats_helpers.data.cases import Case
 from brats_helpers.data.splits import PARTS
 from brats_helpers.files import whole_file
 from brats_helpers.labels import REGIONS, STRUCTURES
-from brats_helpers.log import FAIL, WARN, duration, warn
+from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
-from brats_helpers.report.validation import (
-    MEANINGS,
-    best_epoch,
-    predicted_and_measured,
-    tally,
-    validate,
-    write_markdown,
-)
+from brats_helpers.report.validation import Mark, tally, validate, write_markdown
+from brats_helpers.report.validation.training import best_epoch, predicted_and_measured
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.scoring.statistics import ENOUGH
 
@@ -98,7 +92,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
     pages.tests["match"] = str.startswith
     run.report.parent.mkdir(parents=True, exist_ok=True)
-    common = {"name": run.name, "simulated": simulated, "meanings": MEANINGS}
+    common = {"name": run.name, "simulated": simulated}
     notebooks = sorted(run.notebooks.glob("*.ipynb"))
     for path in notebooks:
         body, highlighting = _notebook_body(path, [view.name for view in run.figures.glob(f"{path.stem[:2]}_*.html")])
@@ -106,7 +100,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         page = page.render(page=path.stem, body=body, highlighting=highlighting, **common)
         _write(run.report.parent / f"{path.stem}.html", page)
 
-    by_heading = [(heading, list(own)) for heading, own in groupby(lines, attrgetter("heading"))]
+    by_heading = [(heading, list(own)) for heading, own in groupby(lines.values(), attrgetter("heading"))]
     page = pages.get_template("validation.html").render(headings=by_heading, tally=tally(lines), **common)
     _write(run.report.parent / "validation.html", page)
 
@@ -116,7 +110,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         pages=[path.stem for path in notebooks],
         tally=tally(lines),
-        doubts=[line for line in lines if line.mark in (WARN, FAIL)],
+        doubts=[line for line in lines.values() if line.mark in (Mark.PARTLY, Mark.FAILED)],
         colours=plots.COLOURS,
         figures=_figures(run),
         missing={stage: _missing(run, stage, manifest.get("stages", {})) for stage in NEEDS},
@@ -126,7 +120,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         enough=ENOUGH,
         terms=_TERMS,
         best=_best(run),
-        stopped=next(line for line in lines if line.check == "It stopped when its rule says"),
+        stopped=lines["training-stopped"],
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),

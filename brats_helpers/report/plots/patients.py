@@ -26,6 +26,7 @@ from brats_helpers.report.plots.style import (
     named,
     overlay,
     panels,
+    register,
     show,
     styled,
     title,
@@ -118,8 +119,8 @@ def modalities(case: Case, *, simulated: bool) -> Figure:
     for place, ax in enumerate(axes.flat):
         name, marked = names[place % len(names)], place >= len(names)
         image = scan.cut(scan.volumes[name], "axial", at)
-        title = PRINTED[name] + ", segmentation" * marked
-        show(ax, image, scan.window(name), title, scan.aspect("axial"))
+        heading = PRINTED[name] + ", segmentation" * marked
+        show(ax, image, scan.window(name), heading, scan.aspect("axial"))
         if marked:
             overlay(ax, scan.cut(scan.mask, "axial", at))
     if scan.mask is not None:
@@ -187,6 +188,7 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
     how = {"duration": 100, "loop": 0, "comment": f"{name} · {PRINTED[modality]} · axial slices".encode()}
     with whole_file(path, "wb") as file:
         imageio.imwrite(file, frames, extension=".gif", **how)
+    register(path)
     return path
 
 

@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
-from brats_helpers.files import whole_file
+from brats_helpers.files import read_json, whole_file, write_json
 from brats_helpers.labels import CLASSES
+from brats_helpers.runs import FIGURE_REGISTER
 
 COLOURS = {
     "background": "#8C8C8C",
@@ -84,13 +86,27 @@ def styled(draw):
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write a figure as PNG, its title in the file's metadata, and give it back to be shown.
+    """Write a figure as PNG, register it, and give it back to be shown.
 
-    The report has the title for those who cannot see the figure.
+    Its title goes into the file's metadata: the report shows it to those who cannot see the figure.
     """
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150, metadata={"Title": figure.get_label()})
+    register(path)
     return figure
+
+
+def register(path: Path) -> None:
+    """Add a figure to the register of its folder."""
+    place = path.with_name(FIGURE_REGISTER)
+    write_json(place, read_json(place, {}) | {path.name: stored_title(path)})
+
+
+def stored_title(path: Path) -> str:
+    """The title that `save_figure` or `gif` stored in an image; raises `OSError` for what is no image."""
+    with Image.open(path) as image:
+        image.load()
+        return image.info.get("Title") or image.info.get("comment", b"").decode()
 
 
 def title(figure: Figure, headline: str, detail: str, simulated: bool) -> None:
