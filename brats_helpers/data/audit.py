@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from brats_helpers.data.cases import Case, Finding, Survey, recognise
-from brats_helpers.data.nifti import TOLERANCE_MM, TruncatedError, parse_nifti, read_bytes, same_place, spacing_mm
+from brats_helpers.data.nifti import TOLERANCE_MM, FileError, parse_nifti, read_bytes, same_place, spacing_mm
 from brats_helpers.data.tables import read_tables
 from brats_helpers.files import whole_file
 from brats_helpers.labels import MODALITIES, DataError
@@ -194,10 +194,9 @@ def _examine(case: Case, root: Path) -> dict:
         try:
             raw, packed = read_bytes(path)
             image = parse_nifti(raw, path)
-        except DataError as error:
-            code = "truncated" if isinstance(error, TruncatedError) else "unreadable"
+        except FileError as error:
             message = str(error).removeprefix(f"{path} ")
-            findings.append(Finding(code, "error", name, message[0].upper() + message[1:]))
+            findings.append(Finding(error.code, "error", name, message[0].upper() + message[1:]))
             continue
         facts = files[kind] = _header_facts(image)
         problems = [*_packing_problems(path, packed), *_header_problems(image)]

@@ -1,80 +1,212 @@
-"""Reading and writing NIfTI files."""
+"""Read and write NIfTI volumes. Voxels are always handed out with axes towards left, posterior, superior (LPS)."""
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from brats_helpers.labels import DataError, classes_to_labels, labels_to_classes
 
 TOLERANCE_MM = 1e-3
-"""By which affines and voxel sizes may differ: headers hold rounded numbers."""
-_FAR_END_MM = 0.05  # by which a voxel may lie elsewhere for it
+"""Largest difference between two equal affine entries or voxel sizes: headers hold rounded numbers."""
+_FAR_END_MM = 0.05  # largest distance between the same corner of two equal grids
+_FLATTEST = 1e-3  # volume of a voxel over the product of its sides, below which an affine counts as singular
 _HEADER_BYTES = 348
+_NIFTI2_HEADER_BYTES = 540
+_LPS = axcodes2ornt("LPS")
 
 
-class TruncatedError(DataError):
-    """A file ends before it should."""
+class FileError(DataError):
+    """A file cannot be used. `code` names the reason as audit findings do, such as `truncated`."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a file lie.
+
+    Attributes:
+        shape: voxels along the three axes as stored.
+        affine: from voxel indices as stored to mm, 4 x 4.
+        remarks: pairs of code and sentence about a header that had to be interpreted.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 def read_nifti(path: Path) -> nib.Nifti1Image:
-    """Read a NIfTI file, compressed or not: its first bytes decide, not its name.
+    """Read a NIfTI-1 or NIfTI-2 file as stored, compressed or not: its first bytes decide, not its name.
 
     Raises:
-        TruncatedError: the file ends too early.
-        DataError: the file is missing, damaged or not NIfTI.
+        FileError: the file is missing, truncated, damaged or not NIfTI.
     """
     return parse_nifti(read_bytes(path)[0], path)
 
 
 def read_bytes(path: Path) -> tuple[bytes, bool]:
-    """The bytes of a file, unpacked where they are gzip, and whether they were. Errors as `read_nifti`."""
+    """Return the bytes of a file, unpacked if they are gzip, and whether they were. Errors as `read_nifti`."""
     try:
         raw = Path(path).read_bytes()
         packed = raw[:2] == b"\x1f\x8b"
         return (gzip.decompress(raw) if packed else raw), packed
     except EOFError as error:
-        raise TruncatedError(f"{path} is truncated: its gzip stream has no end. Fetch or copy it again.") from error
+        message = f"{path} is truncated: its gzip stream has no end. Fetch or copy it again."
+        raise FileError("truncated", message) from error
     except (OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
+        raise _unreadable(path, error) from error
 
 
 def parse_nifti(raw: bytes, path: Path) -> nib.Nifti1Image:
     """Make an image of what `read_bytes` read from `path`; its voxels stay in `raw`. Errors as `read_nifti`."""
-    if len(raw) < _HEADER_BYTES:
-        raise TruncatedError(
-            f"{path} is truncated: {len(raw):,} bytes, a header alone has {_HEADER_BYTES}. Fetch or copy it again."
+    nifti2 = raw[4:7] == b"n+2"
+    least = _NIFTI2_HEADER_BYTES if nifti2 else _HEADER_BYTES
+    if len(raw) < least:
+        raise FileError(
+            "truncated",
+            f"{path} is truncated: {len(raw):,} bytes, a header alone has {least}. Fetch or copy it again.",
         )
+    if raw[344:347] == b"ni1" or raw[4:7] == b"ni2":
+        raise FileError("unreadable", f"{path} is half of a .hdr/.img pair. Convert the pair to one .nii.gz file.")
     try:
-        if raw[344:347] != b"n+1":
+        if not nifti2 and raw[344:347] != b"n+1":
             raise HeaderDataError("it does not begin as such a file does")
-        image = nib.Nifti1Image.from_bytes(raw)
+        image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(raw)
     except (OSError, EOFError, ValueError, HeaderDataError, WrapStructError) as error:
-        raise DataError(f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.") from error
-    needed = image.dataobj.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
+        raise _unreadable(path, error) from error
+    needed = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
     if len(raw) < needed:
-        raise TruncatedError(
-            f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again."
+        raise FileError(
+            "truncated",
+            f"{path} is truncated: {len(raw):,} bytes, its header promises {needed:,}. Fetch or copy it again.",
         )
     return image
 
 
-def read_image(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Read one modality: the voxels as stored (usually int16), shape (X, Y, Z), and the NIfTI image around them."""
-    image = read_nifti(path)
-    if image.ndim != 3 or min(image.shape) < 1:
-        raise DataError(f"{path} has shape {image.shape}, expected three axes of voxels.")
+def _unreadable(path: Path, error: Exception) -> FileError:
+    return FileError("unreadable", f"{path} cannot be read as NIfTI ({error}). Fetch or copy the file again.")
+
+
+def grid_of(image: nib.Nifti1Image, path: Path | str = "the file", *, channels: bool = False) -> Grid:
+    """Return where the voxels of a stored image lie.
+
+    Axes of length 1 after the third are dropped. The sform gives the affine; if it is singular, the qform does.
+
+    Args:
+        image: from `read_nifti`.
+        path: named in errors.
+        channels: whether a fourth axis of any length may hold modalities.
+
+    Raises:
+        FileError: `not-3d`, or `singular-affine` where neither qform nor sform gives every voxel its own place.
+    """
+    shape, more = image.shape[:3], image.shape[3 + channels :]
+    if len(shape) < 3 or min(shape) < 1 or set(more) - {1}:
+        raise FileError(
+            "not-3d", f"{path} has shape {image.shape}, expected three axes of voxels; split or replace it."
+        )
+    remarks = []
+    if image.ndim > 3 + channels:
+        axes = "A fourth axis" if image.ndim == 4 else "Further axes"
+        remarks.append(("fourth-axis", f"{axes} of length 1, {image.shape}; dropped on reading."))
+    header, affine, qform = image.header, image.affine, _qform(image.header)
+    if not _invertible(affine):
+        if qform is None or not _invertible(qform):
+            text = (
+                f"{path} has a singular affine ({_rows(affine)}): voxels have no place or size. Write its header again."
+            )
+            raise FileError("singular-affine", text)
+        remarks.append(("singular-affine", f"The sform is singular ({_rows(affine)}); the qform is used instead."))
+        affine = qform
+    elif qform is not None and int(header["sform_code"]) and not same_place(qform, affine, shape):
+        text = f"qform and sform disagree: {difference(qform, affine, shape)} The sform is used."
+        remarks.append(("qform-sform", text))
+    elif qform is None and not int(header["sform_code"]):
+        text = "The header gives no orientation (qform and sform codes are 0); left, anterior, superior are assumed."
+        remarks.append(("no-orientation", text))
+    return Grid(shape, affine, tuple(remarks))
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    """The affine of the qform; None if there is none, or its quaternion is no rotation."""
+    try:
+        return header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError):
+        return None
+
+
+def _invertible(affine: np.ndarray) -> bool:
+    if not np.isfinite(affine).all():
+        return False
+    sides = nib.affines.voxel_sizes(affine)
+    return min(sides) > TOLERANCE_MM and abs(np.linalg.det(affine[:3, :3])) > _FLATTEST * np.prod(sides)
+
+
+def _rows(affine: np.ndarray) -> str:
+    return "; ".join(" ".join(f"{number:g}" for number in row) for row in affine[:3])
+
+
+def read_image(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Read one modality in LPS order.
+
+    Args:
+        path: a volume, or a file of four axes whose last one holds modalities.
+        channel: which of these.
+
+    Returns:
+        The voxels in the stored dtype (usually int16), shape (X, Y, Z), and the NIfTI image around them.
+
+    Raises:
+        FileError: see `read_nifti` and `grid_of`.
+    """
+    image = in_lps(read_nifti(path), path, channel=channel)
     return np.asanyarray(image.dataobj), image
 
 
+def in_lps(image: nib.Nifti1Image, path: Path | str = "the file", *, channel: int | None = None) -> nib.Nifti1Image:
+    """Turn a stored image, or one `channel` of it, so that its axes run left, posterior, superior. No voxel changes.
+
+    Raises:
+        FileError: see `grid_of`; or `dtype` if voxels are not real numbers.
+    """
+    grid = grid_of(image, path, channels=channel is not None)
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise FileError("dtype", f"{path} has voxels of type {dtype}, expected one real number each.")
+    if channel is not None and (image.ndim < 4 or image.shape[3] <= channel):
+        text = f"{path} has shape {image.shape}, expected a fourth axis with {channel + 1} modalities or more."
+        raise FileError("not-3d", text)
+    if grid.affine is not image.affine:
+        image = type(image)(image.dataobj, grid.affine, image.header)
+    if image.ndim > 3:
+        image = image.slicer[(..., channel or 0, *[0] * (image.ndim - 4))]
+    return image.as_reoriented(ornt_transform(io_orientation(grid.affine), _LPS))
+
+
+def from_lps(volume: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
+    """Turn an array in LPS order, (X, Y, Z) or (X, Y, Z, ...), back to the axes of the stored image `like`."""
+    grid = grid_of(like, channels=True)
+    turned = apply_orientation(volume, ornt_transform(_LPS, io_orientation(grid.affine)))
+    if turned.shape[:3] != grid.shape:
+        raise ValueError(f"a volume of shape {volume.shape} does not fit an image of shape {grid.shape}")
+    return turned
+
+
 def read_mask(path: Path) -> np.ndarray:
-    """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z). See `labels_to_classes`."""
+    """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z), LPS order. See `labels_to_classes`."""
     return read_seg(path)[0]
 
 
@@ -88,20 +220,37 @@ def read_seg(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
 
 
 def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, numbering: str = "2020") -> None:
-    """Write class indices, shape (X, Y, Z), as label numbers in the geometry and header of `like`.
+    """Write class indices in LPS order, shape (X, Y, Z), as label numbers in the grid and orientation of `like`.
 
-    In its dtype as well where that is one of whole numbers, else as uint8.
+    Header, qform and sform are those of `like`, the stored image; if the two disagree, the qform follows the sform. The
+    dtype is that of `like` if it is an integer, else uint8.
     """
-    header = like.header.copy()
-    dtype = header.get_data_dtype() if header.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
+    dtype = like.get_data_dtype() if like.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
+    labels = from_lps(classes_to_labels(classes, numbering).astype(dtype), like)
+    nib.save(type(like)(labels, *placed_as(like, dtype)), path)
+
+
+def placed_as(like: nib.Nifti1Image, dtype: np.dtype) -> tuple[np.ndarray, nib.Nifti1Header]:
+    """Return affine and header of a file in the place of the stored image `like`, the same for every reader."""
+    grid, header = grid_of(like, channels=True), like.header.copy()
     header.set_data_dtype(dtype)
-    labels = classes_to_labels(classes, numbering).astype(dtype)
-    nib.save(nib.Nifti1Image(labels, like.affine, header), path)
+    for code, write in (("sform_code", header.set_sform), ("qform_code", header.set_qform)):
+        if int(header[code]) and grid.remarks:
+            write(grid.affine, int(header[code]))
+    qform = _qform(header)
+    if qform is None or not same_place(qform, grid.affine, grid.shape):
+        header["qform_code"] = 0  # none before, or the affine has shears, which a qform cannot hold
+    return grid.affine, header
 
 
 def spacing_mm(image: nib.Nifti1Image) -> tuple[float, float, float]:
-    """Voxel size in mm along X, Y, Z, by the affine: the header's own sizes may say otherwise."""
-    return tuple(np.round(nib.affines.voxel_sizes(image.affine), 6).tolist())
+    """Voxel size in mm along X, Y, Z by the affine: the header's own sizes may say otherwise."""
+    return spacing_of(image.affine)
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel size in mm along the axes of an affine."""
+    return tuple(np.round(nib.affines.voxel_sizes(np.asarray(affine)), 6).tolist())
 
 
 def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
@@ -110,7 +259,27 @@ def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
 
 
 def same_place(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
-    """`same_affine` by the affines, 4 x 4, of volumes of one shape."""
-    corners = np.array([*product(*((0, side - 1) for side in shape[:3]), (1,))])
-    apart = corners @ (np.asarray(one) - other).T
-    return np.allclose(one, other, rtol=0, atol=TOLERANCE_MM) and bool(np.all(np.abs(apart) <= _FAR_END_MM))
+    """`same_affine` for two affines, 4 x 4, of volumes of one shape (X, Y, Z)."""
+    close = np.allclose(one, other, rtol=0, atol=TOLERANCE_MM)
+    return close and bool(np.all(np.abs(_corners(shape) @ (np.asarray(one) - other).T) <= _FAR_END_MM))
+
+
+def difference(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> str:
+    """Say how two affines of volumes of one shape differ: orientation, origin and how far apart voxels lie."""
+    one, other = np.asarray(one), np.asarray(other)
+    apart = np.linalg.norm((_corners(shape) @ (one - other).T)[:, :3], axis=1).max()
+    codes = ["".join(nib.aff2axcodes(affine)) for affine in (one, other)]
+    said = [f"voxels lie up to {apart:.3g} mm apart"]
+    if codes[0] != codes[1]:
+        said.append(f"axes {codes[0]} against {codes[1]}")
+    shift = one[:3, 3] - other[:3, 3]
+    if np.abs(shift).max() > TOLERANCE_MM:
+        said.append(f"origins differ by ({', '.join(f'{mm:.4g}' for mm in shift)}) mm")
+    turn = np.abs(one[:3, :3] - other[:3, :3]).max()
+    if turn > 0 and codes[0] == codes[1]:
+        said.append(f"axis directions by up to {turn:.2g} mm a voxel")
+    return "; ".join(said) + "."
+
+
+def _corners(shape: Sequence[int]) -> np.ndarray:
+    return np.array([*product(*((0, side - 1) for side in shape[:3]), (1,))])

@@ -18,7 +18,7 @@ from torch import nn
 
 from brats_helpers.data.cache import Packed, pack
 from brats_helpers.data.cases import Case, find_cases
-from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
+from brats_helpers.data.nifti import from_lps, placed_as, read_mask, read_nifti, write_mask
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.folders import read_leakage, score_files
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
@@ -289,11 +289,10 @@ def write_soft(path: Path, packed: Packed, soft: np.ndarray, like: nib.Nifti1Ima
     """
     volumes = [packed.to_volume(soft[:, index]) for index in range(len(CLASSES))]
     volumes[0] = 1 - sum(volumes[1:])  # also outside the box
-    header = like.header.copy()
-    header.set_data_dtype(np.uint8)
+    affine, header = placed_as(like, np.dtype(np.uint8))
     header.set_slope_inter(1 / 255, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.stack(volumes, axis=-1), like.affine, header), path)
+    nib.save(type(like)(from_lps(np.stack(volumes, axis=-1), like), affine, header), path)
 
 
 def write_submission(folder: Path, predictions: Mapping[str, Path]) -> Path:

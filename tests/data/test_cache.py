@@ -32,26 +32,22 @@ def test_normalise_survives_an_empty_and_a_constant_volume(volume):
     assert (cache.normalise(volume) == 0).all()
 
 
-def _case(folder, volumes, labels=None, affine=None):
-    affine = np.eye(4) if affine is None else affine
+LPS = np.diag([-1.0, -1, 1, 1])
+
+
+def _case(folder, volumes, labels=None, codes="LPS"):
+    """A patient given in LPS order and stored along other axes."""
+    wanted = nib.orientations.axcodes2ornt(codes)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), wanted)
     for name, volume in {**volumes, **({} if labels is None else {"seg": labels})}.items():
-        nib.save(nib.Nifti1Image(volume, affine), folder / f"P_{name}.nii.gz")
+        nib.save(nib.Nifti1Image(volume, LPS).as_reoriented(turn), folder / f"P_{name}.nii.gz")
     return find_cases(folder, list(volumes))[0]
-
-
-AFFINES = {
-    "plain": np.eye(4),
-    "flipped": np.diag([-1.0, -1, 1, 1]),
-    "anisotropic": np.diag([2.0, 0.5, 3, 1]),
-    "axes swapped": np.eye(4)[[2, 0, 1, 3]] * [1, -1, 1, 1],
-    "oblique": np.array([[0.9, -0.1, 0, 5], [0.1, 0.9, 0.2, -3], [0, -0.2, 0.9, 0], [0, 0, 0, 1]]),
-}
 
 
 @pytest.mark.parametrize("shape", [(7, 5, 3), (40, 33, 18), (1, 9, 4), (12, 9, 1), (211, 230, 4)])
 @pytest.mark.parametrize("at_the_border", [False, True])
-@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
-def test_the_crop_maps_back_to_the_volume_exactly(tmp_path, shape, affine, at_the_border):
+@pytest.mark.parametrize("codes", ["LPS", "PIR"])
+def test_the_crop_maps_back_to_the_volume_exactly(tmp_path, shape, codes, at_the_border):
     draw = np.random.default_rng(0)
     images = {name: np.zeros(shape, np.int16) for name in ("flair", "t1ce")}
     labels = np.zeros(shape, np.uint8)
@@ -60,7 +56,7 @@ def test_the_crop_maps_back_to_the_volume_exactly(tmp_path, shape, affine, at_th
         volume[inner] = draw.integers(1, 500, volume[inner].shape)
     labels[inner] = draw.choice([0, 1, 2, 4], labels[inner].shape)
     labels[-1, -1, -1] = 2  # a tumour voxel outside the brain is kept
-    case = _case(tmp_path, images, labels, affine)
+    case = _case(tmp_path, images, labels, codes)
     (packed,) = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)
     classes = np.array([0, 1, 2, 0, 3])[labels]
     np.testing.assert_array_equal(packed.to_volume(packed.labels), classes)
@@ -113,7 +109,7 @@ def test_two_files_of_one_size_and_time_that_swap_names_are_noticed(tmp_path):
     images["t1"][0] = 9
     case = _case(tmp_path, images)
     for path in case.images.values():  # as unpacking leaves them: an archive knows full seconds
-        path.write_bytes(nib.Nifti1Image(images[path.name[2:4]], np.eye(4)).to_bytes())
+        path.write_bytes(nib.Nifti1Image(images[path.name[2:4]], LPS).to_bytes())
         os.utime(path, (1_000_000_000, 1_000_000_000))
     before = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)[0].images.copy()
     t1, t2 = case.images.values()
@@ -284,8 +280,8 @@ def test_more_cases_than_open_files_are_allowed_at_first(tiny_patients, tmp_path
     program = """
 import resource, sys
 from pathlib import Path
-from brats_helpers.cache import prepare
-from brats_helpers.cases import find_cases
+from brats_helpers.data.cache import prepare
+from brats_helpers.data.cases import find_cases
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 cases = find_cases(sys.argv[1]) * 20

@@ -1,15 +1,12 @@
 """Reading patients as people have them; every trap here has caught somebody."""
 
-import gzip
-
 import nibabel as nib
 import numpy as np
 import pytest
 
 from brats_helpers import labels
-from brats_helpers.data import nifti
 from brats_helpers.data.cases import find_cases, find_segs, survey
-from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.data.nifti import read_mask
 from brats_helpers.labels import DataError
 
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -333,69 +330,6 @@ def test_label_maps_alone(tmp_path):
     assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["D"]
 
 
-# ---- Reading
-
-
-@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
-def test_read_image(tmp_path, name):
-    voxels, image = read_image(save(tmp_path / name, np.arange(24).reshape(2, 3, 4)))
-    np.testing.assert_array_equal(voxels, np.arange(24).reshape(2, 3, 4))
-    assert voxels.dtype == np.int16
-    np.testing.assert_array_equal(image.affine, AFFINE)
-    assert nifti.spacing_mm(image) == (1, 1, 1)
-
-
-def test_the_first_bytes_decide_not_the_name(tmp_path):
-    plain = save(tmp_path / "a.nii", grid())
-    packed = tmp_path / "b.nii"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    unpacked = tmp_path / "c.nii.gz"
-    unpacked.write_bytes(plain.read_bytes())
-    for path in (packed, unpacked):
-        np.testing.assert_array_equal(read_image(path)[0], grid())
-
-
-@pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])
-@pytest.mark.parametrize("kept", [0, 2, 200, 0.9])
-def test_truncated_files(tmp_path, name, kept):
-    noise = np.random.default_rng(0).integers(0, 30000, (9, 9, 9))
-    path = save(tmp_path / name, noise)
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(kept * len(raw)) if kept < 1 else kept])
-    with pytest.raises(DataError, match=rf"{name} (cannot be read as NIfTI|is truncated).*again"):
-        read_image(path)
-
-
-def test_a_plain_file_cut_in_its_voxels_says_how_much_is_missing(tmp_path):
-    path = save(tmp_path / "a.nii", grid())  # 352 bytes of header, 24 voxels of 2 bytes
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match="390 bytes, its header promises 400"):
-        read_image(path)
-
-
-def test_a_damaged_packed_file(tmp_path):
-    path = save(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 30000, (9, 9, 9)))
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 255
-    path.write_bytes(raw)
-    with pytest.raises(DataError, match="cannot be read as NIfTI"):
-        read_image(path)
-
-
-def test_what_is_no_nifti(tmp_path):
-    (tmp_path / "a.nii").write_text("<html>Sign in to download</html>" * 100)
-    with pytest.raises(DataError, match="a.nii cannot be read as NIfTI"):
-        read_image(tmp_path / "a.nii")
-    with pytest.raises(DataError, match="b.nii cannot be read as NIfTI"):
-        read_image(tmp_path / "b.nii")
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (2, 3), (2, 0, 4)])
-def test_other_than_three_axes(tmp_path, shape):
-    with pytest.raises(DataError, match=r"has shape \(2, .*expected three axes"):
-        read_image(save(tmp_path / "a.nii", np.zeros(shape)))
-
-
 # ---- Labels
 
 
@@ -445,62 +379,7 @@ def test_classes_to_labels_and_back(numbering, labels):
     np.testing.assert_array_equal(labels.labels_to_classes(found), classes)
 
 
-@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
-@pytest.mark.parametrize(("numbering", "stored"), [("2020", (0, 1, 2, 4)), ("2023", (0, 1, 2, 3))])
-def test_round_trip(tmp_path, dtype, numbering, stored):
-    affine = np.array([[-0.9, 0.1, 0, 3], [0.1, -1.1, 0, 239], [0, 0, 2.5, -7], [0, 0, 0, 1]])
-    like = nib.Nifti1Image(np.zeros((2, 3, 4), dtype), affine)
-    like.header["descrip"] = b"as it came"
-    like.header.set_xyzt_units("mm", "sec")
-    like.header.set_slope_inter(2, 5)
-    like.set_sform(affine, code=4)
-    like.set_qform(np.diag([-0.9, -1.1, 2.5, 1]), code=1)
-    classes = np.resize(np.arange(4, dtype=np.uint8), (2, 3, 4))
-    path = tmp_path / "a_seg.nii.gz"
-    nifti.write_mask(path, classes, like, numbering=numbering)
-
-    np.testing.assert_array_equal(read_mask(path), classes)
-    again, image = nifti.read_seg(path)
-    np.testing.assert_array_equal(again, classes)
-    raw = nib.load(path)
-    np.testing.assert_array_equal(np.asanyarray(raw.dataobj), np.array(stored)[classes])
-    np.testing.assert_array_equal(image.affine, like.affine)
-    np.testing.assert_allclose(raw.header.get_qform(), like.header.get_qform())
-    assert (raw.header["sform_code"], raw.header["qform_code"]) == (4, 1)
-    assert raw.header.get_xyzt_units() == ("mm", "sec")
-    assert raw.header["descrip"].item() == b"as it came"
-    assert raw.get_data_dtype() == (np.uint8 if dtype == np.float32 else dtype)  # no float label map
-    assert (raw.dataobj.slope, raw.dataobj.inter) == (1, 0)
-    assert nifti.spacing_mm(image) == pytest.approx(nifti.spacing_mm(like))
-
-
-def test_a_second_reader_sees_the_same(tmp_path):
-    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: no second reader")
-    classes = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
-    like = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), AFFINE)
-    nifti.write_mask(tmp_path / "a.nii.gz", classes, like)
-    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(image).T, labels.classes_to_labels(classes))
-    assert image.GetOrigin() == (0, -239, 0)  # SimpleITK's axes: x and y the other way round
-    assert image.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
-
-
 # ---- Real patients
-
-
-@pytest.mark.parametrize(
-    ("case", "voxels"),
-    [
-        ("brats_2013_pat0001_1", (27_189, 53_050, 31_485)),
-        ("brats_2013_pat0002_1", (1_106, 53_736, 8_219)),
-        ("brats_2013_pat0003_1", (4_414, 148_264, 21_250)),
-    ],
-)
-def test_voxels_of_real_patients(real_patients, case, voxels):
-    classes, image = nifti.read_seg(find_segs(real_patients)[case])
-    assert classes.shape == (240, 240, 155)
-    assert nifti.spacing_mm(image) == (1, 1, 1)
-    assert tuple(np.bincount(classes.ravel(), minlength=4)[1:]) == voxels
 
 
 def test_real_patients_are_found(real_patients):
