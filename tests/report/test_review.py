@@ -125,15 +125,15 @@ def test_scores_that_are_not_those_of_the_files_are_noticed(run, metrics):
 
 
 def test_a_prediction_off_the_patients_grid_is_noticed(run, metrics, monkeypatch):
-    real = module.read_nifti
+    real = module.read_image
 
     def moved(path):
-        image = real(path)
+        voxels, image = real(path)
         if "Exact_0" in str(path):
             image.affine[0, 3] += 1
-        return image
+        return voxels, image
 
-    monkeypatch.setattr(module, "read_nifti", moved)
+    monkeypatch.setattr(module, "read_image", moved)
     assert review(run, metrics).off_grid == ["Exact_0"]
 
 
