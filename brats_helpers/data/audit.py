@@ -7,10 +7,10 @@ known under any name and packing.
 
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ import nibabel as nib
 import numpy as np
 
 from brats_helpers.data.cases import Case, Finding, Survey, recognise
-from brats_helpers.data.nifti import TOLERANCE_MM, FileError, parse_nifti, read_bytes, same_place, spacing_mm
+from brats_helpers.data.content import content_hash, hash_of
+from brats_helpers.data.identity import group_people, varies
+from brats_helpers.data.nifti import TOLERANCE_MM, FileError, in_lps, parse_nifti, read_bytes, same_place, spacing_mm
 from brats_helpers.data.tables import read_tables
 from brats_helpers.files import whole_file
 from brats_helpers.labels import MODALITIES, DataError
@@ -29,10 +31,12 @@ _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
 SEVERITIES = ("error", "warning", "note")
 """From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
-_FORMAT = 4  # raise it when `_examine` finds other things: what was remembered is then forgotten
+_FORMAT = 5  # raise it when `_examine` finds other things: what was remembered is then forgotten
 
 
-def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None) -> dict:
+def audit(
+    found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None, patient_pattern: str = ""
+) -> dict:
     """Read `cases` and put everything known about all patients of `found` together.
 
     Args:
@@ -40,6 +44,7 @@ def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path
         cases: those of them whose files are read.
         workers: cases read at once, each by a thread (numpy, zlib and hashlib let them run side by side).
         cache_dir: where to remember what was read, by name, size and times of change; None remembers nothing.
+        patient_pattern: how an ID names a person, see `identity.person_of`.
 
     Returns:
         `{"cases": {ID: {"findings": [{"code", "severity", "file", "message"}, ...], ...}}, "summary": {...}}`. A case
@@ -62,11 +67,9 @@ def audit(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path
         findings[case.id] += [Finding(**finding) for finding in facts["findings"]]
         entry = {"files": files, "content": facts["content"], "grade": _grade_of_folder(case, found.root)}
         entries[case.id] = entry | known.get(case.id, {})
-    pairs = []
-    for one, other, finding in _together(entries):
-        findings[one].append(finding)
-        pairs.append((one, other))
-    groups = _groups(pairs, entries)
+    groups, alike = group_people(found, entries, pattern=patient_pattern)
+    for case_id, finding in alike:
+        findings[case_id].append(finding)
 
     for listed in (*findings.values(), loose):
         listed.sort(key=lambda finding: SEVERITIES.index(finding.severity))
@@ -202,6 +205,7 @@ def _examine(case: Case, root: Path) -> dict:
         problems = [*_packing_problems(path, packed), *_header_problems(image)]
         if not any(severity == "error" for _, severity, _ in problems):
             volume, slope, inter = _stored(image, raw)
+            turned = image
             zero = _background(volume.dtype, slope, inter)
             filled = volume != zero
             box = _box(filled)
@@ -209,7 +213,12 @@ def _examine(case: Case, root: Path) -> dict:
             whole = inside.size == volume.size
             ends = [end(**({} if whole else {"initial": zero})) for end in (inside.min, inside.max)]
             facts["range"] = [float(end) * slope + inter if np.isfinite(end) else None for end in ends]
-            facts["content"] = _content(inside, ends, f"{volume.shape} {box} {slope} {inter}")
+            with suppress(FileError):  # a singular affine: what is then hashed lies as stored
+                turned = in_lps(image, path)
+            if turned is image and (slope, inter) == (1, 0):
+                facts["content"] = content_hash(volume.T, box[::-1])
+            else:
+                facts["content"] = content_hash(np.asanyarray(turned.dataobj))
             if kind == "seg":
                 values, counts = np.unique(inside[inside != zero] * slope + inter, return_counts=True)
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
@@ -228,7 +237,7 @@ def _examine(case: Case, root: Path) -> dict:
     return {
         "files": files,
         "findings": [asdict(finding) for finding in findings],
-        "content": _hash(*(f"{kind} {facts['content']}" for kind, facts in files.items())) if whole else "unreadable",
+        "content": hash_of(*(f"{kind} {facts['content']}" for kind, facts in files.items())) if whole else "unreadable",
     }
 
 
@@ -258,25 +267,6 @@ def _box(filled: np.ndarray) -> tuple[slice, slice, slice]:
     plane = filled.any(axis=0)
     sides = [np.flatnonzero(side) for side in (filled.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))]
     return tuple(slice(int(side[0]), int(side[-1]) + 1) if len(side) else slice(0) for side in sides)
-
-
-def _content(inside: np.ndarray, ends: Sequence, frame: str) -> str:
-    """A hash of the voxels that does not depend on the type that they are stored in."""
-    voxels = None
-    if ends[0] >= -(2**15) and ends[1] < 2**15:  # not so with NaN
-        voxels = inside.astype("<i2", copy=False)
-        if inside.dtype.kind == "f" and not np.array_equal(voxels, inside):
-            voxels = None
-    if voxels is None:
-        voxels = inside.astype("<f8" if inside.dtype.kind == "f" else "<i8")
-    return _hash(f"{frame} {voxels.dtype}", voxels)
-
-
-def _hash(*parts: str | np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()[:16]
 
 
 _Problem = tuple[str, str, str]
@@ -374,7 +364,7 @@ def _likeness_problems(files: dict[str, dict]) -> Iterator[tuple[str, str, str, 
     images = {kind: facts for kind, facts in files.items() if kind != "seg"}
     first: dict[str, str] = {}
     for kind, facts in images.items():
-        twin = first.setdefault(facts["content"], kind) if _varies(facts) else kind
+        twin = first.setdefault(facts["content"], kind) if varies(facts) else kind
         if twin != kind:
             text = f"Voxel for voxel the same as {twin}, expected another modality; one of the two is misnamed."
             yield kind, "same-image", "error", text
@@ -384,51 +374,9 @@ def _likeness_problems(files: dict[str, dict]) -> Iterator[tuple[str, str, str, 
         yield next(iter(types)), "mixed-dtypes", "note", f"The modalities differ in type ({listed}); that does no harm."
 
 
-def _varies(facts: dict) -> bool:
-    return "content" in facts and facts["range"][0] != facts["range"][1]
-
-
 def _times(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
 def _brief(numbers: Sequence) -> str:
     return " | ".join(" ".join(f"{number:g}" for number in row) for row in np.atleast_2d(np.round(numbers, 3))[:3])
-
-
-def _together(entries: dict[str, dict]) -> Iterator[tuple[str, str, Finding]]:
-    """Pairs of patients that belong in one part of a split, with the finding about the first; linear in patients."""
-    scans: dict[str, tuple[str, str]] = {}  # content: the first patient that has it, and as what
-    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for case_id, entry in entries.items():
-        for kind, facts in entry["files"].items():
-            if _varies(facts):  # masks too, but for empty ones: no two tumours are alike
-                owner, as_kind = scans.setdefault(facts["content"], (case_id, kind))
-                if owner != case_id:
-                    shared[case_id, owner].append(kind)
-                    shared[owner, case_id].append(as_kind)
-    for (case_id, other), kinds in shared.items():
-        text = f"{', '.join(kinds)}: voxel for voxel a file of {other} too; both go into one part of a split."
-        yield case_id, other, Finding("same-scan", "warning", entries[case_id]["files"][kinds[0]]["file"], text)
-
-    people: dict[str, str] = {}
-    for case_id, entry in entries.items():
-        names = {re.sub(r"^(BraTS-\w+-\d{5})-\d{3}$", r"\1", case_id), case_id, *entry.get("earlier_ids", ())}
-        for owner in {people.setdefault(name, case_id) for name in sorted(names)} - {case_id}:
-            text = f"The same patient as {owner}, by its ID or the tables; both go into one part of a split."
-            yield case_id, owner, Finding("same-patient", "note", "", text)
-
-
-def _groups(pairs: Iterable[tuple[str, str]], ids: Iterable[str]) -> dict[str, str]:
-    """Each ID's group, named after its first member in order; IDs in a pair share one."""
-    parent = {case_id: case_id for case_id in ids}
-
-    def top(case_id: str) -> str:
-        while parent[case_id] != case_id:
-            parent[case_id] = case_id = parent[parent[case_id]]
-        return case_id
-
-    for one, other in pairs:
-        first, second = sorted((top(one), top(other)))
-        parent[second] = first
-    return {case_id: top(case_id) for case_id in parent}
