@@ -163,9 +163,7 @@ def test_a_scan_stored_in_another_orientation_has_the_same_hash(tiny_patients, t
     write_tiny_case(tmp_path, "Other", seed=0)
     for path in (tmp_path / "Other").iterdir():
         image = nib.load(path)
-        turn = nib.orientations.ornt_transform(
-            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
-        )
+        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
         nib.save(image.as_reoriented(turn), path)
     (case,) = find_cases(tmp_path)
     entries = check(tmp_path), check(tiny_patients)
