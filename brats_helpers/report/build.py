@@ -1,12 +1,12 @@
-"""A run's report: `report/index.html`, one page that opens from disk, with validation and notebooks as pages behind it.
+"""Build the report of a run: `report/index.html`, with the validation and the notebooks as pages behind it.
 
-Folds of a cross-validation and combinations of a sweep are runs with reports of their own, which it links.
+Folds and sweep combinations are runs with reports of their own, which the page links to.
 
-No page loads anything from a network, and its content security policy says so; the one script that may run is known
-by its hash. Whatever comes from the data (case IDs, paths, titles) goes through jinja's escaping and is text.
+No page loads anything from a network, and its content security policy enforces that: the only script allowed is known
+by its hash. Case IDs, paths and titles come from the data and go through jinja's escaping.
 
-The viewer is a small one of our own: NiiVue's bundle is 2.9 MB of WebGL, nilearn's viewer has no keyboard, and neither
-toggles prediction and reference; three canvases over 8-bit tiles do, at a third of a megabyte a modality.
+The viewer is our own because NiiVue's bundle is 2.9 MB of WebGL, nilearn's viewer has no keyboard, and neither toggles
+prediction and reference. Three canvases over 8-bit tiles do, at a third of a megabyte per modality.
 """
 
 import base64
@@ -48,16 +48,16 @@ _TERMS = {
     "ED": "oedema",
     "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
     "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
-    "95 % interval": "where the mean of many such patients lies, as far as these can say; of one training only",
-    "lesion-wise": "each lesion counts alike, and each missed or false one as 0, so that stray pieces cost the most",
-    "best, median, worst": "of the patients, by the mean Dice of WT, TC and ET",
-    "calibration error": "by how much the probabilities that the network gives are off, on average; 0 at best",
-    "entropy": "how undecided the network is about a voxel; 0 where it is sure",
+    "95 % interval": "range that likely holds the mean over many such patients, for this one training",
+    "lesion-wise": "every lesion counts the same; a missed or false lesion counts as 0, so stray components cost most",
+    "best, median, worst": "patients ranked by the mean Dice of WT, TC and ET",
+    "calibration error": "mean gap between predicted probability and observed frequency; 0 is perfect",
+    "entropy": "how uncertain the network is about a voxel; 0 is certain",
 }
 
 
 def fresh_report(run: Run) -> Path:
-    """The report of a run, written unless it, and that of each fold in it, is of what is there."""
+    """Return the run's report, rebuilding it only if the run or one of its folds has changed."""
     reports = [(own.report, _newest(own)) for own in (run, *run.folds)]
     if all(report.exists() and report.stat().st_mtime_ns >= newest for report, newest in reports):
         return run.report
@@ -65,20 +65,20 @@ def fresh_report(run: Run) -> Path:
 
 
 def _newest(run: Run) -> int:
-    """When what a report is made from was last written, in ns."""
+    """When the files that a report is made from were last written, in ns."""
     paths = (run.folder / "manifest.json", run.history, run.metrics, run.folder / "sweep.csv")
     return max((path.stat().st_mtime_ns for path in paths if path.exists()), default=0)
 
 
 def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Path:
-    """Write the report of a run from whatever its folder holds so far; sections without content say what is missing.
+    """Build the report of a run from what its folder holds so far. Empty sections say what is missing.
 
     Args:
-        run: any run, also a fold of a cross-validation or a combination of a sweep.
-        inner: writes the reports of the folds and combinations in it; None is this function.
+        run: any run, including a fold of a cross-validation or a combination of a sweep.
+        inner: builds the reports of its folds and combinations; by default this function.
 
     Returns:
-        `report/index.html` of the run; `validation.md` and the figures that no notebook draws are written besides.
+        `report/index.html` of the run. `validation.md` and the figures that no notebook draws are written as well.
     """
     newest = _newest(run)
     manifest, metrics = run.manifest, _read(run.metrics)
@@ -143,7 +143,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         **common,
     )
     _write(run.report, page)
-    os.utime(run.report, ns=(newest, newest))  # what comes in meanwhile is newer, see `fresh_report`
+    os.utime(run.report, ns=(newest, newest))  # files that arrive during the build are newer, see `fresh_report`
     return run.report
 
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict:
 
 
 def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
-    """What to say of a stage that is not finished."""
+    """What the report says about an unfinished stage; empty for a finished one."""
     status = stages.get(stage, {}).get("status")
     left = {"00_setup": run.splits, "02_train": run.history, "03_evaluate": run.metrics}.get(stage)
     by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
@@ -165,17 +165,18 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
         return ""
     if stage not in run.expected:
         once, each = ", ".join(ONCE), ", ".join(PER_FOLD)
-        return f"{stage} is no part of this run: of a cross-validation or a sweep, {once} run once, {each} each time."
+        shared = f"a cross-validation or sweep runs {once} once and {each} for each training"
+        return f"{stage} does not belong to this run: {shared}."
     if status is None:
         name = run.name if run.folder.parent.name == "runs" else run.folder
         how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
         how = run.manifest["command"] if run.manifest.get("shared") else how
-        return f"{stage} has not run yet: {how} makes this section."
-    return f"{stage} is not finished ({status}): this section shows what it left."
+        return f"{stage} has not run yet: run {how} to fill this section."
+    return f"{stage} is not finished ({status}): this section shows what it has written so far."
 
 
 def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> None:
-    """The figures that no notebook draws: volumes, and what is known of all folds together."""
+    """Draw the figures that no notebook draws: volumes, and the folds together."""
     figures, cases = {}, metrics.get("cases", {})
     if any("volume_ml" in scores.get("WT", {}) for scores in cases.values()):
         figures["03_volumes"] = plots.volume_agreement(metrics, simulated=simulated)
@@ -198,12 +199,12 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
 
 
 def _shown_first(case: Case) -> str:
-    """The modality to show first: T1ce, where there is one."""
+    """The modality to show first: T1ce if the patient has it."""
     return "t1ce" if "t1ce" in case.images else next(iter(case.images))
 
 
 def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
-    """A row for each fold of a cross-validation, with its own report behind it."""
+    """A row for each fold of a cross-validation, with a link to its report."""
     rows = []
     for own in _scored_folds(run):
         manifest, summary, best = own.manifest, _read(own.metrics).get("summary", {}), _best(own)
@@ -228,7 +229,7 @@ def _best(run: Run) -> dict:
 
 
 def _sweep(run: Run, inner: Callable[[Run], Path]) -> dict:
-    """`sweep.csv`, with the report of each combination behind it."""
+    """The rows of `sweep.csv`, each with a link to the report of its combination."""
     if not (path := run.folder / "sweep.csv").exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
@@ -238,23 +239,23 @@ def _sweep(run: Run, inner: Callable[[Run], Path]) -> dict:
 
 
 def _link(run: Run, folder: Path, inner: Callable[[Run], Path]) -> str | None:
-    """From the report of `run` to that of the run in `folder`, which `inner` writes first; None where it cannot."""
+    """The link from the report of `run` to that of the run in `folder`, which `inner` builds; None if that fails."""
     if not (folder / "manifest.json").exists():
         return None
     try:
         return quote(f"../{inner(Run(folder)).relative_to(run.folder).as_posix()}")
-    except Exception as error:  # a run that goes on elsewhere, a disk that is full: no reason to have no report here
+    except Exception as error:  # still running elsewhere, or a full disk: this report is built all the same
         warn(f"the report of {folder} failed: {error}")
         return None
 
 
 def _scored_folds(run: Run) -> list[Run]:
-    """The folds whose scores are those of `run`: none where a sweep was made of them since."""
+    """The folds whose scores are those of `run`; none if a later sweep replaced them."""
     return run.folds if "03_evaluate" in run.expected else []
 
 
 def _shared_out(run: Run) -> dict[str, list[str]]:
-    """Patients by part, of a cross-validation by the fold that tests them."""
+    """The patients of each part; in a cross-validation, of each fold's test part."""
     splits = _read(run.splits)
     parts = {part: splits.get(part, []) for part in PARTS}
     if _scored_folds(run):
@@ -263,9 +264,9 @@ def _shared_out(run: Run) -> dict[str, list[str]]:
 
 
 def _figures(run: Run) -> dict[str, dict[str, str]]:
-    """Every image of the run by name: as a data URI, with the title that `plots` put into the file.
+    """Every image of the run by name: a data URI, and the title stored in the file.
 
-    One that cannot be read is left to the validation, which names it.
+    The validation names those that cannot be read.
     """
     from PIL import Image
 
@@ -302,7 +303,7 @@ def _patients(run: Run, metrics: Mapping) -> list[dict]:
 
 
 def _farthest(metrics: Mapping) -> dict:
-    """The largest HD95 of any region, and whose it is; empty without any."""
+    """The largest HD95 of any region, with its patient and region; empty without any."""
     found = [
         (scores[region]["hd95_mm"], case_id, region)
         for case_id, scores in metrics.get("cases", {}).items()
@@ -313,7 +314,7 @@ def _farthest(metrics: Mapping) -> dict:
 
 
 def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
-    """What the page's script draws: the worst, the median and the best patient, and the regions inside out."""
+    """What the page's viewer draws: the worst, the median and the best patient, and the regions."""
     patients = []
     ranks = plots.best_median_worst(metrics["cases"]) if reviewed.cases else {}
     for rank, case_id in reversed(ranks.items()):
@@ -340,7 +341,7 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
 
 
 def _audit(run: Run, manifest: Mapping) -> dict:
-    """The findings of `audit.json` as rows, the patients left out, how many were found, and how many of them read."""
+    """The audit's findings as rows, and how many patients were found, read and left out."""
     audit = _read(run.audit)
     rows = [
         {"case": case_id, **finding}
@@ -365,24 +366,24 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     links = ", ".join(f'<a href="../figures/{quote(view)}">{html.escape(view)}</a>' for view in views)
     try:
         notebook = nbformat.read(path, as_version=4)
-    except ValueError as error:  # no JSON: a run that was cut off while it was written
+    except ValueError as error:  # not JSON: the run was interrupted while writing it
         return f'<p class="missing">{html.escape(f"{path} cannot be read: {error}")}</p>', ""
     heading = path.stem
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":  # without badges: no page loads a picture from a network
+        if cell.cell_type == "markdown":  # badges would be loaded from a network
             cell.source = re.sub(r"^\[!\[.*\n?", "", cell.source, flags=re.MULTILINE)
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].lstrip("# ")
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "<iframe" in data.get("text/html", ""):  # a page in the page, whose script may not run here
-                data["text/html"] = f"<p>Interactive, a page of its own: {links or 'not kept'}</p>"
+            if "<iframe" in data.get("text/html", ""):  # its script may not run on this page
+                data["text/html"] = f"<p>Interactive view, on a page of its own: {links or 'not saved'}</p>"
             if "image/gif" in data:  # nbconvert shows no GIF
                 picture = f"data:image/gif;base64,{data['image/gif'].strip()}"
                 data["text/html"] = f'<img src="{picture}" alt="animation">'
             if "image/png" in data:
                 output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": f"figure of: {heading}"}
-    # The `basic` template is the cells alone; the others load scripts from a network.
+    # Other templates than `basic` load scripts from a network.
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     return body, HtmlFormatter().get_style_defs(".highlight")
 

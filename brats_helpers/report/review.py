@@ -1,4 +1,4 @@
-"""The written predictions, read again beside their references: why patients fail, and whether the scores repeat."""
+"""Read a run's written predictions again: find failures and their causes, and check that the scores repeat."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
+from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cases import Case
 from brats_helpers.data.nifti import read_image, read_seg, same_affine, spacing_mm
 from brats_helpers.data.patients import ChangedError, load_parts
 from brats_helpers.labels import REGIONS, DataError
 from brats_helpers.runs import Run, RunError
+from brats_helpers.scoring.overlap import dice
 from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import conventions_table, score_case
 
@@ -26,15 +28,15 @@ CAUSES = {
     "small tumour": f"a region of less than {SMALL_ML:g} ml with a Dice below {LOW_DICE:g}",
     "under-segmented": f"a Dice below {LOW_DICE:g}, and less than two thirds of the reference's volume",
     "over-segmented": f"a Dice below {LOW_DICE:g}, and more than one and a half times the reference's volume",
-    "misplaced": f"a Dice below {LOW_DICE:g} for none of these reasons",
+    "misplaced": f"a Dice below {LOW_DICE:g} for none of the reasons above",
     "far false positive": f"{FAR_ML:g} ml or more of predicted tumour, over {FAR_MM:g} mm from any reference tumour",
 }
-"""What counts as a failure, by cause, in the order in which they are told; Dice is that of the whole volume."""
+"""What counts as a failure, by cause, in the order in which the report lists them. Dice is of the whole volume."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One failure of one patient: its cause (of `CAUSES`), the region, its Dice, and what was seen."""
+    """One failure of one patient: its cause (a key of `CAUSES`), the region, its Dice, and the volumes."""
 
     cause: str
     case: str
@@ -45,19 +47,19 @@ class Failure:
 
 @dataclass
 class Review:
-    """What reading a run's scored predictions again has shown.
+    """What reading the scored predictions of a run again has shown.
 
     Attributes:
-        cases: the scored patients by ID whose scans and prediction are there and fit.
-        problem: why nobody's are to be had, or empty.
-        changed: whether that is because the patients are no longer those that were split.
+        cases: by ID, the scored patients whose scans and prediction could be read and match.
+        problem: why there is none, or empty.
+        changed: whether there is none because the patients are no longer the ones that were split.
         unreadable: by ID, what is wrong with a prediction or its reference.
         failures: in the order of `CAUSES`, the lowest Dice first.
-        conventions: see `metrics.conventions_table`.
+        conventions: see `scores.conventions_table`.
         reference_labels, predicted_labels: numbers of tumour labels on disk.
-        off_grid: IDs whose prediction has not the shape and affine of the patient's own first modality.
-        recounted: how many figures of `metrics.json` were counted again here, by its own rules.
-        largest_difference: between these and those.
+        off_grid: IDs whose prediction lacks the shape or affine of the patient's first modality.
+        recounted: how many scores of `metrics.json` were computed again, by the same rules.
+        largest_difference: the largest difference between old and new scores.
     """
 
     cases: dict[str, Case] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Review:
 
 
 def review(run: Run, metrics: Mapping) -> Review:
-    """Read every scored prediction of a run and its reference once; `metrics` is the run's `metrics.json`."""
+    """Read every scored prediction of a run and its reference. `metrics` is the content of the run's `metrics.json`."""
     result = Review()
     scores = metrics.get("cases", {})
     if not scores:
@@ -97,7 +99,7 @@ def review(run: Run, metrics: Mapping) -> Review:
 
 
 def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Prediction and reference of each patient in turn, what they show noted in `result` on the way."""
+    """Yield prediction and reference of each patient; note in `result` what they show."""
     convention = str(metrics.get("convention", "")).partition(":")[0]
     for case_id, case in result.cases.items():
         try:
@@ -120,7 +122,7 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
             pairs = [
                 (again[name][key], stored[name].get(key)) for name in again if name in stored for key in again[name]
             ]
-            # Relative where figures are large; one that is no number differs from any.
+            # Relative for large scores. NaN differs from every number.
             differences = [
                 np.nan_to_num(abs(value - before) / max(abs(value), 1), nan=np.inf)
                 for value, before in pairs
@@ -132,14 +134,14 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
 
 
 def _labels(classes: np.ndarray, image) -> set[int]:
-    """The numbers on disk of the voxels that are tumour."""
+    """The label numbers on disk of all tumour voxels."""
     return {int(number) for number in np.unique(np.asanyarray(image.dataobj)[classes > 0])}
 
 
 def find_failures(
     case_id: str, pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> list[Failure]:
-    """Why a patient's scores are low, if they are; see `CAUSES`.
+    """Find the reasons for a patient's low scores, see `CAUSES`.
 
     Args:
         case_id: the patient.
@@ -150,7 +152,7 @@ def find_failures(
     failures = []
     for region, classes in REGIONS.items():
         p, t = np.isin(pred, classes), np.isin(truth, classes)
-        dice = _dice(p, t)
+        overlap = dice(p, t)
         predicted_ml, true_ml = np.count_nonzero(p) * voxel_ml, np.count_nonzero(t) * voxel_ml
         seen = f"predicted {_ml(predicted_ml)}, reference {_ml(true_ml)}"
         kind = "enhancing tumour" if region == "ET" else "tumour"
@@ -158,7 +160,7 @@ def find_failures(
             cause = f"missed {kind}"
         elif predicted_ml and not true_ml:
             cause = f"false {kind}"
-        elif dice >= LOW_DICE:
+        elif overlap >= LOW_DICE:
             continue
         elif true_ml < SMALL_ML:
             cause = "small tumour"
@@ -168,23 +170,22 @@ def find_failures(
             cause = "over-segmented"
         else:
             cause = "misplaced"
-        failures.append(Failure(cause, case_id, region, dice, seen))
+        failures.append(Failure(cause, case_id, region, overlap, seen))
 
     tumour, reference = pred > 0, truth > 0
     count, ml, mm = _far(tumour, reference, spacing_mm)
     if ml >= FAR_ML:
         away = f"up to {mm:.0f} mm away" if reference.any() else "the reference has no tumour"
-        seen = f"{count} piece{'s' * (count > 1)}, {_ml(ml)} together, {away}"
-        failures.append(Failure("far false positive", case_id, "WT", _dice(tumour, reference), seen))
+        seen = f"{count} component{'s' * (count > 1)}, {_ml(ml)} in total, {away}"
+        failures.append(Failure("far false positive", case_id, "WT", dice(tumour, reference), seen))
     return failures
 
 
 def _far(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[int, float, float]:
-    """Predicted pieces (26 neighbours) farther than `FAR_MM` from the reference: how many, ml, the farthest in mm."""
-    sides = [np.flatnonzero((pred | truth).any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    """Predicted components (26-connected) beyond `FAR_MM` from the reference: count, ml, largest distance in mm."""
     if not pred.any():
         return 0, 0.0, 0.0
-    box = tuple(slice(side[0], side[-1] + 1) for side in sides)
+    box = bounding_box(pred, truth)
     pred, truth = pred[box], truth[box]
     pieces, count = ndimage.label(pred, np.ones((3, 3, 3)))
     if truth.any():
@@ -197,12 +198,6 @@ def _far(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, fl
         return 0, 0.0, 0.0
     voxels = np.bincount(pieces.ravel(), minlength=count + 1)[1:][far].sum()
     return far.size, float(voxels * np.prod(spacing_mm) / 1000), float(np.max(np.asarray(nearest)[far]))
-
-
-def _dice(p: np.ndarray, t: np.ndarray) -> float:
-    """Dice of two boolean masks; 1 where both are empty."""
-    masses = np.count_nonzero(p) + np.count_nonzero(t)
-    return float(2 * np.count_nonzero(p & t) / masses) if masses else 1.0
 
 
 def _ml(volume_ml: float) -> str:

@@ -155,7 +155,7 @@ def test_the_verdict_comes_first_with_its_intervals(bare):
     page = Page(build_report(bare))
     text = " ".join(page.text.split())
     verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
-    verdict += " Of so few patients it is an indication."
+    verdict += " With so few patients this is only an indication."
     assert f"Run bare {verdict} Scored by brats2020: the rules in full." in text
     assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
     assert ["WT", "188.1", "1.0 to 373.1", "3.0", "2.0 to 373.1", "261.7", "2"] in page.rows
@@ -170,13 +170,13 @@ def test_failures_conventions_and_validation_are_told(pages):
     rows = pages["index"].rows
     assert ["missed enhancing tumour", "NoET_0", "ET", "0.000"] in [row[:4] for row in rows]
     text = " ".join(pages["index"].text.split())
-    assert "Failures: 1 of 3 patients." in text and "1 of 3 test patients, read from the masks" in text
+    assert "Failures: 1 of 3 patients." in text and "1 of 3 test patients; one row per failed region" in text
     stopped = "all 3 epochs are done; best epoch 2; limits: 3 epochs, patience 2, any number of minutes"
-    assert f"Best epoch 2 of 3: mean validation Dice of WT, TC and ET 0.800. Why it stopped: {stopped}." in text
+    assert f"Best epoch 2 of 3: mean validation Dice of WT, TC and ET 0.800. Training stopped: {stopped}." in text
     assert any(row[0].startswith("brats2023: mean over patients") and len(row) == 4 for row in rows)
     checks = pages["validation"].rows
     shared = "splits.json: train ∩ val 0, train ∩ test 0, val ∩ test 0"
-    assert ["✅ held", "No patient is in two parts", shared] in checks
+    assert ["✅ held", "No patient appears in two parts", shared] in checks
     headings = ["Data set integration", "Data pipeline", "Model architecture", "Training loop", "Evaluation metrics"]
     places = [pages["validation"].text.index(name) for name in [*headings, "Visualisation", "Code quality"]]
     assert places == sorted(places)
@@ -211,18 +211,18 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     assert ["test", "2", "0.900", "+0.0000", "0.800", "+0.0000", "0.700", "-0.0500"] in page.rows
     assert "frozen against fine-tuned: better." in page.text
     text = " ".join(page.text.split())
-    assert "1 findings in 2 patients, 1 of whom were read" in text
-    assert "0.931 of all pairs, on average over the patients" in text and "in 0.750" in text
-    assert "Expected calibration error, 0 at best: WT 0.021, ET –." in text
+    assert "1 findings in 2 patients; the files of 1 were read" in text
+    assert "an area under the ROC curve of 0.931 in the brain" in text and "tumour it is 0.750" in text
+    assert "Expected calibration error (0 is perfect): WT 0.021, ET –." in text
     page = rewrite(bare, uncertainty={"auc": None, "auc_tumour": None})
-    assert "nothing to say of where it doubts" in " ".join(page.text.split())
-    assert "These figures mean nothing: the network has seen A_1" in page.text
+    assert "so uncertainty cannot be judged" in " ".join(page.text.split())
+    assert "These scores are not valid: the network was trained on, or selected by, A_1" in page.text
 
 
 def test_stages_that_lack_are_named(bare):
     bare.record(stages={"01_explore": {"status": "failed"}, "02_train": {"status": "finished"}})
     text = Page(build_report(bare)).text
-    assert "04_advanced has not run yet: ./run_all.sh --run bare --only 04" in text
+    assert "04_advanced has not run yet: run ./run_all.sh --run bare --only 04" in text
     assert "01_explore is not finished (failed)" in text
     assert "02_train has not run" not in text and "02_train is not finished" not in text
 
@@ -230,7 +230,9 @@ def test_stages_that_lack_are_named(bare):
 def test_notebooks_run_by_hand_have_run(run):
     run.record(stages={})
     text = Page(build_report(run)).text
-    assert "has not run yet" not in text.replace("04_advanced has not run yet: its notebook makes this section", "")
+    assert "has not run yet" not in text.replace(
+        "04_advanced has not run yet: run its notebook to fill this section", ""
+    )
 
 
 def test_a_cross_validation_shows_its_folds_with_their_own_reports(tmp_path):
@@ -246,12 +248,14 @@ def test_a_cross_validation_shows_its_folds_with_their_own_reports(tmp_path):
     assert len([row for row in page.rows if row[0] in by_id and len(row) == 9]) == 3  # every patient of either fold
     drawn = {path.name for path in run.figures.glob("0[23]*")}
     assert drawn == {"02_folds.png", "03_volumes.png", "03_scores.png", "03_patients.png", "03_overlays.png"}
-    assert "04_advanced is no part of this run" in page.text and "--only 04" not in page.text
+    assert "04_advanced does not belong to this run" in page.text and "--only 04" not in page.text
     assert "over 3 simulated patients, each scored by the fold that tested it" in " ".join(page.text.split())
     assert ["tested by fold 1", "2", f"{HOSTILE}, NoET_0"] in page.rows
     own = Page(run.folds[1].report)
     assert "Run tiny, fold 1" in own.text and "../../../report/index.html" in own.links
-    assert "00_setup is no part of this run" not in own.text and "01_explore is no part of this run" in own.text
+    assert (
+        "00_setup does not belong to this run" not in own.text and "01_explore does not belong to this run" in own.text
+    )
 
 
 def test_a_cross_validation_that_goes_on_shows_what_there_is(tmp_path):
@@ -264,7 +268,7 @@ def test_a_cross_validation_that_goes_on_shows_what_there_is(tmp_path):
     again.history.write_text("".join(lines[:2]))
     page = Page(build_report(run))
     assert ["fold 1", "1", "1", "2", "1", "0.500", "–", "–", "–", "–"] in page.rows
-    assert "03_evaluate has not run yet: ./run_all.sh --run tiny makes this section" in Page(again.report).text
+    assert "03_evaluate has not run yet: run ./run_all.sh --run tiny to fill this section" in Page(again.report).text
     parts = json.loads(run.splits.read_text())
     parts["folds"][1]["test"] = ["Train_0"]
     run.splits.write_text(json.dumps(parts))  # 00_setup again, with other parts: the old fold is none of this run

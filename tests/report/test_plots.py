@@ -371,7 +371,7 @@ def test_colours_differ_for_colour_blind_eyes(vision, names):
 
 def test_importing_leaves_backend_and_nilearn_alone():
     code = (
-        "import sys, matplotlib; matplotlib.use('svg'); import brats_helpers.plots;"
+        "import sys, matplotlib; matplotlib.use('svg'); import brats_helpers.report.plots;"
         " assert matplotlib.get_backend() == 'svg'; assert 'nilearn' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

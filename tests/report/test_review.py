@@ -86,7 +86,7 @@ def test_far_false_positives_are_counted_by_piece_and_distance():
     pred[26:28, 5:15, 5:15] = 2  # 12 mm: far, 200 voxels
     failure = find_failures("P", pred, truth, MM)[-1]
     assert (failure.cause, failure.region) == ("far false positive", "WT")
-    assert failure.seen == "2 pieces, 0.2 ml together, up to 45 mm away"
+    assert failure.seen == "2 components, 0.2 ml in total, up to 45 mm away"
     # The same voxels of half the size are near.
     assert ("far false positive", "WT") not in causes(pred[:40], truth[:40], (0.5, 0.5, 0.5))
 
