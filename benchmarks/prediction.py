@@ -38,7 +38,7 @@ def main() -> None:
     device, names = choose_device(options.device), options.modalities.split(",")
     model = build_model(encoder=options.encoder, weights="none", in_channels=len(names))
     model = model.to(device).eval()
-    settings = {"modalities": options.modalities, "context_slices": 0, "patch_size": 0, "shrink": 1}
+    settings = {"modalities": options.modalities.split(","), "context_slices": 0, "patch_size": 0}
     network = Network(model, settings, frozenset(), frozenset(), 0)
     case = find_cases(options.cases, names)[0]
     wall, processor = [], []

@@ -178,10 +178,9 @@ def bare(settings: Settings, train: list[Packed], device: torch.device) -> dict[
 def build(settings: Settings, device: torch.device) -> tuple[torch.nn.Module, CrossEntropyDice]:
     torch.manual_seed(settings.seed)
     network = build_model(encoder=settings.encoder, weights=settings.encoder_weights, in_channels=4)
-    weights = [float(weight) for weight in settings.class_weights.split(",")]
     return (
         network.to(device, memory_format=torch.channels_last),
-        CrossEntropyDice(class_weights=weights).to(device),
+        CrossEntropyDice(class_weights=settings.class_weights).to(device),
     )
 
 

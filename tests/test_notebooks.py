@@ -148,7 +148,7 @@ def test_every_question_is_answered(smoke):
     assert list(answers) == [f"04_{name}.png" for name in ("start", "backbones", "dimensions", "augmentation")]
     assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
     assert "not asked by this run" in answers["04_dimensions.png"][1]
-    terms = "Each network was trained once, for 0.6 s, on slices at 1/2 of their width and height."
+    terms = "Each network was trained once, for 0.6 s."
     assert all(sentences[-1] == terms for sentences in answers.values())
     assert all((smoke / "figures" / name).is_file() for name in answers)
 
@@ -156,7 +156,7 @@ def test_every_question_is_answered(smoke):
 def test_real_patients_are_asked_how_few_will_do_and_whether_in_3d(tiny_patients, tmp_path):
     """Tiny ones that nobody marked as simulated: each of three is left out in turn."""
     shutil.rmtree(ROOT / "runs" / "test-few", ignore_errors=True)
-    asked = {"experiment_shrink": 0, "few": "1,9", "volumes": "monai-unet", "cache_dir": tmp_path}
+    asked = {"few": "1,9", "volumes": "monai-unet", "cache_dir": tmp_path}
     pairs = [word for key, value in asked.items() for word in ("-p", key, str(value))]
     said = _run_all("--run", "test-few", "--data", tiny_patients, "--only", "00,02,04", *pairs)
     assert "learning from 1, 9\n" in said and "learning from 9: there are not so many patients" in said

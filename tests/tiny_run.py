@@ -27,7 +27,8 @@ from brats_helpers.scoring.scores import collect, write_cases_csv
 from brats_helpers.scoring.statistics import summarise
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.suite.folds import gather, member, shares
-from brats_helpers.training.model import PACKAGED_ENCODER, build_model
+from brats_helpers.training.checkpoint import FORMAT
+from brats_helpers.training.model import DECODER, PACKAGED_ENCODER, build_model
 from tests.conftest import write_tiny_case
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -93,12 +94,12 @@ def write_tiny_run(root: Path) -> Run:
         for epoch, (loss, dice) in enumerate([(1.0, 0.5), (0.6, 0.8), (0.5, 0.7)], start=1):
             rows.writerow([epoch, loss, loss, *[dice] * 5, [1e-3, 5e-4, 1e-6][epoch - 1], 9.0, 20.0 * epoch])
 
-    settings = {"modalities": "flair,t1ce", "encoder": PACKAGED_ENCODER, "encoder_weights": "imagenet"}
-    settings |= {"context_slices": 0, "patch_size": 0, "shrink": 1, "augment": "basic", "frozen_epochs": 3}
+    settings = {"modalities": ("flair", "t1ce"), "encoder": PACKAGED_ENCODER, "encoder_weights": "imagenet"}
+    settings |= {"context_slices": 0, "patch_size": 0, "decoder": DECODER, "augment": "basic", "frozen_epochs": 3}
     settings |= {"epochs": 3, "patience": 2, "minutes": 0.0}
     network = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=2)
     run.checkpoints.mkdir()
-    checkpoint = {"settings": settings, "in_channels": 2, "model": network.state_dict(), "epoch": 2}
+    checkpoint = {"format": FORMAT, "settings": settings, "in_channels": 2, "model": network.state_dict(), "epoch": 2}
     torch.save(checkpoint | {"train_cases": PARTS["train"], "val_cases": PARTS["val"]}, run.best)
 
     run.figures.mkdir()

@@ -8,11 +8,11 @@ from brats_helpers.training.loop import fit
 from brats_helpers.training.settings import Settings
 
 SETTINGS = Settings(
-    modalities="flair,t1,t1ce,t2",
+    modalities=("flair", "t1", "t1ce", "t2"),
     encoder="tu-tf_mobilenetv3_small_minimal_100",
     encoder_weights="none",
     context_slices=0,
-    shrink=1,
+    decoder=(256, 128, 64, 32, 16),
     patch_size=0,
     epochs=3,
     minutes=0,
@@ -20,7 +20,7 @@ SETTINGS = Settings(
     slices_per_epoch=16,
     foreground=0.7,
     augment="basic",
-    class_weights="1,1,1,1",
+    class_weights=(1, 1, 1, 1),
     lr=2e-3,
     encoder_lr=1.0,
     weight_decay=0.01,
@@ -30,6 +30,7 @@ SETTINGS = Settings(
     frozen_statistics=True,
     ema=0.9,
     patience=0,
+    precision="float32",
     seed=0,
 )
 

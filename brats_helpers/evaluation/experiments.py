@@ -21,10 +21,10 @@ from brats_helpers.runs import Run
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare, interval_text
-from brats_helpers.training.checkpoint import fingerprint
+from brats_helpers.training.checkpoint import fingerprint, learnt_from
 from brats_helpers.training.loop import fit
-from brats_helpers.training.model import build_model, learnt_from, summary
-from brats_helpers.training.settings import Settings
+from brats_helpers.training.model import build_model, summary
+from brats_helpers.training.settings import Settings, shown
 
 MEAN = "mean"
 """The structure that stands for the mean of WT, TC and ET of a patient."""
@@ -127,13 +127,13 @@ def going_on_from(checkpoint: Path, base: Settings) -> Settings:
         DataError: there is no such checkpoint, or its network was shown something else than `base` shows.
     """
     known = load_network(checkpoint, device=torch.device("cpu")).settings
-    names = ("modalities", "context_slices", "patch_size", "shrink")
-    if differ := [
-        f"{name} {known[name]}, not {wanted}" for name in names if known[name] != (wanted := getattr(base, name))
-    ]:
+    names = ("modalities", "context_slices", "patch_size")
+    now = {name: getattr(base, name) for name in names}
+    differ = [f"{name} {shown(known[name])}, not {shown(now[name])}" for name in names if known[name] != now[name]]
+    if differ:
         raise DataError(
             f"{checkpoint} learnt with {'; '.join(differ)}: it would not know what it is shown here. Give one that"
-            " learnt as these experiments do; of another shrink, give them that (-p experiment_shrink)."
+            " learnt as these experiments do."
         )
     return replace(base, encoder=known["encoder"], encoder_weights=str(checkpoint))
 
@@ -210,7 +210,7 @@ def backbones(
     """
     rows = {}
     for name, settings in arms.items():
-        network = {"encoder": settings.encoder, "patch_size": settings.patch_size, "shrink": settings.shrink}
+        network = {"encoder": settings.encoder, "patch_size": settings.patch_size, "decoder": settings.decoder}
         cost = summary(build_model(**network, weights="none", in_channels=shape[0]), shape)
         dice = metrics[name]["summary"][MEAN]["dice"]
         rows[name] = {

@@ -4,7 +4,6 @@ One flow for every network: `predict` gives probabilities over the box of a prep
 asks how they came about.
 """
 
-import pickle
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,12 +27,12 @@ from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect, crop_tumour
-from brats_helpers.training.model import EARLIER_SETTINGS, build_model
+from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint
+from brats_helpers.training.model import rebuild
 from brats_helpers.training.patches import patients
 
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
-"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches. So many
-times more where they are shrunk, as each takes less than that."""
+"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
 ENOUGH_TO_CHOOSE = 200
 """Validation patients that post-processing is chosen by, at most."""
 
@@ -59,7 +58,7 @@ class Network:
     @property
     def modalities(self) -> list[str]:
         """What it needs of a patient, in the order of its channels."""
-        return self.settings["modalities"].split(",")
+        return list(self.settings["modalities"])
 
 
 def load_network(checkpoint: Path, *, device: torch.device) -> Network:
@@ -68,28 +67,17 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
     Raises:
         DataError: there is no such file, or it is no checkpoint of this suite.
     """
+    saved = read_checkpoint(checkpoint)
+    if "epoch" not in saved:
+        raise CheckpointError(f"{checkpoint} is for resuming a training, not for predicting: give best.pt beside it.")
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        settings = EARLIER_SETTINGS | saved["settings"]
-        model = build_model(
-            encoder=settings["encoder"],
-            weights="none",
-            in_channels=saved["in_channels"],
-            patch_size=settings["patch_size"],
-            shrink=settings["shrink"],
-        )
-        model.load_state_dict(saved["model"])
+        model = rebuild(saved)
         seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
-    except FileNotFoundError as error:
-        raise DataError(
-            f"no checkpoint at {checkpoint}. A run leaves its best in runs/<name>/checkpoints/best.pt."
-        ) from error
-    except (KeyError, TypeError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        hint = " It is what a training goes on from: give best.pt beside it." if checkpoint.name == "last.pt" else ""
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise DataError(f"{checkpoint} is no checkpoint of this suite to predict with ({what}).{hint}") from error
+        raise CheckpointError(f"{checkpoint} is no checkpoint to predict with ({what}).") from error
     model = model.to(device).eval()
-    return Network(model, settings, *seen, epoch)
+    return Network(model, saved["settings"], *seen, epoch)
 
 
 def load_networks(checkpoints: Sequence[Path], *, device: torch.device) -> list[Network]:
@@ -145,8 +133,7 @@ def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
     seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
-    at_once = BATCH_SIZE[device.type] * network.settings["shrink"]
-    for batch in patients([case], **seen, batch_size=at_once, workers=0, device=device):
+    for batch in patients([case], **seen, batch_size=BATCH_SIZE[device.type], workers=0, device=device):
         images = batch.images.to(device)
         y, x = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         with torch.autocast(device.type, dtype, enabled=precision != "no"):

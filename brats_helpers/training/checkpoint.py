@@ -1,6 +1,7 @@
-"""Checkpoints: written whole, resumed only where they fit."""
+"""Checkpoint files: one format, written whole or not at all."""
 
 import hashlib
+import pickle
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,11 +11,43 @@ import torch
 
 from brats_helpers.data.cache import Packed
 from brats_helpers.files import whole_file
-from brats_helpers.log import warn
-from brats_helpers.training.model import EARLIER_SETTINGS
+from brats_helpers.labels import DataError
 
-FORMAT = 2
-"""Of the checkpoints; raised when a training can no longer go on from older ones."""
+FORMAT = 3
+"""Of the checkpoints; raised when their content changes. Checkpoints of another format are refused."""
+
+
+class CheckpointError(DataError):
+    """A file is not there, or is no checkpoint that this version of the suite reads; the message says which."""
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Load a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, it is no checkpoint, or one of another format.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"no checkpoint at {path}. A run leaves its best in runs/<name>/checkpoints/best.pt."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}: {error}).") from error
+    check_format(path, saved)
+    return saved
+
+
+def check_format(path: Path | str, saved: object) -> None:
+    """Raise `CheckpointError` unless the content of the file at `path` is a checkpoint of this format."""
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise CheckpointError(f"{path} is no checkpoint of this suite.")
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version of the suite (format {saved.get('format')}; this one reads"
+            f" {FORMAT}): train again, or use that version."
+        )
 
 
 def fingerprint(cases: Sequence[Packed]) -> str:
@@ -25,24 +58,15 @@ def fingerprint(cases: Sequence[Packed]) -> str:
     return digest.hexdigest()[:16]
 
 
-def resumable(path: Path, origin: dict) -> dict | None:
-    """The checkpoint at `path` if it is of the same settings and patients; else a warning that says what differs."""
-    if not path.exists():
-        return None
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved.get("format") != FORMAT:
-        warn(f"{path} is of another version of this suite, from which a training cannot go on: starting afresh")
-        return None
-    now, then = (origin["settings"] | origin, EARLIER_SETTINGS | saved["settings"] | saved)
-    may_differ = ("settings", "minutes")
-    differ = [name for name in now if name not in may_differ and now[name] != then.get(name)]
-    if not differ:
-        return saved
-    changes = ", ".join(
-        name if name.endswith("_cases") else f"{name} {then.get(name)} then, {now[name]} now" for name in differ
-    )
-    warn(f"{path} is of another training ({changes}): starting afresh")
-    return None
+def learnt_from(weights: str) -> list[str]:
+    """IDs of the patients that a network has seen when it starts from `weights`, see `model.build_model`."""
+    if weights in ("imagenet", "none"):
+        return []
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    if "model" not in state:
+        return []
+    check_format(weights, state)
+    return state["train_cases"] + state["val_cases"]
 
 
 def versions() -> dict[str, str]:

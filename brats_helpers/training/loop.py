@@ -33,12 +33,13 @@ from brats_helpers.labels import CLASSES, REGIONS, STRUCTURES
 from brats_helpers.log import done, duration
 from brats_helpers.scoring.overlap import dice_scores
 from brats_helpers.training.augment import augment, generators, seed_of
-from brats_helpers.training.checkpoint import FORMAT, fingerprint, resumable, save_file, versions
+from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, save_file, versions
 from brats_helpers.training.dataset import BalancedSampler, Batch, make_loader
 from brats_helpers.training.losses import CrossEntropyDice
-from brats_helpers.training.model import build_model, freeze_encoder, learnt_from, train_mode
+from brats_helpers.training.model import build_model, freeze_encoder, train_mode
 from brats_helpers.training.patches import patients, samples
 from brats_helpers.training.preflight import Preflight, measure
+from brats_helpers.training.progress import resumable
 from brats_helpers.training.settings import Settings
 from brats_helpers.training.steps import fitted, gradients
 
@@ -110,9 +111,10 @@ def fit(
     if "WORLD_SIZE" not in os.environ:  # the device and the precision of an earlier training in this process
         AcceleratorState._reset_state(reset_partial_state=True)
     shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]
+    precision = {"auto": machine.choose_precision(device), "float32": "no"}.get(settings.precision, settings.precision)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=machine.choose_precision(device),
+        mixed_precision=precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True),
         # Frozen layers, and the last ones of some encoders, which a U-Net does not use.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -177,11 +179,10 @@ def fit(
         weights=settings.encoder_weights,
         in_channels=train_slices.channels,
         patch_size=settings.patch_size,
-        shrink=settings.shrink,
+        decoder=settings.decoder,
     ).to(accelerator.device)
     averaged = AveragedModel(network, multi_avg_fn=_average(settings.ema), use_buffers=True)
-    weights = [float(weight) for weight in settings.class_weights.split(",")]
-    criterion = CrossEntropyDice(class_weights=weights).to(accelerator.device)
+    criterion = CrossEntropyDice(class_weights=settings.class_weights).to(accelerator.device)
     groups = [
         {"params": network.encoder.parameters(), "share": settings.encoder_lr},
         {"params": [p for name, p in network.named_parameters() if not name.startswith("encoder.")], "share": 1.0},
@@ -193,7 +194,7 @@ def fit(
         freeze_encoder(network, share)
         train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
 
-    augmentation = {"strength": settings.augment, "modalities": len(settings.modalities.split(","))}
+    augmentation = {"strength": settings.augment, "modalities": len(settings.modalities)}
 
     # What it will cost, and how many slices fit into the memory at once, which a kind of device is asked once.
     hardware = machine.describe(accelerator.device)

@@ -66,7 +66,7 @@ class _Echo(torch.nn.Module):
 
 
 def echo(logit=30.0, trained_on=()):
-    settings = {"modalities": "flair,t1,t1ce,t2", "context_slices": 0, "patch_size": 0, "shrink": 1}
+    settings = {"modalities": ("flair", "t1", "t1ce", "t2"), "context_slices": 0, "patch_size": 0}
     return inference.Network(_Echo(logit), settings, frozenset(trained_on), frozenset(), 1)
 
 
@@ -121,7 +121,7 @@ def test_probabilities_are_averaged_over_networks(tiny_patients):
 
 def test_only_networks_of_the_same_modalities_are_averaged(checkpoint, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
-    saved["settings"]["modalities"] = "t1,flair,t1ce,t2"
+    saved["settings"]["modalities"] = ("t1", "flair", "t1ce", "t2")
     torch.save(saved, tmp_path / "other.pt")
     with pytest.raises(DataError, match="other.pt reads t1, flair, t1ce, t2, but .*best.pt flair, t1, t1ce, t2"):
         inference.load_networks([checkpoint, tmp_path / "other.pt"], device=CPU)

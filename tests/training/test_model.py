@@ -6,7 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from brats_helpers.training import model as models
-from brats_helpers.training.model import PACKAGED_ENCODER, WeightsError, build_model
+from brats_helpers.training import weights
+from brats_helpers.training.model import build_model
+from brats_helpers.training.weights import PACKAGED_ENCODER, WeightsError
 
 
 def _stored():
@@ -77,7 +79,7 @@ def test_channels_are_adapted_by_the_same_rule_as_smp(channels):
     layer = torch.nn.Conv2d(3, 8, 3)
     original = layer.weight.detach().clone()
     smp.encoders._utils.patch_first_conv(layer, channels)
-    torch.testing.assert_close(models.adapt_channels(original, channels), layer.weight.detach())
+    torch.testing.assert_close(weights.adapt_channels(original, channels), layer.weight.detach())
 
 
 def test_weights_out_of_a_file_are_loaded_and_adapted(tmp_path):
@@ -93,19 +95,9 @@ def test_weights_out_of_a_file_are_loaded_and_adapted(tmp_path):
 
 
 def test_weights_that_cannot_be_had_are_an_error_with_two_ways_out(monkeypatch):
-    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: "no network")
+    monkeypatch.setattr(models, "why_unreachable", lambda encoder: "no network")
     with pytest.raises(WeightsError, match=f"efficientnet-b0.*no network.*{PACKAGED_ENCODER}.*encoder_weights none"):
         build_model(encoder="efficientnet-b0", weights="imagenet", in_channels=4)
-
-
-def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: "no network")
-    assert models.choose_encoder("auto", "imagenet") == PACKAGED_ENCODER
-    assert "⚠️ no ImageNet weights for efficientnet-b0 (no network)" in capsys.readouterr().out
-    monkeypatch.setattr(models, "_why_unreachable", lambda encoder: None)
-    assert models.choose_encoder("auto", "imagenet") == "efficientnet-b0"
-    assert models.choose_encoder("resnet18", "imagenet") == "resnet18"
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name, nearest", [("resnet81", "resnet18"), ("tu-nothing", "timm")])
@@ -114,43 +106,15 @@ def test_an_unknown_encoder_is_refused_with_the_nearest(name, nearest):
         build_model(encoder=name, weights="none", in_channels=4)
 
 
-def test_a_shrunk_network_has_the_weights_of_the_whole_one_and_answers_at_full_size():
-    torch.manual_seed(0)
-    whole = build_model(encoder="resnet18", weights="none", in_channels=2).eval()
-    shrunk = build_model(encoder="resnet18", weights="none", in_channels=2, shrink=2).eval()
-    shrunk.load_state_dict(whole.state_dict())
-    image = torch.randn(1, 2, 128, 64, generator=torch.Generator().manual_seed(0))
-    small = image.unflatten(2, (64, 2)).unflatten(4, (32, 2)).mean(dim=(3, 5))
-    with torch.no_grad():
-        expected = F.interpolate(whole(small), size=(128, 64), mode="bilinear")
-        torch.testing.assert_close(shrunk(image), expected, rtol=1e-4, atol=1e-4)
-        assert (shrunk(image) - whole(image)).abs().max() > 0.01
-    cost = [models.summary(network, (2, 128, 64))["multiply_adds"] for network in (whole, shrunk)]
-    assert cost[1] == cost[0] / 4
-
-
-@pytest.mark.parametrize("shrink", [2, 4, 8])
-def test_a_shrunk_network_sees_a_point_where_it_is_whatever_the_sides(shrink):
-    """96 and 32 are no multiples of 32 once shrunk, so there is padding to be cut off again."""
-    model = build_model(encoder="resnet18", weights="none", in_channels=1, shrink=shrink).eval()
-    seen = []
-    model.decoder.register_forward_hook(lambda *call: seen.append(call[2]))
-    assert model(torch.zeros(1, 1, 96, 32)).shape == (1, 4, 96, 32)
-    assert seen[0].shape[-2:] == (64 if shrink == 2 else 32, 32)
-    model.encoder.forward = lambda images: [images]  # what comes in goes out, so that places can be compared
-    model.decoder.forward = lambda features: features[0]
-    model.segmentation_head = torch.nn.Identity()
-    image = torch.zeros(1, 1, 96, 32)
-    image[..., 64 : 64 + 2 * shrink, 8 : 8 + 2 * shrink] = 1
-    answer = model(image)[0, 0]
-    rows, columns = (answer > 0.5).nonzero(as_tuple=True)
-    assert rows.float().mean() == 64 + shrink - 0.5 and columns.float().mean() == 8 + shrink - 0.5
-
-
-@pytest.mark.parametrize("shrink", [0, 3, 16])
-def test_another_shrink_is_refused(shrink):
-    with pytest.raises(ValueError, match=f"shrink {shrink}: expected 1, 2, 4 or 8"):
-        build_model(encoder="resnet18", weights="none", in_channels=2, shrink=shrink)
+def test_a_leaner_decoder_has_half_the_multiply_adds():
+    lean, wide = (
+        models.summary(
+            build_model(encoder=PACKAGED_ENCODER, weights="none", in_channels=4, decoder=decoder), (4, 192, 160)
+        )
+        for decoder in ((128, 64, 32, 16, 16), models.DECODER)
+    )
+    assert lean["encoder_parameters"] == wide["encoder_parameters"]
+    assert 0.4 < lean["multiply_adds"] / wide["multiply_adds"] < 0.6
 
 
 def test_a_frozen_encoder_does_not_move_statistics_included():

@@ -25,7 +25,13 @@ from tests.tiny_training import HOW, SETTINGS
 
 CPU = torch.device("cpu")
 CUBES = dataclasses.replace(
-    SETTINGS, encoder="monai-unet", patch_size=32, batch_size=2, slices_per_epoch=4, epochs=2, modalities="flair,t1ce"
+    SETTINGS,
+    encoder="monai-unet",
+    patch_size=32,
+    batch_size=2,
+    slices_per_epoch=4,
+    epochs=2,
+    modalities=("flair", "t1ce"),
 )
 
 
@@ -176,7 +182,7 @@ def test_validation_gives_the_score_of_the_whole_predicted_volume(prepared):
 
 
 def test_the_verb_predicts_into_the_patients_geometry_with_either_kind_or_both(trained, tiny_patients, tmp_path):
-    flat = dataclasses.replace(SETTINGS, modalities="flair,t1ce", epochs=1)
+    flat = dataclasses.replace(SETTINGS, modalities=("flair", "t1ce"), epochs=1)
     packed = [pack(case) for case in find_cases(tiny_patients, ["flair", "t1ce"])]
     fit(flat, packed[:3], packed[3:], tmp_path, **HOW)
     cubes, slices = trained[0] / "checkpoints" / "best.pt", tmp_path / "checkpoints" / "best.pt"

@@ -16,7 +16,7 @@ _CLOSE, _FAR = 1.25, 2.0  # factors between a measurement and its estimate
 @line("input-channels", MODEL, "The number of input channels is modalities times slices")
 def _inputs(facts: RunFacts) -> tuple[Mark, str]:
     settings, channels = facts.checkpoint["settings"], facts.checkpoint["in_channels"]
-    modalities, slices = len(settings["modalities"].split(",")), 2 * settings["context_slices"] + 1
+    modalities, slices = len(settings["modalities"]), 2 * settings["context_slices"] + 1
     evidence = f"best.pt: {modalities} modalities, {slices} slice{'s' * (slices > 1)} at a time, {channels} channels"
     return mark(channels == modalities * slices), evidence
 
@@ -28,7 +28,7 @@ def _outputs(facts: RunFacts) -> tuple[Mark, str]:
     from brats_helpers.training.model import build_model
 
     saved, settings = facts.checkpoint, facts.checkpoint["settings"]
-    named = {name: settings[name] for name in ("encoder", "patch_size")}
+    named = {name: settings[name] for name in ("encoder", "patch_size", "decoder")}
     with torch.device("meta"):  # shapes alone
         network = build_model(**named, weights="none", in_channels=saved["in_channels"])
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -54,7 +54,8 @@ def _imagenet(facts: RunFacts) -> tuple[Mark, str]:
 
     import torch
 
-    from brats_helpers.training.model import WeightsError, build_model
+    from brats_helpers.training.model import build_model
+    from brats_helpers.training.weights import WeightsError
 
     try:
         network = build_model(encoder=settings["encoder"], weights="imagenet", in_channels=saved["in_channels"])

