@@ -7,7 +7,7 @@ what it is made from, so that a case made from other files is never taken for it
     images.npy   float16 (slices, modalities, height, width): one slice with all its modalities,
                  and its neighbours, is one contiguous read
     labels.npy   uint8 (slices, height, width), class indices; absent without a segmentation
-    case.json    where the box lies in the volume, voxels per slice and class
+    case.json    where the box lies in the volume, voxels per slice and class, each slice's own box
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from brats_helpers.data.nifti import read_image, read_seg, same_affine
 from brats_helpers.files import part_folder, sweep
 from brats_helpers.labels import CLASSES, DataError
 
-_FORMAT = 2  # raise it when the files' meaning changes: older ones are then made anew
+_FORMAT = 3  # raise it when the files' meaning changes: older ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Packed:
         origin: where the box begins in the volume, (z, y, x).
         shape: the whole volume, (X, Y, Z).
         counts: int64 (slices, 4), voxels of each class per slice; background counts brain voxels only.
+        boxes: int64 (slices, 4), first and end row, first and end column of each slice's brain; 0 where it has none.
     """
 
     id: str
@@ -50,6 +51,11 @@ class Packed:
     origin: tuple[int, int, int]
     shape: tuple[int, int, int]
     counts: np.ndarray
+    boxes: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.boxes is None:
+            object.__setattr__(self, "boxes", slice_boxes(self.brain))
 
     @property
     def brain(self) -> np.ndarray:
@@ -143,7 +149,7 @@ def pack(case: Case) -> Packed:
         brain |= crop != 0
     labels = None if mask is None else np.ascontiguousarray(mask.T[box])
     counts = count_classes(np.zeros_like(brain) if labels is None else labels, brain)
-    return Packed(case.id, images.numpy(), labels, tuple(side.start for side in box), shape, counts)
+    return Packed(case.id, images.numpy(), labels, tuple(side.start for side in box), shape, counts, slice_boxes(brain))
 
 
 def count_classes(labels: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -159,6 +165,23 @@ def count_classes(labels: np.ndarray, brain: np.ndarray) -> np.ndarray:
     masks = [brain & (labels == 0), *(labels == index for index in range(1, len(CLASSES)))]
     # On a plane of bytes numpy counts at the memory's speed, along axes of a volume far slower.
     return np.array([[np.count_nonzero(plane) for plane in mask] for mask in masks], np.int64).T
+
+
+def slice_boxes(brain: np.ndarray) -> np.ndarray:
+    """Find the bounding box of each slice.
+
+    Args:
+        brain: bool (slices, height, width).
+
+    Returns:
+        int64 (slices, 4): first row, end row, first column, end column; all 0 where a slice holds nothing.
+    """
+    sides = []
+    for axis in (2, 1):
+        used = brain.any(axis=axis)
+        first, last = used.argmax(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1)
+        sides += [first, np.where(used.any(axis=1), last, 0)]
+    return np.stack(sides, axis=1)
 
 
 def _bounds(volumes: list[np.ndarray]) -> tuple[slice, slice, slice] | None:
@@ -211,6 +234,7 @@ def load(folder: Path) -> Packed:
         tuple(facts["origin"]),
         tuple(facts["shape"]),
         np.array(facts["counts"], np.int64),
+        np.array(facts["boxes"], np.int64),
     )
 
 
@@ -279,6 +303,7 @@ def _save(packed: Packed, folder: Path) -> None:
         "origin": packed.origin,
         "shape": packed.shape,
         "counts": packed.counts.tolist(),
+        "boxes": packed.boxes.tolist(),
     }
     (folder / "case.json").write_text(json.dumps(facts))
 

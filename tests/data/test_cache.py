@@ -85,6 +85,17 @@ def data(tiny_patients, tmp_path):
     return shutil.copytree(tiny_patients, tmp_path / "data")
 
 
+def test_each_slice_has_its_own_box_of_brain(tmp_path):
+    """Two voxels in slice 0 span 2 columns and 3 rows of the patient's box; slice 1 holds tumour outside the brain."""
+    flair, labels = np.zeros((9, 8, 3), np.int16), np.zeros((9, 8, 3), np.uint8)
+    flair[3, 2, 0] = flair[4, 4, 0] = 7
+    flair[:, :, 2] = 5  # the patient's box is the whole plane
+    labels[1, 1, 1] = 2
+    case = _case(tmp_path, {"flair": flair, "t1ce": flair}, labels)
+    (packed,) = cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)
+    assert packed.boxes.tolist() == [[2, 5, 3, 5], [0, 0, 0, 0], [0, 8, 0, 9]]
+
+
 def test_a_prepared_case_is_used_again_until_a_file_changes(data, tmp_path):
     cases = find_cases(data)
     place = tmp_path / "cache"
