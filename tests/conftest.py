@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brats_helpers.data import kaggle as kaggle_data
 from brats_helpers.data import sources
 from brats_helpers.labels import MODALITIES
 from tests.kaggle_server import PORT, TOKEN, FakeKaggle, serve
@@ -83,8 +84,8 @@ def machine(tmp_path, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "localhost,127.0.0.1")
     monkeypatch.setattr(sources, "MOUNT", tmp_path / "input")
-    monkeypatch.setattr(sources, "_PAUSE_S", 0.1)
-    small = {short: replace(one, unpacked_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
+    monkeypatch.setattr(kaggle_data, "_PAUSE_S", 0.1)
+    small = {short: replace(one, disk_bytes=0) for short, one in sources.KAGGLE_SETS.items()}
     monkeypatch.setattr(sources, "KAGGLE_SETS", small)
 
 

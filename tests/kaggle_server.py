@@ -1,14 +1,38 @@
-"""Kaggle on loopback, as far as its own clients need it: they go to port 7777 when KAGGLE_API_ENVIRONMENT is TEST."""
+"""Kaggle on loopback for its real clients, which use port 7777 if KAGGLE_API_ENVIRONMENT is TEST; archives to serve."""
 
 import contextlib
+import io
 import json
+import sys
+import tarfile
 import threading
+import zipfile
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PORT = 7777
 TOKEN = "KGAT_never-to-be-seen-4711"
 ETAG = '"version-1"'
+
+
+def pack_zip(files: dict[str, bytes]) -> bytes:
+    """A zip of files by name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def pack_tar(files: dict[str, bytes]) -> bytes:
+    """A tar of files by name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 @dataclass
@@ -19,12 +43,12 @@ class FakeKaggle:
         archive: the zip it serves.
         status: answer to a request for the data set: 200, or an error.
         cuts: for each of the next GET requests, after how many bytes the connection breaks.
-        stall_after: after how many bytes of the archive the server falls silent.
+        stall_after: after how many bytes of a response to GET the server falls silent.
         silent: accept connections and never answer.
-        token_status: answer to the question whether a token is good.
+        token_status: answer to the question whether a token is valid.
         pushed: the notebooks that were pushed, as their requests said.
         push_answer: answer to a push.
-        states: status of the pushed notebook, one for each question, the last one for good; a number is an HTTP error.
+        states: status of the pushed notebook, one per question, the last one forever; a number is an HTTP error.
         outputs: the files that the notebook leaves, by name; listed three a page.
         output_log: its log.
         requests: (method, path, Range header, Authorization header), as they came.
@@ -52,7 +76,7 @@ class FakeKaggle:
 
 
 def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
-    """Start serving in a thread; raise `OSError` if the port is taken. `shutdown()` and `server_close()` end it."""
+    """Start serving in a thread; raise `OSError` if the port is taken. End it by `shutdown()` and `server_close()`."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -139,7 +163,9 @@ def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
             self.send_header("ETag", ETAG)
             self.end_headers()
             cut = fake.cuts.pop(0) if fake.cuts else fake.stall_after
-            with contextlib.suppress(ConnectionError):  # a client that resumes lets go of the whole that it asked first
+            with contextlib.suppress(
+                ConnectionError
+            ):  # a client that resumes drops its first request, which was for the whole
                 self.wfile.write(body[:cut])
                 if fake.stall_after is not None:
                     released.wait(30)
@@ -149,6 +175,10 @@ def serve(fake: FakeKaggle) -> ThreadingHTTPServer:
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+
+        def handle_error(self, *client):
+            if not isinstance(sys.exception(), ConnectionError):  # a client that gives up is no fault of the server
+                super().handle_error(*client)
 
         def server_close(self):
             released.set()

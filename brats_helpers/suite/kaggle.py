@@ -1,27 +1,27 @@
-"""`./run_all.sh --on kaggle`: the suite as a private notebook on Kaggle's GPUs, and what it leaves brought back.
+"""`./run_all.sh --on kaggle`: run the suite as a private notebook on Kaggle's GPUs and fetch the results.
 
-The notebook carries the whole suite in its first cell: nothing but it is uploaded, and the data set is attached.
-Kaggle's client authenticates when imported and waits without a time limit, so every call is a child process with one.
-A run goes on without this machine: `runs/NAME/pushed.json` says what was pushed, and the same command fetches it.
+The notebook carries the whole suite in its first cell. Nothing else is uploaded; the data set is attached. A run goes
+on without this machine: `runs/NAME/pushed.json` says what was pushed, and the same command fetches its results.
 """
 
 import base64
 import hashlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from brats_helpers.data.sources import KAGGLE_SETS, credentials, kaggle_api
+from brats_helpers.data.kaggle import broke_off, credentials, kaggle_api, status_of, tamed
+from brats_helpers.data.sources import KAGGLE_SETS
 from brats_helpers.files import write_json
 from brats_helpers.log import done, duration, fail, warn
 from brats_helpers.runs import Run
@@ -32,21 +32,20 @@ CARRIED = (
     "setup_env.sh",
     "pyproject.toml",
     "requirements.txt",
-    "brats_helpers/*.py",
-    "brats_helpers/pages/*",
+    "brats_helpers/**/*.py",
+    "brats_helpers/report/pages/*",
     "notebooks/*.ipynb",
     "profiles/*.yaml",
 )
 """What of the checkout goes to Kaggle."""
 _MOST_BYTES = 1 << 20  # of a notebook on Kaggle
 _POLL_S = 20
-_CALL_S = 120  # for one answer of Kaggle
-_FETCH_S = 3600  # for the files of a run
 _PATIENCE_S = 1800  # without an answer while the run goes on there
+_LATER = "The same command waits for it and fetches what it leaves."
 
 
 class KaggleError(Exception):
-    """Kaggle did not do what was asked; the message says why and what to do."""
+    """Kaggle refused; the message says why and what to do."""
 
 
 class NoAnswer(KaggleError):
@@ -54,7 +53,7 @@ class NoAnswer(KaggleError):
 
 
 def run_on_kaggle(plan: Plan) -> int:
-    """Push `plan` to Kaggle unless that was done before, wait for it, fetch its files. Returns the exit code."""
+    """Push `plan` to Kaggle unless an earlier call did, wait for the run, and fetch its files. Return the exit code."""
     try:
         return _run(plan)
     except KaggleError as error:
@@ -74,23 +73,18 @@ def _run(plan: Plan) -> int:
         raise KaggleError(f"the suite makes a notebook of {len(text):,} bytes; Kaggle takes {_MOST_BYTES:,}.")
     key = hashlib.sha256((text + json.dumps(metadata)).encode()).hexdigest()[:16]
     record = plan.folder / "pushed.json"
-    pushed = json.loads(record.read_text()) if record.exists() else {}
-    if pushed.get("key") != key or pushed["fetched"]:
-        metadata["id"] = f"{_call('whoami', seconds=_CALL_S)}/{metadata['id']}"
+    pushed = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    if pushed.get("key") == key and not pushed["fetched"]:
+        done(f"pushed before: {pushed['url']}")
+    else:
+        with _asking("whoami") as api:
+            metadata["id"] = f"{api.config_values['username']}/{metadata['id']}"
         if not _agreed(plan, metadata, files, len(text)):
             warn("nothing was uploaded")
             return 2
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "suite.ipynb").write_text(text)
-            Path(folder, "kernel-metadata.json").write_text(json.dumps(metadata))
-            answer = _call("push", folder, seconds=_CALL_S)
-        if answer["error"]:
-            raise KaggleError(f"Kaggle did not take the notebook: {answer['error']}")
-        pushed = {"key": key, "kernel": metadata["id"], "url": answer["url"], "fetched": False}
+        pushed = {"key": key, "kernel": metadata["id"], "url": _push(metadata, text), "fetched": False}
         write_json(record, pushed)
         done(f"pushed: {pushed['url']}; it runs there without this machine")
-    else:
-        done(f"pushed before: {pushed['url']}")
     run = Run(plan.folder)
     status, message = _wait(pushed)
     log = _fetch(run, pushed["kernel"])
@@ -106,8 +100,21 @@ def _run(plan: Plan) -> int:
     return 0
 
 
+def _push(metadata: dict, text: str) -> str:
+    """Upload the notebook, which starts it, and return its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "suite.ipynb").write_text(text, "utf-8")
+        Path(folder, "kernel-metadata.json").write_text(json.dumps(metadata), "utf-8")
+        with _asking("push") as api:
+            answer = api.kernels_push(folder)
+    refused = ", ".join(answer.invalid_dataset_sources or [])
+    if answer.error or refused:
+        raise KaggleError(f"Kaggle did not take the notebook: {answer.error or f'it has no data set {refused}'}")
+    return answer.url
+
+
 def _metadata(plan: Plan) -> dict:
-    """kernel-metadata.json, but for the account in its id."""
+    """The content of kernel-metadata.json, with an `id` that lacks the account."""
     data = plan.values["00_setup"]["data"]
     title = f"brats {plan.folder.name}"
     short = next(iter(KAGGLE_SETS)) if data == "kaggle" else data
@@ -130,7 +137,7 @@ def _carried(root: Path) -> list[Path]:
 
 
 def _notebook(plan: Plan, files: list[Path]) -> dict:
-    """A notebook that unpacks the suite, runs it, and fails where it fails. The same suite gives the same bytes."""
+    """A notebook that unpacks the suite, runs it, and fails if it fails. The same suite gives the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
         for path in files:
@@ -170,13 +177,14 @@ def _agreed(plan: Plan, metadata: dict, files: list[Path], size: int) -> bool:
 
 
 def _wait(pushed: dict) -> tuple[str, str]:
-    """Wait until the run has ended; its status and Kaggle's message."""
+    """Wait until the run has ended; return its status and Kaggle's message."""
     start = answered = time.monotonic()
     shown, said = "", start
     while True:
         try:
-            answer = _call("status", pushed["kernel"], seconds=_CALL_S)
-            status, answered = answer["status"], time.monotonic()
+            with _asking("status") as api:
+                answer = api.kernels_status(pushed["kernel"])
+            status, answered = answer.status.name, time.monotonic()
         except NoAnswer as error:
             if time.monotonic() - answered > _PATIENCE_S:
                 raise KaggleError(f"{error} The run goes on: {pushed['url']}. {_LATER}") from error
@@ -193,11 +201,8 @@ def _wait(pushed: dict) -> tuple[str, str]:
         shown = status
         if status in ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED"):
             print(end="\n" if sys.stdout.isatty() else "", flush=True)
-            return status, answer["message"]
+            return status, answer.failure_message
         time.sleep(_POLL_S)
-
-
-_LATER = "The same command waits for it and fetches what it leaves."
 
 
 def _fetch(run: Run, kernel: str) -> str:
@@ -205,7 +210,8 @@ def _fetch(run: Run, kernel: str) -> str:
     arriving = run.folder / ".kaggle"
     for attempt in range(5):
         try:
-            _call("output", kernel, str(arriving), seconds=_FETCH_S)
+            with _asking("output") as api:
+                api.kernels_output(kernel, str(arriving))
             break
         except NoAnswer as error:
             if attempt == 4:
@@ -228,70 +234,26 @@ def _words(log: str) -> str:
         return log
 
 
-def _call(what: str, *arguments: str, seconds: float):
-    """Ask Kaggle's client, in a child process, and return its answer.
+@contextmanager
+def _asking(what: str) -> Iterator:
+    """Kaggle's client for one request, named `what` in messages.
 
     Raises:
-        NoAnswer: the connection broke, or nothing came in `seconds`.
-        KaggleError: refused.
+        NoAnswer: the connection broke, or Kaggle is busy.
+        KaggleError: refused, or the client failed.
     """
-    code = "import sys; from brats_helpers.kaggle_run import _child; _child(*sys.argv[1:])"
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
-        command = [sys.executable, "-c", code, str(answer), what, *arguments]
-        try:
-            subprocess.run(
-                command,
-                env=environ,
-                timeout=seconds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        except subprocess.TimeoutExpired:
-            raise NoAnswer(f"no answer from Kaggle for {duration(seconds)}.") from None
-        facts = json.loads(answer.read_text()) if answer.exists() else {"end": "without a word"}
-    if "result" in facts:
-        return facts["result"]
-    status = facts.get("status")
-    if status in (401, 403):
-        raise KaggleError(
-            f"Kaggle did not accept the credentials in {credentials() or 'this account'} ({status}). Make a new token"
-            " at https://www.kaggle.com/settings and put it there."
-        )
-    if facts.get("end") == "cut" or status == 429 or (status or 0) >= 500:
-        raise NoAnswer(f"no answer from Kaggle ({status or 'the connection broke'}).")
-    raise KaggleError(f"Kaggle's client failed to {what} ({status or facts['end']}).")
-
-
-def _child(answer: str, what: str, *arguments: str) -> None:
-    """In the child process: write `result`, or `status` (HTTP), or `end` (cut, or the name of an exception)."""
-    import requests
-
     try:
-        facts = {"result": _ask(kaggle_api(), what, *arguments)}
-    except requests.HTTPError as error:
-        facts = {"status": error.response.status_code}
-    except (requests.RequestException, TimeoutError, ConnectionError):
-        facts = {"end": "cut"}
-    except SystemExit:
-        facts = {"status": 401}  # how the client ends when it can use none of the credentials
-    except Exception as error:
-        response = getattr(error.__context__, "response", None)  # the client words some refusals as ValueError
-        facts = {"end": type(error).__name__} if response is None else {"status": response.status_code}
-    write_json(Path(answer), facts)
-
-
-def _ask(api, what: str, *arguments: str):
-    if what == "whoami":
-        return api.config_values["username"]
-    if what == "push":
-        answer = api.kernels_push(*arguments)
-        refused = answer.invalid_dataset_sources or []
-        error = answer.error or (f"it has no data set {', '.join(refused)}" if refused else "")
-        return {"error": error, "url": answer.url}
-    if what == "status":
-        answer = api.kernels_status(*arguments)
-        return {"status": answer.status.name, "message": answer.failure_message}
-    return api.kernels_output(*arguments)[0]
+        with tamed():
+            yield kaggle_api()
+    except ImportError:
+        raise KaggleError("--on kaggle needs the package kaggle: pip install kaggle") from None
+    except (Exception, SystemExit) as error:
+        status = status_of(error)
+        if status in (401, 403):
+            raise KaggleError(
+                f"Kaggle did not accept the credentials in {credentials() or 'this account'} ({status}). Make a new"
+                " token at https://www.kaggle.com/settings and put it there."
+            ) from None
+        if broke_off(error):
+            raise NoAnswer(f"no answer from Kaggle ({status or 'the connection broke'}).") from None
+        raise KaggleError(f"Kaggle's client failed to {what} ({status or type(error).__name__}).") from None

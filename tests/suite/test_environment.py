@@ -20,9 +20,9 @@ TAKEN = ("brats_helpers", "__editable__", "brats-helpers")
 THEN = """
 import importlib.util, json
 import brats_helpers, brats_helpers.suite  # in the same process: no restart
-from brats_helpers import sources
+from brats_helpers.data import kaggle
 torch = importlib.util.find_spec("torch").origin
-print(json.dumps({"from": brats_helpers.__file__, "torch": torch, "clients": sources._clients()}))
+print(json.dumps({"from": brats_helpers.__file__, "torch": torch, "clients": kaggle.clients()}))
 """
 
 
