@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
 from brats_helpers.labels import MODALITIES, DataError, check_modalities
 
 # File names end in one of these; BraTS 2023 renamed the modalities.
@@ -71,7 +72,7 @@ class Survey:
         modalities: what every patient is expected to have.
         cases: all patients, sorted by ID, with those of `modalities` that they have.
         findings: by case ID; under the empty ID what belongs to no patient.
-        tables: CSV files.
+        tables: CSV and Excel files.
     """
 
     root: Path
@@ -245,7 +246,7 @@ def _scan(root: Path) -> Survey:
         if _is_stray(path.name):
             message = "Left by an operating system or a broken-off copy; it is not used."
             scan._add("", "stray-file", "note", path, message)
-        elif path.name.lower().endswith(".csv"):
+        elif path.name.lower().endswith(TABLE_ENDINGS):
             scan.tables.append(path)
         elif path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
             case_id, _, kind = recognise(path)

@@ -1,34 +1,55 @@
-"""Train, validation and test by patient, never by slice."""
+"""Train, validation and test by person, never by slice."""
 
 import hashlib
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case
-from brats_helpers.files import write_json
+from brats_helpers.data.published import is_published, named_in, read_published
+from brats_helpers.files import read_json, write_json
 from brats_helpers.labels import CLASSES, DataError
 
 PARTS = ("train", "val", "test")
 ENHANCING = CLASSES.index("ET")
+_PUBLISHED_VAL = 0.1
+"""Share of the training patients of a published split that choose the epoch."""
 
 
-def pick_cases(cases: Sequence[Case], *, split: str, seed: int) -> list[Case]:
-    """The patients that a run takes, sorted by ID: all of them, or as many as a `split` by counts asks for.
+def pick_cases(cases: Sequence[Case], *, split: str, seed: int, unusable: Collection[str] = ()) -> list[Case]:
+    """Choose the patients of a run: all, or as many as a `split` by counts asks for, or those of a published split.
 
-    With counts, labelled patients are drawn at random, and of the unlabelled as many as test has.
+    With counts, labelled patients are drawn at random, and as many unlabelled ones as the test part has.
+
+    Args:
+        cases: the patients there are.
+        split: see `split_cases`.
+        seed: the same seed and patients give the same choice.
+        unusable: IDs of patients that others take the place of.
+
+    Returns:
+        The patients sorted by ID.
+
+    Raises:
+        DataError: a published split cannot be read.
+        ValueError: see `split_cases`.
     """
+    ordered = sorted(cases, key=lambda case: case.id)
+    usable = [case for case in ordered if case.id not in unusable]
+    if is_published(split):
+        named = named_in(read_published(split)[0])
+        return [case for case in usable if case.id in named or not case.seg]
     wanted = _parse(split)
     if wanted[0] < 1:
-        return sorted(cases, key=lambda case: case.id)
+        return usable
     draw = random.Random(seed)
     picked = []
     for labelled, n in ((True, sum(wanted)), (False, wanted[2])):
-        pool = sorted((case for case in cases if bool(case.seg) == labelled), key=lambda case: case.id)
-        picked += draw.sample(pool, min(int(n), len(pool)))
+        pool = [case for case in ordered if bool(case.seg) == labelled]
+        drawn = [case for case in draw.sample(pool, len(pool)) if case.id not in unusable]
+        picked += drawn[: int(n)]
     return sorted(picked, key=lambda case: case.id)
 
 
@@ -40,29 +61,33 @@ def split_cases(
     grades: Mapping[str, str | None] | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """Share labelled patients out among train, val and test, each part alike in what is hard to find.
+    """Split labelled patients into train, val and test, with a similar mix of patients in each part.
 
-    The patients are ranked by grade, then by enhancing tumour (absent or present), then by tumour volume, and
-    val and test take theirs at even distances along that ranking, from a random start.
+    The patients are ranked by grade, by whether they have enhancing tumour, and by tumour volume. Val and test are
+    taken at even distances along that ranking, from a random start.
 
     Args:
         cases: the prepared cases of labelled patients, each once.
-        split: three numbers whose proportions count, such as `0.8,0.1,0.1` or `10,2,2`.
+        split: three numbers in proportion, such as `0.8,0.1,0.1` or `10,2,2`; or a published split, see
+            `published.read_published`, of which one fold is taken.
         seed: the same seed and patients give the same parts, in whatever order they come.
         grades: HGG or LGG by ID, where known.
-        groups: by ID; those with the same group, such as two names of one scan, land in one part.
+        groups: the person by ID. All cases of one person land in one part.
 
     Returns:
         `{"train": [...], "val": [...], "test": [...]}`, IDs sorted, disjoint, none empty.
 
     Raises:
-        DataError: fewer than three patients, or groups of them.
-        ValueError: `split` is no such triple.
+        DataError: fewer than three persons; or a published split has one person in two parts.
+        ValueError: `split` is neither three numbers nor the name of a `.json` file.
     """
+    if is_published(split):
+        folds, chosen = read_published(split)
+        return _published_parts(cases, split, folds[chosen], seed=seed, grades=grades, groups=groups)
     wanted = _parse(split)
     draw = random.Random(seed)
-    ranked = _rank(cases, draw, grades=grades or {}, groups=groups or {})
-    _need(len(PARTS), ranked, "at least one each for train, val and test is needed")
+    ranked = _rank(cases, draw, grades=grades, groups=groups)
+    _need(len(PARTS), ranked, "train, val and test need at least one each")
     n_val, n_test = (max(1, round(len(ranked) * number / sum(wanted))) for number in wanted[1:])
     while n_val + n_test >= len(ranked):  # a tiny set: training keeps at least one
         n_val, n_test = (n_val - 1, n_test) if n_val > n_test else (n_val, n_test - 1)
@@ -80,26 +105,32 @@ def fold_cases(
     grades: Mapping[str, str | None] | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> list[dict[str, list[str]]]:
-    """Share labelled patients out for a cross-validation, as `split_cases` does for one training.
+    """Split labelled patients for a cross-validation, in the manner of `split_cases`.
 
-    Each patient is tested in one fold; those that a fold does not test are its train and val, in the proportion of
-    `split`. Of each run of `folds` neighbours in the ranking every fold tests one.
+    Every patient is a test patient of one fold. The others of a fold are its train and val, in the proportion of
+    `split`. Each block of `folds` consecutive patients in the ranking gives one test patient to every fold.
 
     Args:
-        folds: how many, two or more; the rest as for `split_cases`.
+        folds: two or more; as many as the file has if `split` is a published split. The rest as for `split_cases`.
 
     Returns:
         For each fold what `split_cases` returns.
 
     Raises:
-        DataError: fewer patients, or groups of them, than folds; four for two folds.
-        ValueError: `folds` is below two, or `split` is no such triple.
+        DataError: fewer persons than folds (fewer than four for two folds), or see `split_cases`.
+        ValueError: `folds` is below two, or see `split_cases`.
     """
     if folds < 2:
         raise ValueError(f"folds {folds}: expected two or more.")
+    if is_published(split):
+        published, _ = read_published(split)
+        if len(published) != folds:
+            raise DataError(f"{split} has {len(published)} folds, not {folds}; expected --folds {len(published)}.")
+        how = {"seed": seed, "grades": grades, "groups": groups}
+        return [_published_parts(cases, split, fold, **how) for fold in published]
     train_share, val_share, _ = _parse(split)
     draw = random.Random(seed)
-    ranked = _rank(cases, draw, grades=grades or {}, groups=groups or {})
+    ranked = _rank(cases, draw, grades=grades, groups=groups)
     least = 4 if folds == 2 else folds
     _need(least, ranked, f"each of {folds} folds needs one to test and two others to train and choose by")
     tested_in = [fold for _ in range(0, len(ranked), folds) for fold in draw.sample(range(folds), folds)]
@@ -113,10 +144,42 @@ def fold_cases(
     return parts
 
 
+def _published_parts(
+    cases: Sequence[Packed],
+    split: str,
+    fold: Mapping[str, Sequence[str]],
+    *,
+    seed: int,
+    grades: Mapping[str, str | None] | None,
+    groups: Mapping[str, str] | None,
+) -> dict[str, list[str]]:
+    """The parts of a published fold that `cases` belong to; val is drawn from train unless the file has one."""
+    there = {case.id for case in cases}
+    parts = {name: sorted(there.intersection(ids)) for name, ids in fold.items()}
+    if "val" not in parts:
+        draw = random.Random(seed)
+        train = set(parts["train"])
+        pool = [case for case in cases if case.id in train]
+        ranked = _rank(pool, draw, grades=grades, groups=groups)
+        if len(ranked) > 1:
+            val, train = _spread_out(ranked, max(1, round(len(ranked) * _PUBLISHED_VAL)), draw)
+            parts |= {"val": sorted(sum(val, [])), "train": sorted(sum(train, []))}
+    try:
+        check_disjoint(parts, groups or {})
+    except DataError as error:
+        raise DataError(f"{split} cannot be used here: {error}") from error
+    return {name: parts[name] for name in PARTS}
+
+
 def _rank(
-    cases: Sequence[Packed], draw: random.Random, *, grades: Mapping[str, str | None], groups: Mapping[str, str]
+    cases: Sequence[Packed],
+    draw: random.Random,
+    *,
+    grades: Mapping[str, str | None] | None,
+    groups: Mapping[str, str] | None,
 ) -> list[list[str]]:
-    """Groups of IDs by the grade, the enhancing tumour and the volume of their first; equals in random order."""
+    """IDs by person, ranked by grade, enhancing tumour and volume of the first case; ties in random order."""
+    grades, groups = grades or {}, groups or {}
     together: dict[str, list[Packed]] = {}
     for case in sorted(cases, key=lambda case: case.id):
         together.setdefault(groups.get(case.id, case.id), []).append(case)
@@ -132,8 +195,8 @@ def _rarity(case: Packed, grade: str | None) -> tuple:
 def _need(n: int, ranked: list[list[str]], why: str) -> None:
     if len(ranked) < n:
         there = sum(map(len, ranked))
-        distinct = f", {len(ranked)} of them different" if len(ranked) < there else ""
-        raise DataError(f"{there} labelled patient{'s' * (there != 1)}{distinct}: {why}, so {n} or more.")
+        persons = f" of {len(ranked)} persons" if len(ranked) < there else ""
+        raise DataError(f"{there} labelled patient{'s' * (there != 1)}{persons}: {why}, so {n} or more.")
 
 
 def _parts(*parts: list[list[str]]) -> dict[str, list[str]]:
@@ -141,7 +204,7 @@ def _parts(*parts: list[list[str]]) -> dict[str, list[str]]:
 
 
 def _spread_out(ranked: list[list[str]], n: int, draw: random.Random) -> tuple[list[list[str]], list[list[str]]]:
-    """`n` of a ranking at even distances, from a random start; and the rest, still in order."""
+    """Take `n` of a ranking at even distances from a random start; return these and the rest, both in order."""
     start = draw.random()
     taken = {int((k + start) * len(ranked) / n) for k in range(n)}
     return [ranked[k] for k in sorted(taken)], [group for k, group in enumerate(ranked) if k not in taken]
@@ -153,24 +216,34 @@ def _parse(split: str) -> list[float]:
     except ValueError:
         numbers = []
     if len(numbers) != len(PARTS) or min(numbers) <= 0 or len({number >= 1 for number in numbers}) > 1:
-        raise ValueError(f"split {split!r}: expected three shares such as 0.8,0.1,0.1 or three counts such as 10,2,2.")
+        raise ValueError(
+            f"split {split!r}: expected three shares such as 0.8,0.1,0.1, three counts such as 10,2,2, or a published"
+            " split such as splits_final.json."
+        )
     if numbers[0] >= 1 and any(number != int(number) for number in numbers):
         raise ValueError(f"split {split!r}: counts of patients are whole numbers.")
     return numbers
 
 
 def fingerprint(contents: Mapping[str, str | None]) -> str:
-    """16 hex digits that change when a patient comes, goes or has other voxels, and not when files are packed anew.
+    """Hash which patients there are and what their voxels are; files may move or be packed anew.
 
     Args:
-        contents: by ID the hash of the patient's voxels, or None for one that the run did not take.
+        contents: by ID the hash of the patient's voxels, or None for one that the run does not use.
+
+    Returns:
+        16 hex digits.
     """
     lines = [f"{case_id}:{contents[case_id]}" for case_id in sorted(contents)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def write_splits(path: Path, parts: dict[str, list[str]], *, folds: Sequence[dict] = (), **facts) -> None:
-    """Write the parts, `folds` and `facts` such as the seed to `splits.json`; first check that no patient is in two."""
+    """Write the parts, `folds` and `facts` such as the seed to `splits.json`.
+
+    Raises:
+        DataError: see `check_disjoint`; nothing is written then.
+    """
     for each in (parts, *folds):
         check_disjoint(each, facts.get("groups", {}))
     write_json(path, parts | facts | ({"folds": list(folds)} if folds else {}))
@@ -180,30 +253,32 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     """Read the parts of `splits.json`.
 
     Raises:
-        DataError: a patient is in two parts, or a part is empty or missing.
+        DataError: see `check_disjoint`.
     """
-    content = json.loads(path.read_text())
+    content = read_json(path)
     parts = {name: content.get(name, []) for name in PARTS}
     check_disjoint(parts, content.get("groups", {}))
     return parts
 
 
 def check_disjoint(parts: dict[str, list[str]], groups: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Raise `DataError` unless every patient, under any of its names, is in one part only and no part is empty.
+    """Raise `DataError` unless every part has a patient and no person is in two parts.
 
-    `groups` gives names of one patient the same group, see `audit.audit`.
+    Args:
+        parts: IDs by part.
+        groups: the person by ID, see `identity.group_people`; an ID that is missing there is a person.
     """
     empty = [name for name in PARTS if not parts.get(name)]
     if empty:
         raise DataError(f"no patient in {', '.join(empty)}; every part needs at least one.")
     seen: set[str] = set()
-    home: dict[str, tuple[str, str]] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for name in PARTS:
         for case_id in parts[name]:
-            other, part = home.setdefault(groups.get(case_id, case_id), (case_id, name))
+            other, part = owners.setdefault(groups.get(case_id, case_id), (case_id, name))
             if part != name or case_id in seen:
-                known = "" if other == case_id else f", where it is called {other},"
+                known = "" if other == case_id else f" as {other}, the same person,"
                 raise DataError(
-                    f"{case_id} is in {part}{known} and in {name}: a network would be scored on what it saw."
+                    f"{case_id} is in {part}{known} and in {name}: the network would be tested on what it has seen."
                 )
             seen.add(case_id)

@@ -1,46 +1,49 @@
 """What the tables of a BraTS release say about its patients: grade, earlier IDs, age, survival.
 
-`name_mapping*.csv` gives each patient's grade and IDs in other releases; `survival_*.csv` age, survival and extent of
-resection of some. The names of the columns differ between releases, so they are recognised by what they have in common.
+Mapping tables give each patient's grade and IDs in other releases (`name_mapping.csv`, `BraTS21-17_Mapping.xlsx`);
+`survival_*.csv` give age, survival and extent of resection of some. Releases name their columns differently, so columns
+are recognised by what these names have in common.
 """
 
-import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
+ENDINGS = (".csv", ".xlsx")
 _NONE = ("", "na", "n/a", "nan", "none", "unknown")
 
 
 def read_tables(paths: Iterable[Path]) -> tuple[dict[str, dict], list[tuple[Path, str]]]:
-    """Read every table of patients among `paths`; other CSV files are passed over.
+    """Read every table of patients among `paths`; files with other names are passed over.
 
     Returns:
         What is known of each ID that a table names: `grade` (HGG or LGG), `earlier_ids` (the row's other IDs), `age`
-        (years), `survival_days`, `alive` (at that day), `resection`; only what is there. And what could not be read,
-        as pairs of file and sentence.
+        (years), `survival_days`, `alive` (at that day), `resection`; each only where it is given. And what could not be
+        read, as pairs of file and sentence.
     """
     known: dict[str, dict] = {}
     problems: list[tuple[Path, str]] = []
     for path in paths:
-        if not re.match(r"name_mapping|survival", path.name, re.IGNORECASE):
+        if not re.search(r"mapping|survival", path.name, re.IGNORECASE):
             continue
         try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restval=""))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            table, surplus = _read(path)
+        except ImportError:
+            problems.append((path, "Not read, as that needs openpyxl: pip install openpyxl, or save it as CSV."))
+            continue
+        except Exception as error:  # of pandas, openpyxl or zipfile, in many classes
             problems.append((path, f"Cannot be read as a table ({error}); it is not used."))
             continue
-        surplus = [[field for field in row.pop(None, ()) if field.strip()] for row in rows]
-        if not any(_is_id(column) for column in (rows[0] if rows else ())):
+        columns = [column for column in table if _is_id(column)]
+        if not columns or table.empty:
             problems.append((path, "No column of patients' IDs, or no row; it is not used."))
             continue
-        for row, more in zip(rows, surplus, strict=True):
-            ids = [row[column].strip() for column in row if _is_id(column)]
-            ids = [case_id for case_id in ids if case_id.lower() not in _NONE]
+        problems += [(path, f"{', '.join(fields)!r} is beyond the last column; it is not used.") for fields in surplus]
+        for _, row in table.iterrows():
+            ids = [row[column] for column in columns if row[column].lower() not in _NONE]
             facts, odd = _facts(row)
-            if more:
-                odd.append(f"{', '.join(more)!r} is beyond the last column")
             problems += [(path, f"{ids[0] if ids else 'a row without ID'}: {text}; it is not used.") for text in odd]
             for case_id in ids:
                 others = [other for other in ids if other != case_id]
@@ -48,33 +51,55 @@ def read_tables(paths: Iterable[Path]) -> tuple[dict[str, dict], list[tuple[Path
     return known, problems
 
 
+def _read(path: Path) -> tuple[pd.DataFrame, list[list[str]]]:
+    """The cells of a table as stripped text, and the fields of its rows that lie beyond the last column."""
+    surplus: list[list[str]] = []
+
+    def cut(fields: list[str]) -> list[str]:
+        more = [field.strip() for field in fields[width:] if field.strip()]
+        if more:
+            surplus.append(more)
+        return fields[:width]
+
+    as_text = {"dtype": str, "keep_default_na": False}
+    if path.suffix.lower() == ".xlsx":
+        table = pd.concat(pd.read_excel(path, sheet_name=None, **as_text).values())
+    else:
+        csv = as_text | {"encoding": "utf-8-sig", "engine": "python"}
+        width = len(pd.read_csv(path, nrows=0, **csv).columns)
+        table = pd.read_csv(path, index_col=False, on_bad_lines=cut, **csv)
+    table = table.fillna("").map(str.strip)
+    return table.rename(columns=lambda name: str(name).strip()), surplus
+
+
 def _is_id(column: str) -> bool:
-    """`BraTS_2019_subject_ID`, `Brats20ID`, `BraTS18ID`, `TCGA_TCIA_subject_ID`."""
-    return bool(re.fullmatch(r"(brats|tcga).*id", column.strip(), re.IGNORECASE))
+    """`BraTS_2019_subject_ID`, `Brats20ID`, `TCGA_TCIA_subject_ID`, `BraTS2021`."""
+    return bool(re.fullmatch(r"(brats|tcga).*id|brats[\s_-]*(20)?\d\d", column, re.IGNORECASE))
 
 
-def _facts(row: dict[str, str]) -> tuple[dict, list[str]]:
-    """The known columns of a row as values, and those that hold something else, in words."""
+def _facts(row: pd.Series) -> tuple[dict, list[str]]:
+    """The known columns of a row as values, and sentences about those that hold something else."""
     facts, odd = {}, []
     for column, text in row.items():
-        name, text = column.strip().lower(), text.strip()
+        name = column.lower()
         if text.lower() in _NONE:
             continue
         if name == "grade":
             facts["grade"] = text.upper()
         elif name.startswith(("resection", "extent_of_resection")):
             facts["resection"] = text
-        elif name == "age" and _number(text) is not None:
-            facts["age"] = _number(text)
+        elif name == "age":
+            if (years := _number(text)) is None:
+                odd.append(f"age {text!r} is no number of years")
+            else:
+                facts["age"] = years
         elif name.startswith("survival"):
             alive = re.fullmatch(r"alive\s*\((\d+) days? later\)", text, re.IGNORECASE)
-            days = float(alive[1]) if alive else _number(text)
-            if days is not None:
-                facts |= {"survival_days": int(days), "alive": bool(alive)}
-            else:
+            days = _number(alive[1] if alive else text)
+            if days is None:
                 odd.append(f"survival {text!r} is no number of days")
-        elif name == "age":
-            odd.append(f"age {text!r} is no number of years")
+            else:
+                facts |= {"survival_days": int(days), "alive": bool(alive)}
     return facts, odd
 
 

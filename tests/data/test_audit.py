@@ -399,17 +399,6 @@ def test_tables(tmp_path):
     assert not any(f["severity"] == "error" for f in report["summary"]["findings"])
 
 
-def test_more_fields_than_columns(patient):
-    write_tiny_case(patient.parent, "B", seed=1)
-    table = patient.parent / "name_mapping.csv"
-    table.write_text("Grade,BraTS_2020_subject_ID\nHGG,A,\nLGG,B, ,lost\n")
-    assert main(["check", str(patient.parent), "--workers", "1"]) == 0
-    report = check(patient.parent)
-    assert [report["cases"][case_id]["grade"] for case_id in "AB"] == ["HGG", "LGG"]
-    (finding,) = report["summary"]["findings"]
-    assert finding["message"] == "B: 'lost' is beyond the last column; it is not used."
-
-
 KEYS = ("grade", "earlier_ids", "age", "survival_days", "alive", "resection")
 
 

@@ -1,20 +1,13 @@
 """Splits: by patient, disjoint, repeatable, never empty."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers.data import patients
-from brats_helpers.data.audit import audit
 from brats_helpers.data.cache import Packed
-from brats_helpers.data.cases import Case, survey
-from brats_helpers.data.patients import load_parts
-from brats_helpers.data.sources import Source
+from brats_helpers.data.cases import Case
 from brats_helpers.data.splits import (
     check_disjoint,
     fingerprint,
@@ -25,8 +18,6 @@ from brats_helpers.data.splits import (
     write_splits,
 )
 from brats_helpers.labels import DataError
-from brats_helpers.runs import Run
-from tests.conftest import write_tiny_case
 
 
 def _patient(k, volume=100, enhancing=True):
@@ -44,13 +35,16 @@ def test_shares_give_every_patient_one_part():
     assert sorted(sum(parts.values(), [])) == IDS
 
 
-def test_counts_take_so_many_patients_at_most():
+def test_counts_are_drawn_at_random_and_at_most():
     cases = [Case(f"P{k:03d}", {}, Path("seg.nii") if k < 50 else None) for k in range(60)]
     picked = pick_cases(cases, split="10,2,2", seed=0)
     assert sum(case.seg is not None for case in picked) == 14 and len(picked) == 16
     assert picked == pick_cases(cases[::-1], split="10,2,2", seed=0) == sorted(picked, key=lambda case: case.id)
     assert picked != pick_cases(cases, split="10,2,2", seed=1)
     assert len(pick_cases(cases[48:52], split="10,2,2", seed=0)) == 4
+    faulty = {picked[0].id}
+    others = pick_cases(cases, split="10,2,2", seed=0, unusable=faulty)
+    assert len(others) == 16 and {case.id for case in picked} - faulty < {case.id for case in others}
     assert pick_cases(cases, split="0.8,0.1,0.1", seed=0) == cases
     assert [len(ids) for ids in split_cases(PATIENTS[:14], split="10,2,2", seed=0).values()] == [10, 2, 2]
 
@@ -134,7 +128,7 @@ def test_names_of_one_scan_stay_together():
         assert sorted(sum(parts.values(), [])) == IDS
         homes = {(groups[case_id], name) for name, ids in parts.items() for case_id in ids}
         assert len(homes) == len(set(groups.values()))
-    with pytest.raises(DataError, match="50 labelled patients, 2 of them different: .*so 3 or more"):
+    with pytest.raises(DataError, match="50 labelled patients of 2 persons: .*so 3 or more"):
         groups = {case_id: f"G{k % 2}" for k, case_id in enumerate(IDS)}
         split_cases(PATIENTS, split="0.6,0.2,0.2", seed=0, groups=groups)
 
@@ -206,93 +200,6 @@ def test_the_fingerprint_is_of_patients_and_contents():
     assert len({fingerprint(other) for other in (contents, *others)}) == 5
 
 
-@pytest.fixture
-def split_run(tmp_path):
-    """A run over four tiny patients in plain files, split as notebook 00 does it; `Tiny_3` was not taken."""
-    data = tmp_path / "data"
-    for k in range(4):
-        for path in list(write_tiny_case(data, f"Tiny_{k}", seed=k).iterdir()):
-            nib.save(nib.load(path), path.with_suffix(""))
-            path.unlink()
-    found = survey(data)
-    report = audit(found, found.cases[:3], workers=1, cache_dir=tmp_path / "cache")
-    run = Run(tmp_path / "run")
-    contents = {case.id: report["cases"][case.id]["content"] for case in found.cases}
-    parts = {"train": ["Tiny_0"], "val": ["Tiny_1"], "test": ["Tiny_2"]}
-    write_splits(run.splits, parts, unlabelled=[], contents=contents)
-    run.record(data=str(data), modalities=list(found.modalities), cache_dir=str(tmp_path / "cache"))
-    return run
-
-
-def test_the_parts_of_a_run_are_found_again(split_run):
-    parts = load_parts(split_run)
-    assert {name: [case.id for case in cases] for name, cases in parts.items()} == {
-        "train": ["Tiny_0"],
-        "val": ["Tiny_1"],
-        "test": ["Tiny_2"],
-        "unlabelled": [],
-    }
-
-
-def test_copied_or_packed_anew_they_are_still_the_same(split_run, tmp_path):
-    data = shutil.move(tmp_path / "data", tmp_path / "moved")
-    for path in (data / "Tiny_1").iterdir():
-        os.utime(path, (1, 1))
-    flair = data / "Tiny_2" / "Tiny_2_flair.nii"
-    nib.save(nib.load(flair), flair.with_name("Tiny_2_flair.nii.gz"))
-    flair.unlink()
-    split_run.record(data=str(data))
-    assert len(load_parts(split_run)["train"]) == 1
-
-
-def mend(path):
-    """One voxel of a plain file gets another value; name and size stay."""
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (lambda data: mend(data / "Tiny_1" / "Tiny_1_t1.nii"), "Tiny_1 has other voxels"),
-        (lambda data: mend(data / "Tiny_1" / "Tiny_1_seg.nii"), "Tiny_1 has other voxels"),
-        (lambda data: (data / "Tiny_2" / "Tiny_2_seg.nii").unlink(), "Tiny_2 has other voxels"),
-        (lambda data: (data / "Tiny_2" / "Tiny_2_t2.nii").unlink(), "Tiny_2 is gone"),
-        (lambda data: shutil.rmtree(data / "Tiny_3"), "Tiny_3 is gone"),
-        (lambda data: write_tiny_case(data, "Tiny_4", seed=4), "Tiny_4 is new"),
-    ],
-)
-def test_patients_that_changed_are_noticed(split_run, tmp_path, change, what):
-    load_parts(split_run)
-    change(tmp_path / "data")
-    with pytest.raises(DataError, match=f"{what}. Run 00_setup again"):
-        load_parts(split_run)
-
-
-def test_a_faulty_patient_that_was_mended_is_noticed(split_run, tmp_path):
-    path = tmp_path / "data" / "Tiny_2" / "Tiny_2_t1.nii"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    found = survey(tmp_path / "data")
-    report = audit(found, found.cases, workers=1, cache_dir=tmp_path / "cache")
-    contents = {case.id: report["cases"][case.id]["content"] for case in found.cases}
-    parts = {"train": ["Tiny_0"], "val": ["Tiny_1"], "test": ["Tiny_3"]}
-    write_splits(split_run.splits, parts, unlabelled=[], contents=contents)
-    load_parts(split_run)
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match="Tiny_2 has other voxels"):
-        load_parts(split_run)
-
-
-def test_a_run_of_an_older_version_is_told_to_start_again(split_run):
-    content = json.loads(split_run.splits.read_text())
-    del content["contents"]
-    split_run.splits.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="Run 00_setup again"):
-        load_parts(split_run)
-
-
 def test_one_patient_under_two_names_in_two_parts_is_refused(tmp_path):
     parts = {"train": ["A", "B"], "val": ["C"], "test": ["D"]}
     path = tmp_path / "splits.json"
@@ -300,16 +207,7 @@ def test_one_patient_under_two_names_in_two_parts_is_refused(tmp_path):
     content = json.loads(path.read_text())
     content["groups"]["D"] = "A"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="D is in train, where it is called A, and in test"):
+    with pytest.raises(DataError, match="D is in train as A, the same person, and in test"):
         read_splits(path)
     with pytest.raises(DataError, match="B is in train and in test"):
         write_splits(path, parts | {"test": ["B"]})
-
-
-def test_a_mount_that_is_gone_is_asked_for_again(split_run, monkeypatch):
-    """As the data of a machine in the cloud that was given back."""
-    here = Path(split_run.manifest["data"])
-    asked = {"data": "kaggle", "data_dir": "data", "phantom_cases": 3, "seed": 0}
-    split_run.record(data=str(here.with_name("gone")), asked=asked)
-    monkeypatch.setattr(patients, "find_data", lambda **given: Source(here, False, "again") if given == asked else None)
-    assert load_parts(split_run)["train"]
