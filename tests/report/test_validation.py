@@ -11,6 +11,7 @@ from brats_helpers.report.review import review
 from brats_helpers.report.validation import Line, Mark, tally, validate, write_markdown
 from brats_helpers.runs import NEEDS, Run
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model
+from tests.conftest import write_tiny_case
 from tests.tiny_run import HOSTILE, PARTS, png, write_tiny_folds, write_tiny_run
 
 HEADINGS = [
@@ -151,10 +152,10 @@ def test_people_under_two_names_and_findings_of_the_audit(run):
 
 def test_patients_that_changed(run, tmp_path):
     shutil.copytree(run.manifest["data"], tmp_path / "data")
-    shutil.rmtree(tmp_path / "data" / "Val_0")
+    write_tiny_case(tmp_path / "data", "New_0", seed=8)
     run.record(data=str(tmp_path / "data"))
     line = look(run)["patients-unchanged"]
-    assert line.mark == Mark.FAILED and "Val_0 is gone" in line.evidence
+    assert line.mark == Mark.FAILED and "New_0 is new" in line.evidence
 
 
 def test_a_prediction_that_is_gone(run):
