@@ -124,6 +124,11 @@ def image_hashes(facts: dict) -> list[str]:
     return [file["content"] for kind, file in facts["files"].items() if kind != "seg" and varies(file)]
 
 
+def voxel_ml(facts: dict) -> float:
+    """Return the volume of a voxel in ml from what the audit knows of a patient whose files were read."""
+    return float(np.prod(next(iter(facts["files"].values()))["spacing_mm"])) / 1000
+
+
 def _spacing_lps(facts: dict) -> np.ndarray:
     """The voxel size of a patient's first image in mm, axes in LPS order."""
     affine = np.array(next(iter(facts["files"].values()))["affine"])

@@ -13,7 +13,7 @@ from brats_helpers.data import patients
 from brats_helpers.data.audit import audit, leave_out
 from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.identity import seen_before
-from brats_helpers.data.patients import ChangedError, draw_patients, facts_of, hashes_of, load_parts
+from brats_helpers.data.patients import ChangedError, draw_patients, facts_of, hashes_of, load_parts, voxel_ml
 from brats_helpers.data.sources import Source
 from brats_helpers.data.splits import write_splits
 from brats_helpers.labels import DataError
@@ -205,3 +205,4 @@ def test_the_spacing_is_that_of_lps_axes(split_run, tmp_path):
     parts = {"train": ["Tiny_0"], "val": ["Tiny_1"], "test": ["Tiny_2"]}
     write_splits(split_run.splits, parts, unlabelled=[], contents=contents)
     assert facts_of(split_run)["spacing_mm"] == [1, 2, 3]
+    assert voxel_ml(report["cases"]["Tiny_0"]) == pytest.approx(1 * 2 * 3 / 1000)
