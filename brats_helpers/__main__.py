@@ -1,4 +1,4 @@
-"""The command line: `python -m brats_helpers run | train | check | phantom | predict | score | compare | report`."""
+"""The command line: `python -m brats_helpers VERB ...`; `--help` lists the verbs."""
 
 import argparse
 import json
@@ -132,6 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("b", metavar="RUN_B", type=Path, help="the other one")
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, every structure and metric")
     verb.set_defaults(verb=_compare)
+
+    verb = verbs.add_parser(
+        "export",
+        help="hand a run's network on, as one file",
+        description="Write a run's network as a model zip: weights, settings, provenance, scores and model card,"
+        " without pickle. With --onnx, write it as ONNX with a description in JSON beside it."
+        " predict --checkpoint takes both.",
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
+    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="FILE.zip, or FILE.onnx with --onnx")
+    verb.add_argument("--onnx", action="store_true", help="write ONNX, for use without torch and without this suite")
+    verb.set_defaults(verb=_export)
 
     verb = verbs.add_parser(
         "report",
@@ -291,13 +303,25 @@ def _compare(options: argparse.Namespace) -> None:
         done(str(options.json))
 
 
-def _report(options: argparse.Namespace) -> None:
-    from brats_helpers.report.build import build_report
+def _export(options: argparse.Namespace) -> None:
+    from brats_helpers.evaluation.export import export_onnx, export_zip
+
+    export = export_onnx if options.onnx else export_zip
+    done(str(export(_existing_run(options.run), options.out)))
+
+
+def _existing_run(folder: Path):
     from brats_helpers.runs import Run, RunError
 
-    if not (options.run / "manifest.json").exists():
-        raise RunError(f"{options.run} is no run: there is no manifest.json in it. Give the folder runs/NAME.")
-    done(str(build_report(Run(options.run))))
+    if not (folder / "manifest.json").exists():
+        raise RunError(f"{folder} is no run: there is no manifest.json in it. Give the folder runs/NAME.")
+    return Run(folder)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from brats_helpers.report.build import build_report
+
+    done(str(build_report(_existing_run(options.run))))
 
 
 if __name__ == "__main__":

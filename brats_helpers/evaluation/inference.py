@@ -20,6 +20,7 @@ from brats_helpers.data.cases import Case, find_cases
 from brats_helpers.data.nifti import from_lps, placed_as, read_mask, read_nifti, write_mask
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.folders import read_leakage, score_files
+from brats_helpers.evaluation.onnx import read_onnx
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
 from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
@@ -67,11 +68,11 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
     Raises:
         DataError: there is no such file, or it is no checkpoint of this suite.
     """
-    saved = read_checkpoint(checkpoint)
+    model, saved = read_onnx(checkpoint) if checkpoint.suffix == ".onnx" else (None, read_checkpoint(checkpoint))
     if "epoch" not in saved:
         raise CheckpointError(f"{checkpoint} is for resuming a training, not for predicting: give best.pt beside it.")
     try:
-        model = rebuild(saved)
+        model = model or rebuild(saved)
         seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"

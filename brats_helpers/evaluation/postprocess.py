@@ -3,7 +3,6 @@
 The thresholds are chosen on validation patients, kept with the run, and then applied to everybody else.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,10 @@ from statistics import fmean
 import numpy as np
 from scipy import ndimage
 
+from brats_helpers.files import read_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.scoring.rules import region_dice
+from brats_helpers.training.model_zip import is_model, read_facts
 
 NCR, ED, ET = (CLASSES.index(name) for name in ("NCR", "ED", "ET"))
 TRIED = {
@@ -101,13 +102,14 @@ def gain(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, flo
 
 
 def read_rules(path: Path) -> Rules:
-    """The rules that a run chose, out of its `postprocess.json`.
+    """The rules that a run chose, out of its `postprocess.json` or its model zip.
 
     Raises:
         DataError: there is no such file, or it holds no rules.
     """
     try:
-        return Rules(**json.loads(path.read_text())["rules"])
+        content = read_facts(path)["postprocess"] if is_model(path) else read_json(path)
+        return Rules(**content.get("rules", content))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no rules of 03_evaluate ({type(error).__name__}: {error}).") from error
 

@@ -28,8 +28,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers.data.cases import Case
 from brats_helpers.data.splits import PARTS
+from brats_helpers.evaluation.card import model_card
 from brats_helpers.files import whole_file
-from brats_helpers.labels import REGIONS, STRUCTURES
+from brats_helpers.labels import REGIONS, STRUCTURES, DataError
 from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
@@ -87,6 +88,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     _draw(run, metrics, reviewed, simulated=simulated)
     lines = validate(run, reviewed)
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
+    _write_card(run)
 
     pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
@@ -145,6 +147,17 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     _write(run.report, page)
     os.utime(run.report, ns=(newest, newest))  # files that arrive during the build are newer, see `fresh_report`
     return run.report
+
+
+def _write_card(run: Run) -> None:
+    """Write `model_card.md` for a run that has a network."""
+    try:
+        card = model_card(run)
+    except (DataError, KeyError) as error:  # no network yet, or a damaged one, which the validation names
+        if run.best.exists():
+            warn(f"no model card: {error}")
+        return
+    _write(run.folder / "model_card.md", card)
 
 
 def _write(path: Path, page: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from brats_helpers.data.cache import Packed
 from brats_helpers.files import whole_file
 from brats_helpers.labels import DataError
+from brats_helpers.training.model_zip import is_model, read_model
 
 FORMAT = 3
 """Of the checkpoints; raised when their content changes. Checkpoints of another format are refused."""
@@ -22,11 +23,16 @@ class CheckpointError(DataError):
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Load a checkpoint onto the CPU.
+    """Load a checkpoint, or a model zip, onto the CPU.
 
     Raises:
         CheckpointError: there is no such file, it is no checkpoint, or one of another format.
+        ModelZipError: see `model_zip.read_model`.
     """
+    if is_model(path):
+        saved = read_model(path)
+        check_format(path, saved)
+        return saved
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -62,7 +68,10 @@ def learnt_from(weights: str) -> list[str]:
     """IDs of the patients that a network has seen when it starts from `weights`, see `model.build_model`."""
     if weights in ("imagenet", "none"):
         return []
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    if is_model(Path(weights)):
+        state = read_checkpoint(Path(weights))
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     if "model" not in state:
         return []
     check_format(weights, state)

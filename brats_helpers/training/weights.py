@@ -1,12 +1,14 @@
 """Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
 
 import pickle
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from brats_helpers.log import warn
-from brats_helpers.training.checkpoint import check_format
+from brats_helpers.training.checkpoint import check_format, read_checkpoint
+from brats_helpers.training.model_zip import is_model
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
@@ -45,6 +47,8 @@ def choose_weights(encoder: str, weights: str) -> str:
 
 
 def read_weights(path: str) -> dict:
+    if is_model(Path(path)):
+        return read_checkpoint(Path(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

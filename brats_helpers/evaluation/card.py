@@ -1,0 +1,94 @@
+"""The model card of a run: what its network learnt from, how it scored, and what it is not for."""
+
+from collections.abc import Mapping
+
+from brats_helpers.files import read_json
+from brats_helpers.labels import REGIONS
+from brats_helpers.runs import Run
+from brats_helpers.training.checkpoint import read_checkpoint
+
+
+def model_card(run: Run) -> str:
+    """The model card of a run as Markdown, with the front matter that model hubs read.
+
+    Raises:
+        DataError: the run has no network yet, see `checkpoint.read_checkpoint`.
+    """
+    saved, metrics = read_checkpoint(run.best), read_json(run.metrics, {})
+    manifest = run.manifest
+    settings = saved["settings"]
+    simulated = bool(manifest.get("simulated"))
+    patients = "simulated patients" if simulated else "patients"
+    lines = _front_matter(run.name, metrics, simulated=simulated)
+    lines += [
+        f"# {run.name}: brain-tumour segmentation on MRI",
+        "",
+        "## What it does",
+        "",
+        f"The network reads {_input(settings)} and assigns each voxel to background, necrotic and non-enhancing core,"
+        f" oedema or enhancing tumour. It expects co-registered, skull-stripped volumes, normalised to z-scores over"
+        " the brain. It is a network of the `brats_helpers` suite and runs with"
+        " `python -m brats_helpers predict --checkpoint model.zip --out FOLDER PATIENTS`.",
+        "",
+        "## What it learnt from",
+        "",
+        f"- {len(saved['train_cases'])} training and {len(saved['val_cases'])} validation {patients}:"
+        f" {manifest.get('origin', 'origin not recorded')}.",
+        f"- Encoder {settings['encoder']}, starting weights {settings['encoder_weights']}, seed {settings['seed']},"
+        f" epoch {saved['epoch']}.",
+        "",
+        "## How it scored",
+        "",
+        *_scores(metrics, patients),
+        "",
+        "## What it is not for",
+        "",
+        "It is for research and teaching. It is not a medical device, and nobody has tested it for diagnosis, treatment"
+        " planning or any decision about a patient. It may fail on other scanners, after resections, on children and on"
+        " metastases.",
+    ]
+    if simulated:
+        lines += ["", "It has seen only simulated patients. Scores on them say nothing about real scans."]
+    return "\n".join(lines) + "\n"
+
+
+def _input(settings: Mapping) -> str:
+    modalities = ", ".join(settings["modalities"])
+    if settings["patch_size"]:
+        return f"3D patches of {settings['patch_size']}³ voxels of {modalities}"
+    slices = 2 * settings["context_slices"] + 1
+    return f"axial slices of {modalities}" if slices == 1 else f"{slices} neighbouring axial slices of {modalities}"
+
+
+def _front_matter(name: str, metrics: Mapping, *, simulated: bool) -> list[str]:
+    data = "simulated patients" if simulated else "BraTS"
+    lines = ["---", "license: mit", "library_name: brats_helpers", "pipeline_tag: image-segmentation"]
+    lines += ["tags:", "- brain-tumour", "- BraTS", "- MRI", "- U-Net", "metrics:", "- dice"]
+    if summary := metrics.get("summary"):
+        lines += ["model-index:", f"- name: {name}", "  results:", "  - task:", "      type: image-segmentation"]
+        lines += [
+            "    dataset:",
+            f"      name: {data}",
+            f"      type: {'simulated' if simulated else 'brats'}",
+            "    metrics:",
+        ]
+        for region in REGIONS:
+            if region in summary:
+                lines += ["    - type: dice", f"      name: Dice {region}"]
+                lines += [f"      value: {summary[region]['dice']['mean']:.4f}"]
+    return [*lines, "---", ""]
+
+
+def _scores(metrics: Mapping, patients: str) -> list[str]:
+    if not metrics.get("summary"):
+        return ["Not scored yet."]
+    rows = ["| region | mean Dice | 95 % interval | mean HD95 in mm |", "| --- | --- | --- | --- |"]
+    for region in REGIONS:
+        dice, hd95 = (metrics["summary"][region][name] for name in ("dice", "hd95_mm"))
+        low, high = dice["ci95"]
+        rows.append(f"| {region} | {dice['mean']:.3f} | {low:.3f} to {high:.3f} | {hd95['mean']:.1f} |")
+    note = f"{len(metrics['cases'])} test {patients}, scored by {metrics['convention']}."
+    leakage = metrics.get("leakage")
+    if leakage:
+        note += f" These scores are not valid: the network had seen {', '.join(leakage)}."
+    return [*rows, "", note]
