@@ -59,6 +59,12 @@ def write_json(path: Path, content: object) -> None:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def file_digest(path: Path) -> str:
+    """Hash a file's bytes to 16 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 @contextmanager
 def part_folder(beside: Path) -> Iterator[Path]:
     """A hidden folder inside `beside` to work in; rename it when whole. `sweep` removes what a kill leaves."""

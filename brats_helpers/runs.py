@@ -1,10 +1,11 @@
 """One run of the suite is one folder: where each stage finds and leaves its files."""
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from brats_helpers.files import read_json, write_json
+from brats_helpers.files import file_digest, read_json, write_json
 
 NEEDS = {
     "00_setup": (),
@@ -85,6 +86,20 @@ class Run:
         """Put what notebook `stage` checked into `checks.json`: for each check, whether it held and what was seen."""
         outcomes = {check: {"held": bool(held), "seen": str(seen)} for check, (held, seen) in checks.items()}
         write_json(self.checks, read_json(self.checks, {}) | {stage: outcomes})
+
+    def identify(self, checkpoints: Iterable[Path]) -> dict[str, str]:
+        """Return a digest of each checkpoint by its path from the run's folder, for `networks` in `metrics.json`."""
+        return {os.path.relpath(path, self.folder): file_digest(path) for path in checkpoints}
+
+    @property
+    def outdated(self) -> bool:
+        """Whether `metrics.json` is of a network that its checkpoint in the run no longer holds.
+
+        Notebook 02 may have run again since, in the suite or by hand; the results of notebook 03 are then not of it.
+        """
+        networks = read_json(self.metrics, {}).get("networks", {})
+        own = [(self.folder / name, digest) for name, digest in networks.items() if not name.startswith("..")]
+        return any(path.exists() and file_digest(path) != digest for path, digest in own)
 
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path`, or raise `RunError` naming the notebook that makes it."""

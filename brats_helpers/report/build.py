@@ -173,6 +173,8 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
     """What the report says about an unfinished stage; empty for a finished one."""
     status = stages.get(stage, {}).get("status")
     left = {"00_setup": run.splits, "02_train": run.history, "03_evaluate": run.metrics}.get(stage)
+    if status == "outdated" or (stage == "03_evaluate" and run.outdated):
+        return f"{stage} is out of date: this section shows results of an earlier network or split. Run it again."
     by_hand = left.exists() if left else any(run.figures.glob(f"{stage[:2]}_*"))
     if status == "finished" or (status is None and by_hand):
         return ""

@@ -227,6 +227,17 @@ def test_stages_that_lack_are_named(bare):
     assert "02_train has not run" not in text and "02_train is not finished" not in text
 
 
+def test_scores_of_an_earlier_network_are_marked(run):
+    said = "03_evaluate is out of date: this section shows results of an earlier network"
+    rewrite(run, networks=run.identify([run.best]))
+    assert said not in Page(build_report(run)).text
+    run.best.write_bytes(b"trained again")
+    stages = {"04_advanced": {"status": "outdated"}}
+    run.record(stages=run.manifest["stages"] | stages)
+    text = Page(build_report(run)).text
+    assert said in text and "04_advanced is out of date" in text
+
+
 def test_notebooks_run_by_hand_have_run(run):
     run.record(stages={})
     text = Page(build_report(run)).text
