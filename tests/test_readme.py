@@ -1,4 +1,4 @@
-"""What the README quotes and names is what the suite prints and has."""
+"""What the pages quote and link is what the suite prints and has."""
 
 import ast
 import re
@@ -9,14 +9,10 @@ import pytest
 
 from brats_helpers.suite.environment import ROOT
 
-README = (ROOT / "README.md").read_text("utf-8")
-QUOTED = [
-    quoted
-    for row in re.findall(
-        r"^\| (`.+?) \| ", README.partition("| it says | do |")[2].partition("\n## ")[0], re.MULTILINE
-    )
-    for quoted in re.findall(r"`([^`]+)`", row)
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "MODEL_CARD.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8").partition("| it says | do |")[2]
+ROWS = re.findall(r"^\| (`.+?) \| ", TABLE, re.MULTILINE)
+QUOTED = [quoted for row in ROWS for quoted in re.findall(r"`([^`]+)`", row)]
 ANY = "\0"  # in place of what is filled in
 ENOUGH = 0.42  # of a quoted message, the rest being examples of what is filled in
 
@@ -93,6 +89,12 @@ def test_a_message_that_is_none_is_noticed(quoted):
     assert len(QUOTED) > 15 and share(quoted) < ENOUGH
 
 
-def test_every_file_that_the_readme_links_is_there():
-    for link in re.findall(r"\]\(([^):]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_exists(page):
+    for link in re.findall(r"\]\(([^):#]+)\)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    """A newcomer reads it whole; the rest is one click away in docs/."""
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 900
