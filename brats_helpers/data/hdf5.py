@@ -28,7 +28,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.data.cases import walk
+from brats_helpers.data.layouts import walk
 from brats_helpers.files import part_folder, sweep, write_json
 from brats_helpers.labels import LABELS, MODALITIES, DataError
 from brats_helpers.log import done, warn

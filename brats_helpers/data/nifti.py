@@ -1,5 +1,6 @@
 """Read and write NIfTI volumes. Voxels are always handed out with axes towards left, posterior, superior (LPS)."""
 
+import filecmp
 import gzip
 import math
 import zlib
@@ -262,6 +263,18 @@ def same_place(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool
     """`same_affine` for two affines, 4 x 4, of volumes of one shape (X, Y, Z)."""
     close = np.allclose(one, other, rtol=0, atol=TOLERANCE_MM)
     return close and bool(np.all(np.abs(_corners(shape) @ (np.asarray(one) - other).T) <= _FAR_END_MM))
+
+
+def same_volume(one: Path, other: Path) -> bool:
+    """Whether two files hold the same voxels in the same place, however they are packed."""
+    if filecmp.cmp(one, other, shallow=False):
+        return True
+    try:
+        (first, image), (second, other_image) = read_image(one), read_image(other)
+    except FileError:
+        return False
+    same = first.shape == second.shape and np.array_equal(first, second)
+    return same and same_affine(image, other_image)
 
 
 def difference(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from scipy.special import expit, softmax
 from threadpoolctl import threadpool_limits
 
-from brats_helpers.data.cases import walk
+from brats_helpers.data.layouts import walk
 from brats_helpers.files import PART, part_folder, sweep, whole_file
 from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 

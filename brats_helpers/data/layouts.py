@@ -1,0 +1,366 @@
+"""From the files below a folder to patients, in every layout that people have.
+
+Files are grouped by folder and by the case ID in their names. Then the parts of one patient are joined by ID: scans in
+one folder and masks in another, or two copies of one patient. Names decide; a file is opened only to compare copies,
+to tell DICOM, or if it is a `dataset.json`.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brats_helpers.data.findings import Finding
+from brats_helpers.data.names import Name, is_nifti, is_other_map, is_segmentation_folder, recognise, stem_of
+from brats_helpers.data.nifti import same_volume
+from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
+
+_STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
+
+_CONVERT = "Convert them to .nii.gz, with SimpleITK for instance: WriteImage(ReadImage('x{0}'), 'x.nii.gz')."
+_UNREAD = {
+    ".mha": _CONVERT,
+    ".mhd": _CONVERT,
+    ".nrrd": _CONVERT,
+    ".nhdr": _CONVERT,
+    ".hdr": _CONVERT,
+    ".mgz": "Convert them to .nii.gz, with mri_convert for instance.",
+    ".mnc": "Convert them to .nii.gz, with mnc2nii for instance.",
+    "DICOM": "Convert each series to .nii.gz, with dcm2niix for instance.",
+}
+_DICOM_NAMES = re.compile(r"(.*\.(dcm|ima)|dicomdir)", re.IGNORECASE)
+_IMAGE_FOLDER = re.compile(r"(images?|imgs?)(tr|ts|va|val)?", re.IGNORECASE)
+_PREDICTION_FOLDER = re.compile(r"(^|[_\-. ])(pred|inference|output|submission|result)", re.IGNORECASE)
+_CHANNEL_NAMES = {
+    **dict.fromkeys(("flair", "t2f", "t2flair"), "flair"),
+    **dict.fromkeys(("t1", "t1w", "t1n"), "t1"),
+    **dict.fromkeys(("t1ce", "t1c", "t1gd", "t1wgd", "t1wce"), "t1ce"),
+    **dict.fromkeys(("t2", "t2w"), "t2"),
+}
+
+
+@dataclass
+class Patient:
+    """The files of one patient.
+
+    Attributes:
+        id: the case ID.
+        files: by modality, and `seg`.
+        channels: by modality, its place on the last axis of a file that holds several.
+        dataset: the `dataset.json` that describes the files, if one does.
+    """
+
+    id: str
+    files: dict[str, Path] = field(default_factory=dict)
+    channels: dict[str, int] = field(default_factory=dict)
+    dataset: Path | None = None
+
+    @property
+    def imaged(self) -> bool:
+        """Whether there is a modality."""
+        return bool(self.files.keys() - {"seg"})
+
+    @property
+    def folder(self) -> Path:
+        """Where its first file lies."""
+        return next(iter(self.files.values())).parent
+
+
+@dataclass
+class Layout:
+    """All that was found below a folder.
+
+    Attributes:
+        root: the folder.
+        patients: by ID. One with a segmentation alone is a patient as well.
+        maps: files called `<case>.nii.gz` in folders without scans, by ID: label maps perhaps.
+        tables: files that may say something about patients.
+        findings: by case ID; under the empty ID what belongs to no patient.
+    """
+
+    root: Path
+    patients: dict[str, Patient] = field(default_factory=dict)
+    maps: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    tables: list[Path] = field(default_factory=list)
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+
+    def add(self, case_id: str, code: str, severity: str, path: Path | None, message: str) -> None:
+        """Add a finding."""
+        file = self.relative(path) if path else ""
+        self.findings.setdefault(case_id, []).append(Finding(code, severity, file, message))
+
+    def unused(self, path: Path, why: str = "By its name no patient's scan or segmentation") -> None:
+        """Note a file that is not used."""
+        self.add("", "unused-file", "note", path, f"{why}; it is not used.")
+
+    def add_map(self, case_id: str, paths: Sequence[Path]) -> None:
+        """Take files called `<case>.nii.gz` as the segmentation of a patient that is not there otherwise."""
+        if case_id not in self.patients:
+            _compare(self, case_id, paths, "two-files", "Two label maps")
+            self.patients[case_id] = Patient(case_id, {"seg": paths[0]})
+
+    def relative(self, path: Path) -> str:
+        """A path as findings name it: from the data's folder."""
+        return path.relative_to(self.root).as_posix()
+
+    def both(self, paths: Iterable[Path]) -> str:
+        """Name several files."""
+        return " and ".join(map(self.relative, paths))
+
+
+def lay_out(root: Path) -> Layout:
+    """Group the files below `root` by patient."""
+    layout = Layout(root)
+    parts: dict[str, list[Patient]] = defaultdict(list)
+    for folder, paths in _by_folder(layout).items():
+        for part in _parts_of(layout, folder, paths):
+            parts[part.id].append(part)
+    if any(part.imaged for found in parts.values() for part in found):
+        _drop_predictions(layout, parts)
+    for case_id in sorted(parts):
+        layout.patients[case_id] = _joined(layout, parts[case_id])
+    return layout
+
+
+def _by_folder(layout: Layout) -> dict[Path, list[Path]]:
+    """NIfTI files by the folder that they belong to; other files become tables or findings."""
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    unread: dict[str, list[Path]] = defaultdict(list)
+    nameless: dict[Path, list[Path]] = defaultdict(list)
+    for path in walk(layout.root):
+        suffix = path.suffix.lower()
+        if is_stray(path.name):
+            text = "Left by an operating system or an interrupted copy; it is not used."
+            layout.add("", "stray-file", "note", path, text)
+        elif suffix in TABLE_ENDINGS:
+            layout.tables.append(path)
+        elif is_nifti(path) and path.is_file():
+            inside = is_nifti(path.parent) and path.parent != layout.root
+            folders[path.parent.parent if inside else path.parent].append(path)
+        elif suffix in _UNREAD:
+            unread[suffix].append(path)
+        elif _DICOM_NAMES.fullmatch(path.name):
+            unread["DICOM"].append(path)
+        elif not suffix or suffix[1:].isdigit():
+            nameless[path.parent].append(path)
+    for paths in nameless.values():
+        if _is_dicom(paths[0]):
+            unread["DICOM"] += paths
+    for kind, paths in unread.items():
+        text = f"{len(paths):,} {kind} file{'s' if len(paths) > 1 else ''} found and not read, such as this one."
+        layout.add("", "unread-format", "warning", paths[0], f"{text} {_UNREAD[kind].format(kind)}")
+    return folders
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> list[Patient]:
+    """What one folder holds of each patient."""
+    named: dict[str, dict[str, list[tuple[Name, Path]]]] = defaultdict(lambda: defaultdict(list))
+    strangers = []
+    for path in paths:
+        name = recognise(path)
+        if name.kind:
+            named[name.case_id][name.kind].append((name, path))
+        else:
+            strangers.append(path)
+    parts = {case_id: _part(layout, case_id, kinds) for case_id, kinds in named.items()}
+    dataset = folder.parent / "dataset.json"
+    if _IMAGE_FOLDER.fullmatch(folder.name) and dataset.is_file():
+        strangers = _by_dataset(layout, parts, dataset, strangers)
+    elif is_segmentation_folder(folder):
+        about = dataset if dataset.is_file() else None
+        maps = [path for path in strangers if stem_of(path) not in parts and not is_other_map(stem_of(path))]
+        parts |= {stem_of(path): Patient(stem_of(path), {"seg": path}, dataset=about) for path in maps}
+        strangers = [path for path in strangers if path not in maps]
+    imaged = [part for part in parts.values() if part.imaged]
+    if len(imaged) == 1:
+        _adopt(layout, imaged[0], parts, folder)
+    for path in strangers:
+        if imaged or _IMAGE_FOLDER.fullmatch(folder.name):
+            layout.unused(path)
+        else:
+            layout.maps[stem_of(path)].append(path)
+    return [part for part in parts.values() if part.files]
+
+
+def _part(layout: Layout, case_id: str, kinds: dict[str, list[tuple[Name, Path]]]) -> Patient:
+    """Choose one file for each modality and the segmentation."""
+    part = Patient(case_id)
+    stripped = any(name.processed for kind, found in kinds.items() if kind != "seg" for name, _ in found)
+    for kind, found in kinds.items():
+        usable = [(name, path) for name, path in found if stripped or not name.doubtful]
+        best = [path for name, path in usable if name.processed and not name.doubtful]
+        chosen = best or [path for name, path in usable if not name.doubtful] or [path for _, path in usable]
+        for _, path in found:
+            if path not in chosen:
+                why = f"{chosen[0].name} is used for {kind}" if chosen else "Perhaps a mask of the brain"
+                layout.unused(path, why)
+        if chosen:
+            part.files[kind] = chosen[0]
+            _compare(layout, case_id, chosen, "two-files", f"Two files for {kind}")
+    return part
+
+
+def _compare(layout: Layout, case_id: str, paths: Sequence[Path], code: str, what: str) -> bool:
+    """Whether files that claim one place are copies of the first; a finding says so, or that they differ."""
+    for other in paths[1:]:
+        names = layout.both((paths[0], other))
+        if not same_volume(paths[0], other):
+            layout.add(case_id, code, "error", other, f"{what} that differ, {names}; keep one of them.")
+            return False
+        layout.add(case_id, "same-copy", "note", other, f"A copy of {layout.relative(paths[0])}; it counts once.")
+    return True
+
+
+def _adopt(layout: Layout, patient: Patient, parts: dict[str, Patient], folder: Path) -> None:
+    """Give the one patient with scans in a folder a segmentation that is named otherwise, if it has none itself.
+
+    BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`.
+    """
+    others = [part for part in parts.values() if not part.imaged and part.files]
+    own = folder.name == patient.id or len(others) == 1
+    maps = []
+    for part in others:
+        if not own and not part.id.startswith(patient.id):
+            continue
+        path = parts.pop(part.id).files["seg"]
+        if is_other_map(stem_of(path).removeprefix(patient.id)):
+            layout.unused(path, "By its name another map than the tumour's segmentation")
+        elif "seg" in patient.files:
+            layout.unused(path, f"{patient.files['seg'].name} is used as the segmentation of {patient.id}")
+        else:
+            maps.append(path)
+    if maps and _compare(layout, patient.id, maps, "two-segmentations", "Two segmentations"):
+        patient.files["seg"] = maps[0]
+        text = "Taken as the segmentation: the one file of its folder that is called so. Remove it if it is none."
+        layout.add(patient.id, "unusual-name", "warning", maps[0], text)
+
+
+def _by_dataset(layout: Layout, parts: dict[str, Patient], dataset: Path, paths: Sequence[Path]) -> list[Path]:
+    """Read files as `dataset.json` describes them: `<case>_0000` is a channel, `<case>` holds all. Returns the rest."""
+    try:
+        about = json.loads(dataset.read_text("utf-8"))
+        channels = {
+            int(number): str(name) for number, name in (about.get("channel_names") or about["modality"]).items()
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        text = f"dataset.json names no channels ({type(error).__name__}: {error}); the files beside it are not used."
+        at = dataset if dataset.is_relative_to(layout.root) else None
+        layout.add("", "dataset-json", "warning", at, text)
+        return list(paths)
+    kinds = {number: _CHANNEL_NAMES.get(re.sub(r"[^a-z0-9]", "", name.lower())) for number, name in channels.items()}
+    numbered = {path: re.fullmatch(r"(.+)_(\d{4})", stem_of(path)) for path in paths}
+    split = {match[1] for match in numbered.values() if match and match[2] == "0000"}
+    rest = []
+    for path, match in numbered.items():
+        case_id = match[1] if match and match[1] in split else stem_of(path)
+        part = parts.setdefault(case_id, Patient(case_id, dataset=dataset))
+        part.dataset = dataset
+        if case_id not in split:
+            new = {kind: number for number, kind in kinds.items() if kind}
+            part.files |= dict.fromkeys(new, path)
+            part.channels |= new
+        elif kind := kinds.get(int(match[2])):
+            part.files[kind] = path
+        else:
+            rest.append(path)
+    return rest
+
+
+def _drop_predictions(layout: Layout, parts: dict[str, list[Patient]]) -> None:
+    """Leave out label maps in folders of predictions: beside scans, a map counts as the reference."""
+    for case_id, found in list(parts.items()):
+        kept = []
+        for part in found:
+            folders = Path(layout.relative(next(iter(part.files.values())))).parts[:-1]
+            if not part.imaged and any(_PREDICTION_FOLDER.search(name) for name in folders):
+                layout.unused(part.files["seg"], "By its folder's name a prediction")
+            else:
+                kept.append(part)
+        if kept:
+            parts[case_id] = kept
+        else:
+            del parts[case_id]
+
+
+def _joined(layout: Layout, parts: Sequence[Patient]) -> Patient:
+    """One patient of the parts found in several folders under one ID."""
+    imaged = sorted((part for part in parts if part.imaged), key=lambda part: -len(part.files))
+    maps = [part for part in parts if not part.imaged]
+    if not imaged:
+        _compare(layout, parts[0].id, [part.files["seg"] for part in maps], "two-files", "Two label maps")
+        return parts[0]
+    patient = imaged[0]
+    for part in imaged[1:]:
+        _merge(layout, patient, part)
+    if not maps:
+        return patient
+    paths = [part.files["seg"] for part in maps]
+    if "seg" in patient.files:
+        for path in paths:
+            layout.unused(path, f"{layout.relative(patient.files['seg'])} is used as the segmentation of {patient.id}")
+    elif _compare(layout, patient.id, paths, "two-segmentations", "Two segmentations"):
+        patient.files["seg"] = paths[0]
+        patient.dataset = patient.dataset or maps[0].dataset
+        if not is_segmentation_folder(paths[0].parent):
+            text = f"Taken as the segmentation of {patient.id}, by its ID. Move it elsewhere if it is none."
+            layout.add(patient.id, "mask-elsewhere", "warning", paths[0], text)
+    return patient
+
+
+def _merge(layout: Layout, patient: Patient, part: Patient) -> None:
+    """Add what another folder holds of a patient; an error if the two disagree."""
+    shared = [kind for kind in part.files if kind in patient.files]
+    for kind in shared:
+        pair = (patient.files[kind], part.files[kind])
+        if not same_volume(*pair):
+            text = f"Two files for {kind} that differ, {layout.both(pair)}; keep one of them."
+            layout.add(patient.id, "two-folders", "error", part.files[kind], text)
+            return
+    if shared:
+        text = f"A copy of {layout.relative(patient.folder)}; it counts once."
+        layout.add(patient.id, "same-copy", "note", part.folder, text)
+    else:
+        text = f"Scans of one ID in {layout.both((patient.folder, part.folder))}; they are joined."
+        layout.add(patient.id, "joined", "note", part.folder, text)
+    patient.files = part.files | patient.files
+    patient.channels = part.channels | patient.channels
+
+
+def walk(root: Path) -> list[Path]:
+    """All files below `root`, sorted, and strays, files or folders, which are not entered.
+
+    Links to folders are followed, except those that lead back up. A folder comes once, by its own path if it has one.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    tops = [os.fspath(root)]
+    for top in tops:  # which grows by the links
+        for folder, folders, files in os.walk(top):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            strays = [name for name in folders if is_stray(name)]
+            folders[:] = sorted({*folders}.difference(strays))
+            found += [Path(folder, name) for name in (*files, *strays)]
+            for link in (os.path.join(folder, name) for name in folders):
+                if os.path.islink(link) and not Path(real).is_relative_to(os.path.realpath(link)):
+                    tops.append(link)
+    return sorted(found)
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file or folder was left by an operating system, or is hidden."""
+    return name.startswith(".") or name in _STRAYS

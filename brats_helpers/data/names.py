@@ -1,0 +1,115 @@
+"""What a file's name says: whose it is, and whether it is a modality or a segmentation."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from brats_helpers.labels import MODALITIES
+
+NIFTI = (".nii", ".nii.gz")
+_MODALITY_WORDS = {name: name for name in MODALITIES} | {
+    "t1n": "t1",
+    "t1w": "t1",
+    "t1c": "t1ce",
+    "t1gd": "t1ce",
+    "t2w": "t2",
+    "t2f": "flair",
+}
+_MAP_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "ot", "gtv", "gt", "groundtruth"}
+_TUMOUR_WORDS = {"tumor", "tumour", "lesion", "tumormask", "tumourmask"}
+_PROCESSING_WORDS = {"brain", "final"}  # of the scans that are to be used, as FeTS and MedPerf name them
+_OTHER_MAP = re.compile(
+    r"(^|[_\-. ])(pred|soft|prob|skull|head|brain|bet|parenchyma|tissue|white|gr[ae]y|wm|gm|csf|ventric)", re.IGNORECASE
+)
+_WORD = re.compile(r"[^_\-. ]+")
+_SEGMENTATION_FOLDER = re.compile(
+    r"(labels?|masks?|seg|segs|segmentations?|gt|ground[ _-]?truth|annotations?)(tr|ts|va|val)?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """What was read from a file's name.
+
+    Attributes:
+        case_id: what stands before the ending; the folder's name if nothing does.
+        ending: the last word, lower case, such as `t1n`.
+        kind: a modality, `seg`, or None if the name says neither.
+        processed: whether a word such as `brain` marks the version that is to be used.
+        doubtful: whether `brain_seg` may be a mask of the brain.
+    """
+
+    case_id: str
+    ending: str
+    kind: str | None
+    processed: bool = False
+    doubtful: bool = False
+
+
+def recognise(path: Path) -> Name:
+    """Split `BraTS20_Training_001_t1ce.nii` into its case ID, its ending and what that stands for.
+
+    A folder that is itself named as a file, such as `BraTS2021_00000_flair.nii`, says it for the file within.
+    """
+    if is_nifti(path.parent):
+        path = path.parent
+    stem = stem_of(path)
+    spans = [(match.start(), match[0].lower()) for match in _WORD.finditer(stem)]
+    words = [word for _, word in spans]
+    end = len(words)
+    while end > 1 and words[end - 1] in _PROCESSING_WORDS:
+        end -= 1
+    kind, used = _kind(words[:end])
+    if kind is None:
+        return Name(stem, words[-1] if words else "", None)
+    start = end - used
+    while start and words[start - 1] in _PROCESSING_WORDS:
+        start -= 1
+    case_id = stem[: spans[start][0]].rstrip("_-. ") or path.parent.name
+    processing = words[start : end - used] + words[end:]
+    doubtful = kind == "seg" and "brain" in processing and not _TUMOUR_WORDS.intersection(words[end - used : end])
+    return Name(case_id, words[end - 1], kind, bool(processing), doubtful)
+
+
+def _kind(words: list[str]) -> tuple[str | None, int]:
+    """What the last words mean, and how many of them say so."""
+    last, previous = ["", "", *words][:-3:-1]
+    if last in _MODALITY_WORDS:
+        return _MODALITY_WORDS[last], 1
+    if last in _MAP_WORDS | _TUMOUR_WORDS | {"mask"}:
+        if previous in _TUMOUR_WORDS | {"seg"}:
+            return "seg", 2
+        if last != "mask" and (previous in _PROCESSING_WORDS or not is_other_map(previous)):
+            return "seg", 1
+    return None, 0
+
+
+def is_other_map(text: str) -> bool:
+    """Whether a part of a name says that the file is a prediction or a map of something other than a tumour."""
+    return bool(_OTHER_MAP.search(text))
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name ends in `.nii` or `.nii.gz`, in upper or lower case."""
+    return path.name.lower().endswith(NIFTI)
+
+
+def is_segmentation_folder(path: Path) -> bool:
+    """Whether a folder's name says that it holds segmentations, such as `labelsTr`."""
+    return bool(_SEGMENTATION_FOLDER.fullmatch(path.name))
+
+
+def stem_of(path: Path) -> str:
+    """The name without `.nii` or `.nii.gz`, in upper or lower case."""
+    return path.name[: len(path.name.lower().removesuffix(".gz").removesuffix(".nii"))]
+
+
+def named_like(path: Path, modality: str) -> Path:
+    """The path of another modality of the patient whose file `path` is, named in the same manner."""
+    if is_nifti(path.parent):
+        path = path.parent
+    ending, stem = recognise(path).ending, stem_of(path)
+    words = [word for word, meaning in _MODALITY_WORDS.items() if meaning == modality]  # the old name first
+    start = stem.lower().rfind(ending)
+    word = words[ending not in MODALITIES]
+    return path.with_name(path.name[:start] + word + path.name[start + len(ending) :])
