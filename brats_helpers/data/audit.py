@@ -18,9 +18,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.data.cases import Case, Finding, Survey, recognise
+from brats_helpers.data.cases import Case, Finding, Survey
 from brats_helpers.data.content import content_hash, hash_of
+from brats_helpers.data.findings import SEVERITIES
 from brats_helpers.data.identity import group_people, varies
+from brats_helpers.data.names import recognise
 from brats_helpers.data.nifti import TOLERANCE_MM, FileError, in_lps, parse_nifti, read_bytes, same_place, spacing_mm
 from brats_helpers.data.tables import read_tables
 from brats_helpers.files import whole_file
@@ -29,8 +31,6 @@ from brats_helpers.log import warn
 
 _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
-SEVERITIES = ("error", "warning", "note")
-"""From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
 _FORMAT = 5  # raise it when `_examine` finds other things: what was remembered is then forgotten
 
 
@@ -137,8 +137,8 @@ def rows(report: dict, *, each: int) -> list[dict[str, str]]:
 
 
 def _recognised(path: Path) -> str:
-    ending, kind = recognise(path)[1:]
-    return f"its name ends in {ending}" if kind else "the one file of its folder that is no modality"
+    name = recognise(path)
+    return f"its name ends in {name.ending}" if name.kind else "the one file of its folder that is no modality"
 
 
 def _grade_of_folder(case: Case, root: Path) -> str | None:
@@ -320,7 +320,7 @@ def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
         yield "no-tumour", "warning", "No voxel is labelled; the patient is kept, and scored as one without tumour."
     elif 3 not in labels and 4 not in labels:
         yield "no-enhancing", "note", "No enhancing tumour: its score there is all or nothing."
-    elif 3 in labels and all(recognise(path)[1] in MODALITIES for path in case.images.values()):
+    elif 3 in labels and all(recognise(path).ending in MODALITIES for path in case.images.values()):
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 

@@ -238,12 +238,13 @@ def _wanted(layout: Layout, patient: Patient, modalities: tuple[str, ...], *, fi
     elif missing:
         others = [name for name in MODALITIES if name in patient.files]
         path = patient.files[others[0]]
-        known = f"(missing: {', '.join(missing)}; found: {', '.join(others)})"
+        lacks, has = ", ".join(missing), ", ".join(others)
         if patient.dataset:
-            text = f"No file or channel of dataset.json is {missing[0]} {known}."
+            text = f"No file or channel of dataset.json is {missing[0]} (missing: {lacks}; found: {has})."
         else:
             path = named_like(path, missing[0])
-            text = f"No {path.name} in {layout.relative(path.parent)} {known}; put it there."
+            folder = layout.relative(path.parent)
+            text = f"No {path.name} in {folder} (missing: {lacks}; found: {has}); put it there."
         layout.add(patient.id, "missing-modality", "error", path, text)
     if seg is None:
         layout.add(patient.id, "no-segmentation", "note", None, "No segmentation: predicted, but never scored.")

@@ -54,8 +54,8 @@ def recognise(path: Path) -> Name:
     if is_nifti(path.parent):
         path = path.parent
     stem = stem_of(path)
-    spans = [(match.start(), match[0].lower()) for match in _WORD.finditer(stem)]
-    words = [word for _, word in spans]
+    starts = [match.start() for match in _WORD.finditer(stem)]
+    words = _WORD.findall(stem.lower())
     end = len(words)
     while end > 1 and words[end - 1] in _PROCESSING_WORDS:
         end -= 1
@@ -63,9 +63,10 @@ def recognise(path: Path) -> Name:
     if kind is None:
         return Name(stem, words[-1] if words else "", None)
     start = end - used
-    while start and words[start - 1] in _PROCESSING_WORDS:
+    before = [stem[:at][-1:] for at in starts]  # the separator before each word
+    while start and words[start - 1] in _PROCESSING_WORDS and before[start - 1] in ("", before[end - used]):
         start -= 1
-    case_id = stem[: spans[start][0]].rstrip("_-. ") or path.parent.name
+    case_id = stem[: starts[start]].rstrip("_-. ") or path.parent.name
     processing = words[start : end - used] + words[end:]
     doubtful = kind == "seg" and "brain" in processing and not _TUMOUR_WORDS.intersection(words[end - used : end])
     return Name(case_id, words[end - 1], kind, bool(processing), doubtful)

@@ -71,7 +71,7 @@ def test_what_the_report_says_of_each_file(patient):
     files = check(patient.parent)["cases"]["A"]["files"]
     assert list(files) == ["flair", "t1", "t1ce", "t2", "seg"]
     assert files["t1ce"]["file"] == "A/A_t1ce.nii.gz" and files["t1ce"]["recognised"] == "its name ends in t1ce"
-    assert files["seg"]["recognised"] == "the one file of its folder that is no modality"
+    assert files["seg"]["recognised"] == "its name ends in segm"
     voxels = np.asanyarray(nib.load(patient / "A_t1ce.nii.gz").dataobj)
     assert (files["t1ce"]["shape"], files["t1ce"]["dtype"]) == ([48, 56, 20], "int16")
     assert files["t1ce"]["range"] == [voxels.min(), voxels.max()]
@@ -91,9 +91,12 @@ def test_faults_of_names(patient):
             path.rename(path.with_name(path.name.replace("A_", f"{case_id}_")))
     (data / "B" / "B_t1.nii.gz").unlink()
     shutil.copy(data / "C" / "C_t2.nii.gz", data / "C" / "C_t2.nii")
-    (data / "D" / "D_seg.nii.gz").rename(data / "D" / "one.nii.gz")
-    shutil.copy(data / "D" / "one.nii.gz", data / "D" / "two.nii.gz")
+    change(data / "C" / "C_t2.nii", set_voxel(np.int16(7)))
+    (data / "D" / "D_seg.nii.gz").rename(data / "D" / "1_seg.nii.gz")
+    shutil.copy(data / "A" / "A_seg.nii.gz", data / "D" / "2_seg.nii.gz")
+    change(data / "D" / "2_seg.nii.gz", np.zeros_like)
     shutil.copytree(data / "E", data / "again" / "E")
+    change(data / "again" / "E" / "E_t1.nii.gz", set_voxel(7))
     (data / "F").mkdir()
     shutil.copy(patient / "A_seg.nii.gz", data / "F" / "F_seg.nii.gz")
     (patient / "A_seg.nii.gz").unlink()
@@ -517,9 +520,15 @@ def test_the_verb_as_a_command(tiny_patients):
 
 ERRORS = {
     "missing-modality": lambda p: (p / f"{p.name}_t1.nii.gz").unlink(),
-    "two-files": lambda p: shutil.copy(p / f"{p.name}_t2.nii.gz", p / f"{p.name}_t2.nii"),
-    "two-segmentations": lambda p: [shutil.move(p / f"{p.name}_seg.nii.gz", p / "one.nii"), (p / "two.nii").touch()],
-    "two-folders": lambda p: shutil.copytree(p, p.parent / "again" / p.name),
+    "two-files": lambda p: shutil.copy(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t2.nii"),
+    "two-segmentations": lambda p: [
+        shutil.move(p / f"{p.name}_seg.nii.gz", p / "1_seg.nii"),
+        (p / "2_seg.nii").touch(),
+    ],
+    "two-folders": lambda p: [
+        shutil.copytree(p, p.parent / "again" / p.name),
+        change(p / f"{p.name}_t1.nii.gz", set_voxel(np.int16(7))),
+    ],
     "no-images": lambda p: [path.unlink() for path in p.iterdir() if "seg" not in path.name],
     "truncated": lambda p: (p / f"{p.name}_t2.nii.gz").write_bytes((p / f"{p.name}_t2.nii.gz").read_bytes()[:-999]),
     "unreadable": lambda p: (p / f"{p.name}_t2.nii.gz").write_bytes(bytes(999)),

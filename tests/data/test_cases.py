@@ -1,10 +1,12 @@
 """Reading patients as people have them; every trap here has caught somebody."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers import labels
+from brats_helpers import labels as vocabulary
 from brats_helpers.data.cases import find_cases, find_segs, survey
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.labels import DataError
@@ -138,16 +140,17 @@ def test_a_brain_mask_or_a_prediction_is_no_reference(tmp_path, name):
     patient(tmp_path, "A", "A", kinds=ALL)
     touch(tmp_path, f"A/{name}")
     assert find_cases(tmp_path)[0].seg is None
-    codes = {case_id: [finding.code for finding in listed] for case_id, listed in survey(tmp_path).findings.items()}
-    assert codes == {"A": ["no-segmentation"], "": ["unused-file"]}
+    assert codes(survey(tmp_path)) == {"A": ["no-segmentation"], "": ["unused-file"]}
     touch(tmp_path, "A/tumour.nii")
     assert find_cases(tmp_path)[0].seg.name == "tumour.nii"
 
 
-def test_what_the_patient_is_called_rules_out_no_segmentation(tmp_path):
-    patient(tmp_path, "OpenBrain_1", "OpenBrain_1", kinds=ALL)
-    touch(tmp_path, "OpenBrain_1/OpenBrain_1_tumour.nii")
-    assert find_cases(tmp_path)[0].seg.name == "OpenBrain_1_tumour.nii"
+@pytest.mark.parametrize("name", ["OpenBrain_1", "outside-brain", "brain_7"])
+def test_brain_in_an_id_stays(tmp_path, name):
+    patient(tmp_path, name, name, kinds=ALL)
+    touch(tmp_path, f"{name}/{name}_tumour.nii")
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.seg.name) == (name, f"{name}_tumour.nii")
 
 
 def test_a_folder_of_links_is_a_subset(tmp_path):
@@ -198,27 +201,229 @@ def test_a_stranger_is_no_segmentation_where_there_is_one(tmp_path):
     assert find_cases(tmp_path)[0].seg.name == "A_seg.nii.gz"
 
 
-def test_two_candidates_for_the_segmentation(tmp_path):
+def differ(root, *names):
+    """Files of which no two are alike."""
+    touch(root, *names)
+    for name in names:
+        (root / name).write_text(name)
+
+
+def codes(found):
+    return {case_id: sorted(finding.code for finding in listed) for case_id, listed in found.findings.items()}
+
+
+def left_out(root, capsys):
+    """The one patient that finding segmentations leaves out, and the sentence why."""
+    capsys.readouterr()
+    find_segs(root)
+    (line,) = capsys.readouterr().out.splitlines()
+    mark, _, reason = line.partition("left out: ")
+    return reason
+
+
+def test_two_candidates_for_the_segmentation(tmp_path, capsys):
     patient(tmp_path, "A", "A", kinds=ALL)
-    touch(tmp_path, "A/one.nii", "A/two.nii")
-    with pytest.raises(DataError, match=r"A: Which of one\.nii, two\.nii in A is the segmentation\? Keep one"):
-        find_cases(tmp_path)
+    patient(tmp_path, "B", "B")
+    differ(tmp_path, "A/W1_segm.nii", "A/W2_segm.nii")
+    message = "A: Two segmentations that differ, A/W1_segm.nii and A/W2_segm.nii; keep one of them."
+    assert [case.id for case in find_cases(tmp_path)] == ["B"]
+    assert capsys.readouterr().out == f"⚠️ left out: {message}\n"
+    assert left_out(tmp_path, capsys) == message
+    (tmp_path / "A/W2_segm.nii").write_bytes((tmp_path / "A/W1_segm.nii").read_bytes())
+    assert find_cases(tmp_path)[0].seg.name == "W1_segm.nii"
+    assert codes(survey(tmp_path)) == {"A": ["same-copy", "unusual-name"]}
 
 
-def test_two_files_for_one_modality(tmp_path):
+def test_files_that_do_not_say_segmentation_are_none(tmp_path):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    names = ["A_t1_N4", "A_adc", "A_swi", "A_T1_bias", "A_wm_seg", "A_brain_parenchyma_segmentation", "one", "A_mask"]
+    touch(tmp_path, *(f"A/{name}.nii.gz" for name in names))
+    found = survey(tmp_path)
+    assert [case.seg for case in found.cases] == [None]
+    assert codes(found) == {"A": ["no-segmentation"], "": ["unused-file"] * len(names)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["A_seg", "A_segm", "A-seg", "A_Label", "A_tumor_segmentation", "A_OT", "A_gtv", "A-gtv", "A_final_seg", "A.seg"]
+    + ["A_tumour_mask", "A_brain_tumor_seg", "A_manual_seg", "labelmap"],
+)
+def test_names_that_say_segmentation(tmp_path, name):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, f"A/{name}.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.seg.name) == ("A", f"{name}.nii.gz")
+
+
+@pytest.mark.parametrize(("scan", "used"), [("A_brain_{}", True), ("A_{}", False)])
+def test_brain_seg_is_the_tumour_only_beside_scans_called_brain(tmp_path, scan, used):
+    touch(tmp_path, *(f"A/{scan.format(kind)}.nii.gz" for kind in ALL), "A/A_brain_seg.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert (case.id, bool(case.seg)) == ("A", used)
+
+
+def test_brain_and_final_are_no_part_of_the_id(tmp_path):
+    name = "AAAC_0_2008.03.30"
+    touch(tmp_path, *(f"{name}/{name}_brain_{kind}.nii.gz" for kind in ("t1n", "t1c", "t2w", "t2f")))
+    touch(tmp_path, f"{name}/{name}_final_seg.nii.gz", f"{name}/{name}_t1n.nii.gz", f"{name}/{name}_brain_mask.nii.gz")
+    (case,) = find_cases(tmp_path)
+    assert (case.id, case.seg.name) == (name, f"{name}_final_seg.nii.gz")
+    assert case.images["t1"].name == f"{name}_brain_t1n.nii.gz"  # the skull-stripped one
+    assert codes(survey(tmp_path)) == {"": ["unused-file"] * 2}
+
+
+def test_a_folder_named_as_a_file_says_what_is_in_it(tmp_path):
+    case_id = "BraTS2021_00001"
+    for kind in ALL:
+        touch(tmp_path, f"{case_id}/{case_id}_{kind}.nii/00000057_brain_{kind}.nii")
+    touch(tmp_path, f"{case_id}/{case_id}_seg.nii/{case_id}_seg_new.nii")
+    patient(tmp_path, "BraTS2021_00002", "BraTS2021_00002", ending=".nii")
+    first, second = find_cases(tmp_path)
+    assert (first.id, second.id) == (case_id, "BraTS2021_00002")
+    assert (first.seg.name, first.images["t1ce"].name) == (f"{case_id}_seg_new.nii", "00000057_brain_t1ce.nii")
+
+
+@pytest.mark.parametrize(
+    "mask", ["labels/{}_seg", "labelsTr/{}", "masks/{}", "ground_truth/{}", "x/labels/deep/{}_seg"]
+)
+def test_masks_in_a_folder_of_their_own_are_joined_by_id(tmp_path, mask):
+    for case_id in ("P_1", "P_2"):
+        patient(tmp_path, f"images/{case_id}", case_id, kinds=ALL)
+    touch(tmp_path, f"{mask.format('P_1')}.nii.gz")
+    first, second = find_cases(tmp_path)
+    assert first.seg == tmp_path / f"{mask.format('P_1')}.nii.gz" and second.seg is None
+    assert find_segs(tmp_path) == {"P_1": first.seg, "P_2": None}
+
+
+def test_a_mask_from_just_any_folder_is_used_with_a_warning_and_a_prediction_is_not(tmp_path):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, "predictions/A_seg.nii.gz")
+    found = survey(tmp_path)
+    assert [case.seg for case in found.cases] == [None]
+    assert codes(found) == {"A": ["no-segmentation"], "": ["unused-file"]}
+    touch(tmp_path, "other/A_seg.nii.gz")
+    found = survey(tmp_path)
+    assert [case.seg.parent.name for case in found.cases] == ["other"]
+    assert codes(found) == {"A": ["mask-elsewhere"], "": ["unused-file"]}
+
+
+def test_two_masks_elsewhere_that_differ(tmp_path, capsys):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    patient(tmp_path, "B", "B")
+    differ(tmp_path, "labels/A.nii.gz", "masks/A_seg.nii.gz")
+    assert left_out(tmp_path, capsys) == (
+        "A: Two segmentations that differ, labels/A.nii.gz and masks/A_seg.nii.gz; keep one of them."
+    )
+
+
+def test_modalities_in_folders_of_their_own_are_joined(tmp_path):
+    touch(tmp_path, *(f"{kind}/P_1_{kind}.nii.gz" for kind in ALL))
+    (case,) = find_cases(tmp_path)
+    assert list(case.images) == list(ALL)
+    assert codes(survey(tmp_path))["P_1"] == ["joined"] * 3 + ["no-segmentation"]
+
+
+def decathlon(root, files, *, channels=("FLAIR", "T1w", "t1gd", "T2w"), key="modality"):
+    touch(root, *files)
+    names = {str(number): name for number, name in enumerate(channels)}
+    (root / "dataset.json").write_text(json.dumps({key: names}))
+
+
+@pytest.mark.parametrize("inside", [".", "imagesTr"])
+def test_the_decathlon_is_read_as_its_dataset_json_says(tmp_path, inside):
+    decathlon(
+        tmp_path, ["imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz"], channels=("T2w", "FLAIR", "T1w", "ADC")
+    )
+    (case,) = find_cases(tmp_path / inside, ("flair", "t2"))
+    assert (case.id, case.channels) == ("BRATS_001", {"flair": 1, "t2": 0})
+    assert set(case.images.values()) == {tmp_path / "imagesTr/BRATS_001.nii.gz"}
+    assert case.dataset == tmp_path / "dataset.json"
+    assert case.seg == (tmp_path / "labelsTr/BRATS_001.nii.gz" if inside == "." else None)
+    with pytest.raises(DataError, match=r"BRATS_001: No file or channel of dataset.json is t1ce"):
+        find_cases(tmp_path / inside)
+
+
+def test_nnunets_raw_folders_are_read_as_their_dataset_json_says(tmp_path):
+    files = [f"imagesTr/BRATS_001_000{k}.nii.gz" for k in range(4)]
+    decathlon(
+        tmp_path, [*files, "labelsTr/BRATS_001.nii.gz"], channels=("T1", "T1CE", "T2", "FLAIR"), key="channel_names"
+    )
+    (case,) = find_cases(tmp_path)
+    assert case.images == {name: tmp_path / files[k] for k, name in zip((3, 0, 1, 2), ALL, strict=True)}
+    assert case.seg == tmp_path / "labelsTr/BRATS_001.nii.gz" and not case.channels
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"modality": ["FLAIR"]}'])
+def test_a_dataset_json_without_channels_is_named(tmp_path, content):
+    touch(tmp_path, "imagesTr/BRATS_001_0000.nii.gz", "labelsTr/BRATS_001.nii.gz")
+    (tmp_path / "dataset.json").write_text(content)
+    findings = survey(tmp_path).findings[""]
+    assert {(finding.code, finding.file) for finding in findings} == {
+        ("dataset-json", "dataset.json"),
+        ("unused-file", "imagesTr/BRATS_001_0000.nii.gz"),
+    }
+
+
+def test_formats_that_are_not_read_are_named(tmp_path):
+    touch(tmp_path, "A/A_t1.mha", "A/A_t2.mha", "B/B_t1.nrrd", "C/1.dcm")
+    (tmp_path / "D").mkdir()
+    (tmp_path / "D/IM0001").write_bytes(bytes(128) + b"DICM")
+    findings = survey(tmp_path).findings[""]
+    assert [(finding.code, finding.file) for finding in findings] == [
+        ("unread-format", "A/A_t1.mha"),
+        ("unread-format", "B/B_t1.nrrd"),
+        ("unread-format", "C/1.dcm"),
+    ]
+    assert findings[0].message.startswith("2 .mha files") and findings[2].message.startswith("2 DICOM files")
+    for find in (find_cases, find_segs):
+        with pytest.raises(DataError, match=r"2 \.mha files found and not read.*SimpleITK"):
+            find(tmp_path)
+
+
+def test_a_missing_modality_is_background_on_request(tmp_path):
     patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B", kinds=("flair", "t2", "seg"))
+    found = survey(tmp_path, fill_missing=True)
+    assert [case.missing for case in found.complete(skip_incomplete=False)] == [(), ("t1", "t1ce")]
+    assert [case.modalities for case in found.cases] == [ALL, ALL]
+    (finding,) = found.findings["B"]
+    assert (finding.code, finding.severity) == ("filled-modality", "warning") and "No t1, t1ce" in finding.message
+
+
+def test_two_files_for_one_modality(tmp_path, capsys):
+    patient(tmp_path, "A", "A")
+    patient(tmp_path, "B", "B")
     touch(tmp_path, "A/A_t1ce.nii")
-    with pytest.raises(DataError, match=r"A: Two files for t1ce, A_t1ce\.nii and A_t1ce\.nii\.gz"):
-        find_cases(tmp_path)
+    assert [case.id for case in find_cases(tmp_path)] == ["A", "B"]  # a copy counts once
+    assert codes(survey(tmp_path)) == {"A": ["same-copy"]}
+    differ(tmp_path, "A/A_t1ce.nii")
+    assert left_out(tmp_path, capsys) == (
+        "A: Two files for t1ce that differ, A/A_t1ce.nii and A/A_t1ce.nii.gz; keep one of them."
+    )
+    assert [case.id for case in find_cases(tmp_path)] == ["B"]
 
 
-def test_the_same_patient_twice(tmp_path):
-    patient(tmp_path, "copy1/A", "A")
-    patient(tmp_path, "copy2/A", "A")
-    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
-        find_cases(tmp_path)
-    with pytest.raises(DataError, match="A: Lies in two folders, copy1/A and copy2/A"):
-        find_segs(tmp_path)
+def test_one_patient_twice(tmp_path, capsys):
+    for folder in ("copy1", "copy2"):
+        patient(tmp_path, f"{folder}/A", "A")
+        patient(tmp_path, f"{folder}/B", "B", kinds=ALL)
+    touch(tmp_path, "copy2/B/B_seg.nii.gz")
+    a, b = find_cases(tmp_path)
+    assert (a.folder, b.seg) == (tmp_path / "copy1/A", tmp_path / "copy2/B/B_seg.nii.gz")
+    assert codes(survey(tmp_path)) == {"A": ["same-copy"], "B": ["same-copy"]}
+    differ(tmp_path, "copy2/A/A_seg.nii.gz")
+    message = "A: Two files for seg that differ, copy1/A/A_seg.nii.gz and copy2/A/A_seg.nii.gz; keep one of them."
+    assert left_out(tmp_path, capsys) == message
+    assert [case.id for case in find_cases(tmp_path)] == ["B"]
+
+
+def test_copies_may_be_packed_and_stored_otherwise(tmp_path):
+    patient(tmp_path, "A", "A")
+    save(tmp_path / "A/A_t1.nii.gz", grid())
+    save(tmp_path / "copy/A/A_t1.nii", grid(), np.float32)
+    assert codes(survey(tmp_path)) == {"A": ["same-copy"]}
+    save(tmp_path / "copy/A/A_t1.nii", grid(), affine=AFFINE + np.eye(4, k=3))
+    assert codes(survey(tmp_path)) == {"A": ["two-folders"]}
 
 
 def test_files_that_are_no_scans(tmp_path):
@@ -283,22 +488,23 @@ def test_a_survey_keeps_every_patient_and_says_what_is_wrong(tmp_path):
     patient(tmp_path, "A", "A")
     patient(tmp_path, "B", "B", kinds=("flair", "seg"))
     patient(tmp_path, "C", "C", kinds=ALL)
-    touch(tmp_path, "C/one.nii", "C/two.nii", "A/A_t1.nii", "A/brain_mask.nii", "D/D_seg.nii", "copy/A/A_flair.nii")
+    differ(
+        tmp_path, "C/1_seg.nii", "C/2_seg.nii", "A/A_t1.nii", "A/brain_mask.nii", "D/D_seg.nii", "copy/A/A_flair.nii"
+    )
     touch(tmp_path, ".DS_Store", "A/._A_t1.nii.gz", ".hidden/E/E_flair.nii", "predictions/A_seg.nii.gz", "info.csv")
     found = survey(tmp_path)
     assert [case.id for case in found.cases] == ["A", "B", "C", "D"]
     assert list(found.cases[1].images) == ["flair"]
-    codes = {case_id: sorted(finding.code for finding in listed) for case_id, listed in found.findings.items()}
-    assert codes == {
+    assert codes(found) == {
         "A": ["two-files", "two-folders"],
         "B": ["missing-modality"],
-        "C": ["two-segmentations", "unusual-name"],
+        "C": ["no-segmentation", "two-segmentations"],
         "D": ["no-images"],
-        "": ["stray-file"] * 3 + ["unused-file"] * 3,
+        "": ["stray-file"] * 3 + ["unused-file"] * 2,
     }
     files = {finding.file: finding.code for finding in found.findings[""]}
     assert {file for file, code in files.items() if code == "stray-file"} == {".DS_Store", ".hidden", "A/._A_t1.nii.gz"}
-    assert files["predictions/A_seg.nii.gz"] == files["A/brain_mask.nii"] == files["C/two.nii"] == "unused-file"
+    assert files["predictions/A_seg.nii.gz"] == files["A/brain_mask.nii"] == "unused-file"
     assert found.tables == [tmp_path / "info.csv"]
     with pytest.raises(DataError, match="No patient with"):
         found.complete(skip_incomplete=True)
@@ -334,9 +540,9 @@ def test_label_maps_alone(tmp_path):
 
 
 def test_class_and_label_names_fit():
-    assert labels.CLASSES == ("background", "NCR", "ED", "ET")
-    assert labels.REGIONS == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
-    assert labels.LABELS == {"2020": (0, 1, 2, 4), "2023": (0, 1, 2, 3)}
+    assert vocabulary.CLASSES == ("background", "NCR", "ED", "ET")
+    assert vocabulary.REGIONS == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+    assert vocabulary.LABELS == {"2020": (0, 1, 2, 4), "2023": (0, 1, 2, 3)}
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
@@ -345,7 +551,7 @@ def test_class_and_label_names_fit():
     [([0, 1, 2, 4], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2]), ([0], [0]), ([4], [3])],
 )
 def test_labels_to_classes(labels, classes, dtype):
-    found = labels.labels_to_classes(np.array(labels, dtype))
+    found = vocabulary.labels_to_classes(np.array(labels, dtype))
     assert found.dtype == np.uint8
     assert found.tolist() == classes
 
@@ -364,7 +570,7 @@ def test_labels_to_classes(labels, classes, dtype):
 )
 def test_labels_that_mean_nothing(tmp_path, labels, message):
     with pytest.raises(ValueError, match=message):
-        labels.labels_to_classes(np.array(labels, np.float64))
+        vocabulary.labels_to_classes(np.array(labels, np.float64))
     path = save(tmp_path / "a_seg.nii.gz", grid(labels), np.float64)
     with pytest.raises(DataError, match=rf"a_seg\.nii\.gz: .*{message}"):
         read_mask(path)
@@ -373,10 +579,10 @@ def test_labels_that_mean_nothing(tmp_path, labels, message):
 @pytest.mark.parametrize(("numbering", "labels"), [("2020", [0, 1, 2, 4]), ("2023", [0, 1, 2, 3])])
 def test_classes_to_labels_and_back(numbering, labels):
     classes = np.array([[0, 1], [2, 3]], np.uint8)
-    found = labels.classes_to_labels(classes, numbering)
+    found = vocabulary.classes_to_labels(classes, numbering)
     assert found.dtype == np.uint8
     assert found.ravel().tolist() == labels
-    np.testing.assert_array_equal(labels.labels_to_classes(found), classes)
+    np.testing.assert_array_equal(vocabulary.labels_to_classes(found), classes)
 
 
 # ---- Real patients
