@@ -97,10 +97,12 @@ class Layout:
         self.add("", "unused-file", "note", path, f"{why}; it is not used.")
 
     def add_map(self, case_id: str, paths: Sequence[Path]) -> None:
-        """Take files called `<case>.nii.gz` as the segmentation of a patient that is not there otherwise."""
-        if case_id not in self.patients:
+        """Take files called `<case>.nii.gz` as the segmentation of a patient of whom there are no scans."""
+        patient = self.patients.setdefault(case_id, Patient(case_id))
+        if not patient.imaged:
+            paths = [*patient.files.values(), *paths]
             _compare(self, case_id, paths, "two-files", "Two label maps")
-            self.patients[case_id] = Patient(case_id, {"seg": paths[0]})
+            patient.files["seg"] = paths[0]
 
     def relative(self, path: Path) -> str:
         """A path as findings name it: from the data's folder."""

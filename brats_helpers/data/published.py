@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from brats_helpers.data.cases import Case, recognise
+from brats_helpers.data.cases import Case
+from brats_helpers.data.names import recognise
 from brats_helpers.files import read_json
 from brats_helpers.labels import DataError
 from brats_helpers.runs import from_root
@@ -121,7 +122,7 @@ def _monai_fold(entries: list[dict], number: int) -> dict[str, list[str]]:
 
 
 def _case_id(file: str) -> str:
-    """The ID in a file's name, as `cases` reads it from the patients' own files."""
+    """The ID in a file's name, as `names` reads it from the patients' own files."""
     path = Path(file)
-    case_id, _, kind = recognise(path)
-    return case_id if kind else re.sub(r"(_0000)?\.nii(\.gz)?$", "", path.name)
+    name = recognise(path)
+    return name.case_id if name.kind else re.sub(r"(_0000)?\.nii(\.gz)?$", "", path.name)

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from brats_helpers.data.cases import find_segs
-from brats_helpers.data.nifti import read_seg, same_affine
+from brats_helpers.data.cases import survey_segs
+from brats_helpers.data.nifti import difference, read_seg, same_affine
 from brats_helpers.data.nifti import spacing_mm as spacing_of
 from brats_helpers.labels import DataError
 from brats_helpers.scoring.scores import collect, score_case
 
-_RESAMPLE = "; write the prediction in the grid of the patient's scans."
+_RESAMPLE = "Write the prediction in the grid of the patient's scans."
 
 
 def score_folders(
@@ -17,21 +17,22 @@ def score_folders(
 ) -> dict[str, object]:
     """Score a folder of label maps against a folder of patients, or of label maps, by case ID.
 
-    Either folder is read by `cases.find_segs`, in either label numbering. Nothing is resampled,
+    Either folder is read by `cases.survey_segs`, in either label numbering. Nothing is resampled,
     moved or relabelled: a pair whose shapes or affines differ is refused. So are predictions of a
     network that had seen the patient, which `predict` notes in `leakage.json` beside them, unless
     `allow_leakage` is set.
 
     Returns:
         What `collect` returns, with a reason in `not_scored` for every patient of either folder
-        that could not be scored: missing, extra, unlabelled, leakage, misaligned or unreadable.
+        that could not be scored: missing, extra, unlabelled, leakage, misaligned, unreadable or found twice.
 
     Raises:
-        DataError: a folder that holds no label map, or an ID twice.
+        DataError: a folder that holds no label map.
     """
-    preds, truths, seen = find_segs(pred_dir), find_segs(truth_dir), read_leakage(pred_dir)
-    cases, reasons = {}, {}
-    for case in sorted({case for case, path in preds.items() if path} | truths.keys()):
+    (preds, faulty_preds), (truths, faulty_truths) = survey_segs(pred_dir), survey_segs(truth_dir)
+    seen = read_leakage(pred_dir)
+    cases, reasons = {}, faulty_preds | faulty_truths
+    for case in sorted(({case for case, path in preds.items() if path} | truths.keys()) - reasons.keys()):
         if case not in truths:
             reasons[case] = f"extra: {preds[case]} has no patient in {truth_dir}"
         elif truths[case] is None:
@@ -65,10 +66,8 @@ def score_files(pred_path: Path, truth_path: Path, *, convention: str) -> dict[s
         raise DataError(f"itself: {pred_path} would be scored against itself; give a folder of predictions.")
     (pred, pred_image), (truth, truth_image) = read_seg(pred_path), read_seg(truth_path)
     if pred.shape != truth.shape:
-        raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}{_RESAMPLE}")
+        raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}. {_RESAMPLE}")
     if not same_affine(pred_image, truth_image):
-        raise DataError(
-            f"misaligned: {pred_path} has affine {pred_image.affine[:3].round(3).tolist()},"
-            f" {truth_path} {truth_image.affine[:3].round(3).tolist()}{_RESAMPLE}"
-        )
+        apart = difference(pred_image.affine, truth_image.affine, pred.shape)
+        raise DataError(f"misaligned: {pred_path} does not lie where {truth_path} does: {apart} {_RESAMPLE}")
     return score_case(pred, truth, spacing_mm=spacing_of(truth_image), convention=convention)

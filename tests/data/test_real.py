@@ -32,7 +32,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     packed = {case.id: case for case in prepare(cases, cache_dir=tmp_path / "cache", workers=1)}
     settings = dataclasses.replace(
         SETTINGS,
-        modalities="flair,t1ce",
+        modalities=("flair", "t1ce"),
         encoder=PACKAGED_ENCODER,
         encoder_weights="imagenet",
         epochs=2,
@@ -68,7 +68,7 @@ def test_a_network_of_other_patients_predicts_them_all_and_score_prints_their_fi
     real_patients, tiny_patients, tmp_path, capsys
 ):
     tiny = [pack(case) for case in find_cases(tiny_patients, ["flair", "t1ce"])]
-    fit_tiny(tiny, tmp_path, modalities="flair,t1ce", epochs=1)
+    fit_tiny(tiny, tmp_path, modalities=("flair", "t1ce"), epochs=1)
     checkpoint, out, file = (tmp_path / name for name in ("checkpoints/best.pt", "out", "scores.json"))
     assert main(["predict", "--checkpoint", str(checkpoint), "--out", str(out), str(real_patients)]) == 0
     capsys.readouterr()

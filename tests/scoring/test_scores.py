@@ -566,9 +566,14 @@ def test_a_prediction_is_found_whatever_lies_beside_it(folders):
     put(pred_dir / "C" / "C_flair.nii.gz", tumour((16, 14, 12), 0))
     result = score(pred_dir, truth_dir)
     assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
-    put(pred_dir / "A.nii.gz", tumour((16, 14, 12), 0))
-    with pytest.raises(DataError, match=r"Two label maps, A_seg.nii.gz and A.nii.gz; keep one of them"):
-        score(pred_dir, truth_dir)
+    (pred_dir / "A.nii.gz").write_bytes((pred_dir / "A_seg.nii.gz").read_bytes())
+    assert list(score(pred_dir, truth_dir)["cases"]) == ["A", "B"]  # a copy counts once
+    put(pred_dir / "A.nii.gz", tumour((16, 14, 12), 1))
+    result = score(pred_dir, truth_dir)
+    assert list(result["cases"]) == ["B"]
+    assert result["not_scored"] == {
+        "A": "Two label maps that differ, A_seg.nii.gz and A.nii.gz; keep one of them.",
+    }
 
 
 def test_spacing_comes_from_the_file(tmp_path):
