@@ -91,7 +91,7 @@ def test_faults_of_names(patient):
             path.rename(path.with_name(path.name.replace("A_", f"{case_id}_")))
     (data / "B" / "B_t1.nii.gz").unlink()
     shutil.copy(data / "C" / "C_t2.nii.gz", data / "C" / "C_t2.nii")
-    change(data / "C" / "C_t2.nii", set_voxel(np.int16(7)))
+    change(data / "C" / "C_t2.nii.gz", set_voxel(np.int16(7)))
     (data / "D" / "D_seg.nii.gz").rename(data / "D" / "1_seg.nii.gz")
     shutil.copy(data / "A" / "A_seg.nii.gz", data / "D" / "2_seg.nii.gz")
     change(data / "D" / "2_seg.nii.gz", np.zeros_like)
