@@ -15,9 +15,11 @@ from brats_helpers.labels import DataError
 
 _DATE = r"(?:19|20)\d\d(?P<dot>[-._])\d\d?(?P=dot)\d\d?"
 _COMPACT_DATE = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
-_NUMBERED = r"(?:week|wk|month|day|year|visit|ses|session|time[-_]?point|tp|fu|follow[-_]?up)[-_]?\d+d?(?:[-_]\d+)?"
-_NAMED = r"baseline|follow[-_]?up|pre[-_]?(?:op|treatment)|post[-_]?(?:op|treatment)"
+_NUMBERED = r"(?:week|wk|month|day|year|visit|session|time[-_]?point|tp|fu|follow[-_]?up)[-_]?\d+d?(?:[-_]\d+)?"
+_NAMED = r"ses-[a-z0-9]+|baseline|follow[-_]?up|pre[-_]?(?:op|treatment)|post[-_]?(?:op|treatment)"
 _VISIT = rf"{_DATE}|{_NUMBERED}|{_NAMED}"
+_SHORT = rf"{_COMPACT_DATE}|t\d\d?|v\d\d?|ses[-_]?\d+|scan[-_]?\d\d?|pre|post"
+"""Names of visits only after something with a digit in it: `P01_T0`, but not `Site_T0`."""
 _VISITS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -25,7 +27,7 @@ _VISITS = [
         r"([a-z]+(?:-[a-z]+)*-\d{4,})_\d{1,2}",  # UPENN-GBM-00001_11, UCSD-PTGBM-0002_01
         r"(brats_\w+_pat\d+)_\d+",  # brats_tcia_pat117_0083
         rf"(.+?)[-_.](?:{_VISIT})",  # AAAC_0_2008.03.30, Patient-007_week000, sub-01_ses-02
-        rf"(.*\d.*?)[-_.]{_COMPACT_DATE}",  # P01_20010203, but not an eight-digit number after a mere name
+        rf"(.*\d.*?)[-_.](?:{_SHORT})",  # P01_20010203, P01_T0
     )
 ]
 _BRATS_2017_TO_2019 = re.compile(r"brats1[789]_(2013|[a-z]+)\d*_(\w+?)_\d+", re.IGNORECASE)
@@ -226,7 +228,7 @@ def _is_visit(folder: Path) -> bool:
         return False
     visit = re.fullmatch(rf"{re.escape(person)}[-_.](.+)", folder.name)
     name, digits = (visit[1], r"\d\d?") if visit else (folder.name, r"\d")
-    return bool(re.fullmatch(rf"{_VISIT}|{_COMPACT_DATE}|{digits}", name, re.IGNORECASE))
+    return bool(re.fullmatch(rf"{_VISIT}|{_SHORT}|{digits}", name, re.IGNORECASE))
 
 
 def _similar_ids(ids: Iterable[str], groups: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -44,6 +44,9 @@ def groups_of(ids, tmp_path, **how):
         ("P01_20010101", "P01"),
         ("Patient-007_week-012-1", "Patient-007"),
         ("sub-01_ses-02", "sub-01"),
+        ("sub-A_ses-preop", "sub-A"),
+        ("P01_T0", "P01"),
+        ("case12-scan2", "case12"),
         ("PatientID_0003_Timepoint_1", "PatientID_0003"),
         ("UCSF-PDGM-0431_FU003d", "UCSF-PDGM-0431"),
         ("brats_tcia_pat117_0083", "brats_tcia_pat117"),
@@ -61,7 +64,7 @@ def test_the_person_in_an_id(case_id, person):
 @pytest.mark.parametrize(
     "case_id",
     ["BraTS20_Training_001", "BraTS2021_00001", "BRATS_001", "BraTS-GoAT-00012", "TCGA-02-0006", "UCSF-PDGM-0004"]
-    + ["site_19990101", "Patient_20", "Tiny_1", "A"],
+    + ["site_19990101", "Patient_20", "Site_T1", "Tiny_1", "A"],
 )
 def test_an_id_without_a_visit_is_a_person(case_id):
     assert person_of(case_id) == case_id
@@ -102,6 +105,7 @@ def test_visits_of_five_data_sets_and_of_folders(tmp_path):
     [
         (["P1/baseline/a", "P1/visit2/b", "P2/baseline/c", "P2/visit2/d"], 2),
         (["P1/2001-02-03/scan/a", "P1/2002-03-04/scan/b", "P2/2001-02-03/scan/c"], 2),
+        (["P1/T0/a", "P1/T1/b", "P2/pre/c", "P2/post/d"], 2),
         (["RHUH-0001/0/a", "RHUH-0001/1/b", "RHUH-0002/0/c"], 2),
         (["x/P1/P1_1/a", "x/P1/P1_2/b", "x/P2/P2_1/c"], 2),
         (["HGG/one/a", "HGG/two/b", "LGG/three/c"], 3),
