@@ -32,8 +32,12 @@ _VISITS = [
 ]
 _BRATS_2017_TO_2019 = re.compile(r"brats1[789]_(2013|[a-z]+)\d*_(\w+?)_\d+", re.IGNORECASE)
 """`Brats17_TCIA_201_1` is `Brats18_TCIA01_201_1`; `Brats18_2013_2_1` is someone else. The last number is the visit."""
-_COLLECTION = re.compile(r"train|val|test|hgg|lgg|imag|label|mask|data|fold|batch|part|site|group", re.IGNORECASE)
-"""How folders begin that hold many persons."""
+_COLLECTION = re.compile(
+    r".*(?:train|valid).*|(?:val|test|testing|hgg|lgg|all|images?(?:tr|ts)?|labels?(?:tr|ts)?|masks?|data"
+    r"|(?:fold|batch|part|site|group)[-_ ]?\d*)",
+    re.IGNORECASE,
+)
+"""Names of folders that hold many persons."""
 _MOST_VISITS = 10
 """Cases whose IDs differ in their last part alone: more than so many are numbered persons, not visits."""
 
@@ -224,7 +228,7 @@ def _above_visit(folder: Path) -> Path | None:
 def _is_visit(folder: Path) -> bool:
     """Whether a folder is named like one visit of the person whose folder it lies in."""
     person = folder.parent.name
-    if not person or _COLLECTION.match(person):
+    if not person or _COLLECTION.fullmatch(person):
         return False
     visit = re.fullmatch(rf"{re.escape(person)}[-_.](.+)", folder.name)
     name, digits = (visit[1], r"\d\d?") if visit else (folder.name, r"\d")

@@ -106,6 +106,7 @@ def test_visits_of_five_data_sets_and_of_folders(tmp_path):
         (["P1/baseline/a", "P1/visit2/b", "P2/baseline/c", "P2/visit2/d"], 2),
         (["P1/2001-02-03/scan/a", "P1/2002-03-04/scan/b", "P2/2001-02-03/scan/c"], 2),
         (["P1/T0/a", "P1/T1/b", "P2/pre/c", "P2/post/d"], 2),
+        (["SiteA_0/2001.02.03/a", "SiteA_0/2002.03.04/b", "Participant1/2001.02.03/c"], 2),
         (["RHUH-0001/0/a", "RHUH-0001/1/b", "RHUH-0002/0/c"], 2),
         (["x/P1/P1_1/a", "x/P1/P1_2/b", "x/P2/P2_1/c"], 2),
         (["HGG/one/a", "HGG/two/b", "LGG/three/c"], 3),
