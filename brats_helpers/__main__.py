@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from brats_helpers.log import done, fail, warn
+from brats_helpers.log import done, fail, fit_terminal, warn
 from brats_helpers.suite import run as suite
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
 
     0; 1 for an error, also where `score` could not score everybody; 2 for wrong arguments.
     """
+    fit_terminal()
     if argv[:1] == ["run"]:
         return suite.main(argv[1:])
     options = _parser().parse_args(argv)

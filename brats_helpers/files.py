@@ -76,6 +76,19 @@ def part_folder(beside: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which takes the place of `path` when it is complete; until then that one stays."""
+    sweep(path.parent)
+    with part_folder(path.parent) as folder:
+        new = folder / path.name
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, folder / "old")
+        os.replace(new, path)
+
+
 def sweep(beside: Path) -> None:
     """Remove the folders of `part_folder` whose process is no more, or that are a day old.
 

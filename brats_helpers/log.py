@@ -1,36 +1,67 @@
 """The suite's log vocabulary: four marks, one line each, nothing else.
 
->>> done("24 patients found")            # ✅ it held, it is finished
->>> warn("2 patients left out")          # ⚠️ it goes on, but look at this
+>>> done("24 patients found")            # ✅ it holds, or it is finished
+>>> warn("2 patients left out")          # ⚠️ it continues, but look at this
 >>> fail("no data at /data/brats")       # ❌ it stops here
 >>> timing("02_train", 241.3)            # ⏱ how long it took
+
+A terminal whose encoding lacks the marks shows `[ok]`, `[warning]`, `[error]` and `[time]` instead.
 """
 
+import codecs
+import io
+import sys
+
 OK, WARN, FAIL, TIME = "✅", "⚠️", "❌", "⏱"
+_WORDS = {OK: "[ok]", WARN: "[warning]", FAIL: "[error]", TIME: "[time]"}
+_PLAINLY = "brats_helpers.log"
 
 
 def done(text: str) -> None:
-    """Print one line for something that held or is finished."""
-    print(f"{OK} {text}", flush=True)
+    """Print one line for something that holds or is finished."""
+    _print(f"{OK} {text}")
 
 
 def warn(text: str) -> None:
-    """Print one line for something that goes on but deserves a look."""
-    print(f"{WARN} {text}", flush=True)
+    """Print one line for something that continues but deserves a look."""
+    _print(f"{WARN} {text}")
 
 
 def fail(text: str) -> None:
     """Print one line for something that stops here."""
-    print(f"{FAIL} {text}", flush=True)
+    _print(f"{FAIL} {text}")
 
 
 def timing(what: str, seconds: float) -> None:
     """Print how long `what` took."""
-    print(f"{TIME} {what}: {duration(seconds)}", flush=True)
+    _print(f"{TIME} {what}: {duration(seconds)}")
+
+
+def _print(text: str) -> None:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, _PLAINLY).decode(encoding), flush=True)
+
+
+def fit_terminal() -> None:
+    """From here on, print what the terminal's encoding lacks in another way instead of raising UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_PLAINLY)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: marks become words, and other characters `?`."""
+    lacking = error.object[error.start : error.end]
+    for mark, word in _WORDS.items():
+        lacking = lacking.replace(mark, word)
+    return "".join(letter if letter.isascii() else "?" for letter in lacking), error.end
+
+
+codecs.register_error(_PLAINLY, _plain)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Return seconds as a person says them: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

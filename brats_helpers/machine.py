@@ -10,13 +10,16 @@ import torch
 
 
 def choose_device(device: str) -> torch.device:
-    """The device to work on: `auto` takes the GPU where a real operation on it succeeds, else the CPU.
+    """Return the device to work on: `auto` takes the GPU where a real operation on it succeeds, else the CPU.
 
     Raises:
-        RuntimeError: the device asked for by name does not work.
+        RuntimeError: the device asked for by name is not supported, or does not work.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and works(torch.device("cuda")) else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        why = "Apple's GPUs are not supported; " if device.startswith("mps") else ""
+        raise RuntimeError(f"device {device!r}: {why}expected auto, cpu, cuda or cuda:0. Take -p device auto, or cpu.")
     if not works(torch.device(device)):
         raise RuntimeError(f"device {device!r} does not compute here. Take -p device auto, or cpu.")
     return torch.device(device)
@@ -36,21 +39,27 @@ def works(device: torch.device) -> bool:
 
 
 def choose_precision(device: torch.device) -> str:
-    """`bf16`, `fp16` or `no`: what the device computes faster than float32 in.
+    """Return `bf16`, `fp16` or `no`: the precision in which the device computes faster than in float32.
 
-    GPUs from Ampere on have bf16 and a T4 has fp16 only (torch says that it has bf16, by emulation).
-    A CPU gains where it has instructions for bf16.
+    GPUs from Ampere on have bf16; a T4 has fp16 only (torch reports bf16, which it emulates). A CPU is faster where it
+    has instructions for bf16; Linux lists them.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in fast) else "no"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "no"
+
+
+def _cpu_flags(info: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The names of the processor's instruction sets; none where the system does not list them as Linux does."""
+    found = re.search(r"^flags\s*:(.*)$", info.read_text("utf-8") if info.exists() else "", re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def set_deterministic(on: bool) -> None:
-    """On a GPU, let every operation give the same result each time, or else the fastest choose themselves.
+    """On a GPU, choose operations that give the same result each time, or else the fastest ones.
 
-    Where an operation of the network has no such variant, torch names it in an error. A CPU is deterministic anyway.
+    If an operation of the network has no deterministic variant, torch names it in an error. A CPU is always
+    deterministic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses; of no effect without
     torch.use_deterministic_algorithms(on)
@@ -58,16 +67,15 @@ def set_deterministic(on: bool) -> None:
 
 
 def used_memory_gib(device: torch.device) -> float:
-    """Memory in GiB: on a GPU the most that tensors took at once since its statistics were reset, else the process's.
+    """Return memory in GiB: on a GPU the peak of all tensors since its statistics were reset, else the process's.
 
-    On Linux that is what the process holds now without mapped files, such as the prepared patients, which are given up
-    whenever somebody else needs the room; torch and the system's allocator keep most of what they once had. Elsewhere
-    it is the most so far, files included, and 0 where nothing can be known (Windows).
+    On Linux that is the process's present memory without mapped files, such as the prepared patients, which the system
+    drops when it needs the room. On other systems it is the peak so far, mapped files included, and 0 on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if own := re.search(r"RssAnon:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+    if own := re.search(r"RssAnon:\s+(\d+) kB", status.read_text("utf-8") if status.exists() else ""):
         return int(own[1]) / 2**20
     try:
         import resource
@@ -77,19 +85,20 @@ def used_memory_gib(device: torch.device) -> float:
 
 
 def watched() -> bool:
-    """Whether a person looks on: in a notebook whose front end could ask for input, or at a terminal.
+    """Whether a person is watching: in a notebook whose front end could ask for input, or at a terminal.
 
     papermill and nbval run notebooks without input.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    if kernel := getattr(shell, "kernel", None):
-        return kernel._allow_stdin
+    if hasattr(shell, "kernel"):
+        request = shell.get_parent()  # the message that asked for this cell
+        return bool(request.get("content", {}).get("allow_stdin"))
     return sys.stdout.isatty()
 
 
 def describe(device: torch.device) -> dict[str, str | int | float]:
-    """Facts of the machine for a person and for the manifest: device, precision, cores, memory in GiB, versions."""
+    """Return facts for a person and the manifest: device, precision, cores, memory in GiB, versions."""
     facts: dict[str, str | int | float] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "precision": choose_precision(device),

@@ -113,19 +113,29 @@ class Run:
         folder.mkdir(parents=True)
         return folder
 
-    def forget(self, stage: str) -> None:
-        """Remove what notebook `stage` made to be looked at; checkpoints stay, as a training may go on from them."""
+    def results_of(self, stage: str) -> dict[Path, int]:
+        """Return the files that notebook `stage` made for people to look at, with their time of writing in ns."""
         paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
         if stage == "03_evaluate":
             paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
         if stage == "04_advanced":
             paths.append(self.answers)
-        for path in paths:
-            path.unlink(missing_ok=True)
+        return {path: path.stat().st_mtime_ns for path in paths if path.exists()}
+
+    def forget(self, stage: str, written: Mapping[Path, int] | None = None) -> None:
+        """Remove the results of notebook `stage`; checkpoints stay, because a training may continue from them.
+
+        Args:
+            stage: name of the notebook.
+            written: an earlier answer of `results_of`: only what was not written again since then is removed.
+        """
+        gone = [path for path, at in self.results_of(stage).items() if written is None or written.get(path) == at]
+        for path in gone:
+            path.unlink()
         register = self.figures / FIGURE_REGISTER
-        if register.exists():
-            gone = {path.name for path in paths}
-            write_json(register, {name: title for name, title in read_json(register).items() if name not in gone})
+        names = {path.name for path in gone}
+        if names and register.exists():
+            write_json(register, {name: title for name, title in read_json(register).items() if name not in names})
 
 
 def _name(folder: Path) -> str:

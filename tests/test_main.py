@@ -1,7 +1,9 @@
-"""The verbs predict, score and compare, as a caller sees them: what they print and how they exit."""
+"""The command line as a caller sees it: what the verbs print and how they exit."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -12,8 +14,9 @@ from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import collect, score_case
-from tests.conftest import write_tiny_case
+from tests.conftest import ROOT, write_tiny_case
 from tests.tiny_training import fit_tiny
 
 
@@ -175,3 +178,47 @@ def test_compare_refuses_other_references_of_the_same_names(tmp_path, capsys):
         assert main(["compare", a, b]) == 1
         message = f"p: its reference has 10.000 ml of {region} in one run and 12.500 ml in the other"
         assert message in capsys.readouterr().out
+
+
+# --- every verb
+
+
+@pytest.mark.parametrize("verb", ["phantom", "predict", "score", "compare"])
+def test_verbs_explain_themselves_without_loading_anything(verb):
+    loaded = f"import sys; from brats_helpers.__main__ import main; main(['{verb}', '--help'])"
+    answer = subprocess.run([sys.executable, "-S", "-c", loaded], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0 and "usage: python -m brats_helpers" in answer.stdout
+
+
+def test_a_verb_without_its_arguments_is_a_usage_error():
+    answer = subprocess.run([sys.executable, "-m", "brats_helpers", "phantom", "x"], cwd=ROOT, capture_output=True)
+    assert answer.returncode == 2 and b"--cases" in answer.stderr
+
+
+def test_score_prints_and_writes_what_metrics_holds(tmp_path, capsys):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2, 2, 2:4] = 4
+    pred = np.zeros_like(truth)
+    pred[2, 2, 2] = 4  # one of the two voxels: Dice 2 * 1 / (2 + 1)
+    for folder, labels in (("truth/a", truth), ("truth/b", truth), ("pred", pred)):
+        (tmp_path / folder).mkdir(parents=True)
+        case = folder[-1] if "/" in folder else "a"
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / folder / f"{case}_seg.nii.gz")
+    file = tmp_path / "scores.json"
+    folders = [str(tmp_path / name) for name in ("pred", "truth")]
+    assert main(["score", *folders, "--json", str(file)]) == 1  # b has no prediction
+    printed = capsys.readouterr().out
+    assert "⚠️ b is not scored: missing" in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith(("a ", "mean "))] == ["0.667", "0.667"]
+    assert CONVENTIONS["brats2020"] in printed
+    assert json.loads(file.read_text())["cases"]["a"]["ET"]["dice"] == pytest.approx(2 / 3)
+
+    assert main(["score", str(tmp_path / "nowhere"), str(tmp_path / "truth")]) == 1
+    assert capsys.readouterr().out.startswith("❌ ")
+
+
+def test_score_knows_every_convention(tmp_path, capsys):
+    for convention in CONVENTIONS:
+        assert main(["score", str(tmp_path), str(tmp_path), "--convention", convention]) == 1  # nothing to score
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", str(tmp_path), str(tmp_path), "--convention", "brats2032"])

@@ -1,128 +1,108 @@
-"""Cross-validation: one run a fold inside the run's folder, then the scores of all patients and the folds' ensemble.
+"""Cross-validation and sweeps: one run for each fold and combination, then the scores of all patients together.
 
 A fold is a run like any other, with its own manifest, checkpoints, executed notebooks and metrics, made by the same
-notebooks; only its patients are shared out otherwise. So whatever can be done with a run can be done with a fold.
+notebooks; only its patients are split differently. So whatever can be done with a run can be done with a fold.
 """
 
-import json
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median_low
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from brats_helpers.data.patients import load_parts
 from brats_helpers.data.splits import PARTS, check_disjoint, read_splits
-from brats_helpers.files import whole_file, write_json
-from brats_helpers.log import warn
+from brats_helpers.files import read_json, whole_file, whole_folder, write_json
+from brats_helpers.log import fail
 from brats_helpers.runs import ONCE, PER_FOLD, Run
 from brats_helpers.scoring.scores import collect, write_cases_csv
-from brats_helpers.suite.workers import POLL_S, awaited, claimed
-
-if TYPE_CHECKING:
-    from brats_helpers.suite.plan import Plan
+from brats_helpers.suite.plan import Plan
+from brats_helpers.suite.stages import FINISHED, OUTDATED, begin, is_finished, mark_outdated, run_stages
 
 
-def share_out(
-    plan: "Plan",
-    run: Run,
-    *,
-    begin: Callable,
-    run_stages: Callable[["Plan", Run, Sequence[str]], bool],
-) -> bool:
-    """Run the notebooks of each fold and combination; share the work with all processes that do the same in the folder.
-
-    Args:
-        plan: of `suite`, with folds or a sweep.
-        run: its run.
-        begin: notes in a run's manifest what was begun.
-        run_stages: runs notebooks that are not finished; whether all are now.
-
-    Returns:
-        Whether everything is finished, by whichever process.
-    """
-    claims = run.folder / "claims"
-    with awaited(claims, "run"):
-        begin(plan, run, shared=True, expected=[*ONCE, *(PER_FOLD if "" in plan.sweep else ())])
-        if not run_stages(plan, run, ONCE):
-            return False
-        parts = shares(run) if plan.folds else [read_splits(run.splits)]
-        gathered = {name: _gathering(run, name) for name in plan.sweep} if plan.folds else {}
-        for name, own in gathered.items():
-            if not _finished(own, plan):  # what was gathered before is of other trainings
-                made = {stage: entry for stage, entry in own.manifest["stages"].items() if stage not in PER_FOLD}
-                begin(plan, own, stages=made, **({"expected": PER_FOLD} if name else {}))
-                _forget(own, PER_FOLD)
-        if "" not in plan.sweep:  # what an earlier cross-validation gathered here
-            run.record(stages={stage: entry for stage, entry in run.manifest["stages"].items() if stage in ONCE})
-            _forget(run, PER_FOLD)
-        else:
-            (run.folder / "sweep.csv").unlink(missing_ok=True)
-    places = {name: [_place(name, k if plan.folds else None) for k in range(len(parts))] for name in plan.sweep}
-    for place in sum(places.values(), []):  # scores of other parameters do not wait for their fold's turn
-        with claimed(claims, place.replace("/", "-")) as held:
-            if held and (run.folder / place).exists() and not _finished(Run(run.folder / place), plan):
-                _forget(Run(run.folder / place), PER_FOLD[1:])
-                (run.folder / "sweep.csv").unlink(missing_ok=True)
-    todo = [(name, place, part) for name in places for place, part in zip(places[name], parts, strict=True)]
-    while todo:
-        elsewhere = []
-        for name, place, part in todo:
-            with claimed(claims, place.replace("/", "-")) as held:
-                if not held:
-                    elsewhere.append((name, place, part))
-                    continue
-                print(f"{place}:", flush=True)
-                own = member(run, place, part)
-                if not _finished(own, plan):
-                    begin(plan, own, expected=PER_FOLD)
-                if not run_stages(_plan_of(plan, own, name), own, PER_FOLD):
-                    return False
-        if len(elsewhere) == len(todo):
-            time.sleep(POLL_S)
-        todo = elsewhere
-
-    with awaited(claims, "run"):
-        if not all(_finished(Run(run.folder / place), plan) for place in sum(places.values(), [])):
-            warn("another process trains here with other parameters: nothing is gathered or compared; start this again")
-            return False
-        for name, own in gathered.items():
-            if _finished(own, plan):
-                continue
-            own_plan, members = _plan_of(plan, own, name), [Run(run.folder / place) for place in places[name]]
-            how = own_plan.values[PER_FOLD[-1]]
-            gather(own, members, **{key: how[key] for key in ("device", "flips", "convention", "labels")})
-            made = own.manifest["stages"]
-            for stage in PER_FOLD:
-                seconds = round(sum(fold.manifest["stages"][stage]["seconds"] for fold in members), 1)
-                entry = {"status": "finished", "key": plan.keys[stage], "seconds": seconds}
-                made[stage] = entry | {"parameters": own_plan.values[stage]}
-            own.record(stages=made)
-        if any(plan.sweep):
-            print(compare_by_validation(run, places))
+def run_members(plan: Plan, run: Run) -> bool:
+    """Run 00 and 01, then 02 and 03 for each fold and combination, gather and compare; return whether all finished."""
+    begin(plan, run, shared=True, expected=[*ONCE, *(PER_FOLD if "" in plan.sweep else ())])
+    if not run_stages(plan, run, ONCE):
+        return False
+    parts = shares(run) if plan.folds else [read_splits(run.splits)]
+    places = _places(plan, len(parts))
+    plans = [
+        _plan_of(plan, member(run, place, part), plan.sweep[name])
+        for name, own_places in places.items()
+        for place, part in zip(own_places, parts, strict=True)
+    ]
+    gathered = {name: _gathering(run, name) for name in plan.sweep} if plan.folds else {}
+    if not all(is_finished(plan, own, PER_FOLD) for own in [*map(_run_of, plans), *gathered.values()]):
+        for own in gathered.values():
+            mark_outdated(own, PER_FOLD)
+    if not _run_each(plan, plans):
+        return False
+    for name, own in gathered.items():
+        if not is_finished(plan, own, PER_FOLD):
+            own_plan = _plan_of(plan, own, plan.sweep[name])
+            _gather_and_record(own_plan, own, [Run(run.folder / place) for place in places[name]])
+    if any(plan.sweep):
+        print(compare_by_validation(run, places))
+        run.record(stages={stage: entry for stage, entry in run.manifest["stages"].items() if stage in ONCE})
+        for stage in PER_FOLD:  # of an earlier cross-validation without a sweep
+            run.forget(stage)
+    else:
+        (run.folder / "sweep.csv").unlink(missing_ok=True)
     return True
 
 
-def _forget(run: Run, stages: Sequence[str]) -> None:
-    for stage in stages:
-        run.forget(stage)
+def is_complete(plan: Plan, run: Run) -> bool:
+    """Whether every notebook of every fold and combination has finished."""
+    if not is_finished(plan, run, ONCE):
+        return False
+    folders = [run.folder / place for own_places in _places(plan, plan.folds or 1).values() for place in own_places]
+    begun = [Run(folder) for folder in folders if folder.exists()]
+    return len(begun) == len(folders) and all(is_finished(plan, own, PER_FOLD) for own in begun)
+
+
+def _places(plan: Plan, n: int) -> dict[str, list[str]]:
+    """For each combination, where in the run's folder its `n` runs lie."""
+    places = {}
+    for name in plan.sweep:
+        places[name] = [_place(name, k if plan.folds else None) for k in range(n)]
+    return places
+
+
+def _run_of(plan: Plan) -> Run:
+    return Run(plan.folder)
+
+
+def _run_each(plan: Plan, plans: Sequence[Plan]) -> bool:
+    """Run every fold and combination, here or on a cluster; one that fails does not stop the others."""
+    if plan.workers or plan.scheduler:
+        from brats_helpers.suite.cluster import run_on_cluster
+
+        failed = run_on_cluster(plan, run_member, plans)
+    else:
+        failed = [own for own in plans if not run_member(own)]
+    if failed:
+        names = ", ".join(_run_of(own).name for own in failed)
+        fail(f"{len(failed)} of {len(plans)} did not finish: {names}; this continues: {plan.command}")
+    return not failed
+
+
+def run_member(plan: Plan) -> bool:
+    """Run the notebooks of one fold or combination; return whether all are finished."""
+    run = _run_of(plan)
+    print(f"{run.name}:", flush=True)
+    if not is_finished(plan, run, PER_FOLD):
+        begin(plan, run, expected=PER_FOLD)
+    return run_stages(plan, run, PER_FOLD)
 
 
 def _gathering(run: Run, name: str) -> Run:
-    """The run that gathers the folds of a combination: one inside `run`, or, of no combination, `run` itself."""
+    """The run that gathers the folds of a combination: one inside `run`, or `run` itself where nothing is swept."""
     if not name:
         return run
-    also = {"folds": shares(run), "unlabelled": json.loads(run.splits.read_text())["unlabelled"]}
+    also = {"folds": shares(run), "unlabelled": read_json(run.splits)["unlabelled"]}
     return member(run, _place(name, None), read_splits(run.splits) | also)
-
-
-def _finished(run: Run, plan: "Plan") -> bool:
-    made = run.manifest.get("stages", {})
-    entries = [(made.get(stage, {}), plan.keys[stage]) for stage in PER_FOLD]
-    return all(entry.get("status") == "finished" and entry["key"] == key for entry, key in entries)
 
 
 def _place(name: str, fold: int | None) -> str:
@@ -130,36 +110,31 @@ def _place(name: str, fold: int | None) -> str:
     return "/".join([f"sweep/{name}"] * bool(name) + [f"folds/{fold}"] * (fold is not None))
 
 
-def _plan_of(plan: "Plan", run: Run, name: str) -> "Plan":
-    """The plan for a run inside the run, with the values of a combination in place of its own."""
-    own = plan.sweep[name] | {"run_dir": str(run.folder)}
-    given = {
-        stage: before | {key: value for key, value in own.items() if key in plan.values[stage]}
-        for stage, before in plan.given.items()
-    }
-    values = {stage: before | given[stage] for stage, before in plan.values.items()}
-    return replace(plan, folder=run.folder, given=given, values=values)
+def _plan_of(plan: Plan, run: Run, values: Mapping[str, object]) -> Plan:
+    """The plan for a run inside the run, with the values of its combination."""
+    return plan.with_values({**values, "run_dir": str(run.folder)}, folder=run.folder, stages=PER_FOLD)
 
 
 def shares(run: Run) -> list[dict[str, list[str]]]:
-    """Each fold's train, val and test, as 00_setup shared the run's patients out."""
-    content = json.loads(run.splits.read_text())
-    return [{name: parts[name] for name in PARTS} for parts in content["folds"]]
+    """Return each fold's train, val and test, as 00_setup split the run's patients."""
+    return [{name: parts[name] for name in PARTS} for parts in read_json(run.splits)["folds"]]
 
 
-def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
-    """The run `name` inside the folder of `run`, on the same prepared patients, shared out as `parts`.
+def member(run: Run, name: str, parts: Mapping[str, list[str]]) -> Run:
+    """Return the run `name` inside the folder of `run`, on the same prepared patients, split as `parts`.
 
-    What it holds already stays, unless its patients were shared out otherwise; where they lie now is noted.
+    Results that it holds already stay; they are outdated where its patients were split differently.
     """
     own = Run(run.folder / name)
-    content = json.loads(run.splits.read_text())
+    content = read_json(run.splits)
     check_disjoint(parts, content.get("groups", {}))
     content.pop("folds", None)
     content |= {"unlabelled": []} | parts
-    if not own.splits.exists() or json.loads(own.splits.read_text()) != content:
+    if read_json(own.splits, None) != content:
         patients = {part: len(content[part]) for part in (*PARTS, "unlabelled")}
-        own.record(**run.manifest | {"patients": patients, "stages": {}})
+        made = own.manifest.get("stages", {})
+        outdated = {stage: entry | {"status": OUTDATED} for stage, entry in made.items()}
+        own.record(**run.manifest | {"patients": patients, "stages": outdated})
         write_json(own.splits, content)
     places = {name: run.manifest[name] for name in ("asked", "data", "origin", "cache_dir") if name in run.manifest}
     if own.manifest != own.manifest | places:
@@ -167,41 +142,56 @@ def member(run: Run, name: str, parts: dict[str, list[str]]) -> Run:
     return own
 
 
+def _gather_and_record(plan: Plan, run: Run, members: Sequence[Run]) -> None:
+    begin(plan, run, **({} if run.expected != list(ONCE) else {"expected": PER_FOLD}))
+    how = plan.values[PER_FOLD[-1]]
+    gather(run, members, **{key: how[key] for key in ("device", "flips", "convention", "labels")})
+    made = run.manifest.get("stages", {})
+    for stage in PER_FOLD:
+        seconds = sum(own.manifest["stages"][stage]["seconds"] for own in members)
+        made[stage] = {
+            "status": FINISHED,
+            "key": plan.keys[stage],
+            "seconds": round(seconds, 1),
+            "parameters": plan.values[stage],
+        }
+    run.record(stages=made)
+
+
 def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, convention: str, labels: str) -> None:
-    """Put together what the folds found, in the places where notebook 03 leaves its own.
+    """Put together the results of the folds, in the files where notebook 03 leaves its own.
 
     `metrics.json` and `cases.csv`: every labelled patient, scored by the network of the fold that never saw it.
-    `predictions/`: those label maps, and of each unlabelled patient one by the networks of all folds averaged, under
-    the middle one of the rules that the folds chose; these are packed for submission, too.
+    `predictions/`: those label maps, and for each unlabelled patient one by the averaged networks of all folds, under
+    the median of the rules that the folds chose; these are packed for submission, too.
 
     Args:
-        run: whose folds these are.
-        folds: finished.
+        run: the cross-validation.
+        folds: its finished folds.
         device, flips, convention, labels: as for notebook 03.
     """
-    scores, by_fold = {}, [json.loads(fold.metrics.read_text()) for fold in folds]
+    scores, by_fold = {}, [read_json(fold.metrics) for fold in folds]
     leakage = sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]})
-    predictions = run.emptied(run.predictions)
-    if leakage:  # where `score` looks for it
-        write_json(predictions / "leakage.json", leakage)
-    for fold, metrics in zip(folds, by_fold, strict=True):
-        scores |= metrics["cases"]
-        for case_id in metrics["cases"]:
-            shutil.copy(fold.predictions / f"{case_id}_seg.nii.gz", predictions)
+    unlabelled = read_json(run.splits)["unlabelled"]
+    with whole_folder(run.predictions) as predictions:
+        if leakage:  # where `score` looks for it
+            write_json(predictions / "leakage.json", leakage)
+        for fold, metrics in zip(folds, by_fold, strict=True):
+            scores |= metrics["cases"]
+            for case_id in metrics["cases"]:
+                shutil.copy(fold.predictions / f"{case_id}_seg.nii.gz", predictions)
+        if unlabelled:
+            from brats_helpers.evaluation.inference import load_networks, predict_files, write_submission
+            from brats_helpers.evaluation.postprocess import Rules, read_rules
+            from brats_helpers.machine import choose_device
 
-    unlabelled = json.loads(run.splits.read_text())["unlabelled"]
-    if unlabelled:
-        from brats_helpers.evaluation.inference import load_networks, predict_files, write_submission
-        from brats_helpers.evaluation.postprocess import Rules, read_rules
-        from brats_helpers.machine import choose_device
-
-        chosen = [asdict(read_rules(fold.postprocess)) for fold in folds]
-        rules = Rules(**{name: median_low(rule[name] for rule in chosen) for name in chosen[0]})
-        networks = load_networks([fold.best for fold in folds], device=choose_device(device))
-        how = {"flips": flips, "rules": rules, "numbering": labels}
-        cases = load_parts(run)["unlabelled"]
-        written = {case.id: path for case, *_, path in predict_files(networks, cases, predictions, **how)}
-        write_submission(run.emptied(run.submission), written)
+            chosen = [asdict(read_rules(fold.postprocess)) for fold in folds]
+            rules = Rules(**{name: median_low(rule[name] for rule in chosen) for name in chosen[0]})
+            networks = load_networks([fold.best for fold in folds], device=choose_device(device))
+            how = {"flips": flips, "rules": rules, "numbering": labels}
+            cases = load_parts(run)["unlabelled"]
+            written = {case.id: path for case, *_, path in predict_files(networks, cases, predictions, **how)}
+            write_submission(run.emptied(run.submission), written)
 
     metrics = collect(
         scores,
@@ -215,21 +205,21 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
 
 
 def compare_by_validation(run: Run, places: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Write and return `sweep.csv`: of each combination the validation Dice of its best epoch, and the mean over folds.
+    """Write and return `sweep.csv`: for each combination the validation Dice of its best epoch, averaged over folds.
 
-    The patients of the test part, or of all the folds', have no say in which combination is taken: whoever picks by
-    their scores cannot report these scores any more.
+    Test patients have no say in which combination is chosen: whoever chooses by their scores cannot report those
+    scores any more.
 
     Args:
-        run: whose sweep this is.
+        run: the sweep.
         places: by the name of a combination, the places of its folds in the run's folder.
     """
     from brats_helpers.training.loop import mean_dice
 
-    dice = {
-        name: [max(map(mean_dice, pd.read_csv(run.folder / place / "history.csv").to_dict("records"))) for place in own]
-        for name, own in places.items()
-    }
+    dice = {}
+    for name, own_places in places.items():
+        histories = [pd.read_csv(run.folder / place / "history.csv").to_dict("records") for place in own_places]
+        dice[name] = [max(map(mean_dice, history)) for history in histories]
     table = pd.DataFrame(dice).T.rename(columns="fold {}".format)
     mean = table.mean(axis=1)
     table = table if len(table.columns) > 1 else table[[]]

@@ -1,0 +1,129 @@
+"""A checkout of the suite's driver with five notebooks of a few lines, and ways to run it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+
+HERE = Path(__file__).parents[2]
+
+CELLS = {
+    "00_setup": [
+        'run_dir: str = "runs/demo"  # folder of the run\n'
+        'data: str = "phantom"  # where the patients are\n'
+        'modalities: str = "flair,t1,t1ce,t2"  # which images, in order\n'
+        "skip: bool = False  # leave incomplete patients out\n"
+        'cache_dir: str = "cache"  # prepared patients\n'
+        'data_dir: str = "data"  # downloads',
+        "from brats_helpers.runs import Run\n\nRun(run_dir).record(seen=[data, modalities, skip])",
+    ],
+    "01_explore": ['run_dir: str = "runs/demo"  # folder of the run', "print('explored')"],
+    "02_train": [
+        'run_dir: str = "runs/demo"  # folder of the run\n'
+        "epochs: int = 3  # passes over the training slices\n"
+        "lr: float = 0.001  # learning rate\n"
+        "minutes: float = 0.0  # of training; 0: no limit\n"
+        'wait_for: str = ""  # a file that must be there before the training ends',
+        "from pathlib import Path\nimport os, sys, time",
+        "for epoch in range(epochs):\n    print(f'epoch {epoch + 1} lr {lr}')\n    print('noise', file=sys.stderr)",
+        "Path(run_dir, 'pid').write_text(str(os.getpid()))\n"
+        "while wait_for and not Path(wait_for).exists():\n    time.sleep(0.05)",
+        "Path(run_dir, 'trained').write_text(f'{epochs} {lr}')\nsys.executable",
+    ],
+    "03_evaluate": [
+        'run_dir: str = "runs/demo"  # folder of the run',
+        "from pathlib import Path",
+        "trained = Path(run_dir, 'trained').read_text()\n"
+        "assert trained != '13 0.001', 'thirteen\\nbrings bad luck'\nprint('scored', trained)",
+    ],
+    "04_advanced": [
+        'run_dir: str = "runs/demo"  # folder of the run\nminutes: float = 2.0  # training time a variant\n'
+        "epochs: int = 1  # of each variant",
+        "print('compared', minutes)",
+    ],
+}
+REPORT = """
+def fresh_report(run):
+    run.report.parent.mkdir(exist_ok=True)
+    run.report.write_text("report")
+    return run.report
+"""
+
+
+def write_notebooks(folder: Path, cells_of: dict[str, list[str]]) -> None:
+    """Write one notebook per stage: the first source is its parameters cell, and a heading precedes the last one."""
+    folder.mkdir(exist_ok=True)
+    for stage, sources in cells_of.items():
+        cells = [nbformat.v4.new_markdown_cell(f"# {stage}"), *map(nbformat.v4.new_code_cell, sources)]
+        cells[1].metadata["tags"] = ["parameters"]
+        cells.insert(-1, nbformat.v4.new_markdown_cell("Text.\n\n## The last step"))
+        kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, folder / f"{stage}.ipynb")
+
+
+def write_checkout(root: Path) -> None:
+    """Write the package with a report of one word, the notebooks of `CELLS`, and two profiles."""
+    copy_package(root)
+    (root / "brats_helpers" / "report" / "build.py").write_text(REPORT)
+    for name in ("run_all.sh", "setup_env.sh", "pyproject.toml"):
+        shutil.copy(HERE / name, root)
+    (root / "requirements.txt").write_text("papermill>=2.6  # why\nno-such-package\n")
+    write_notebooks(root / "notebooks", CELLS)
+    (root / "profiles").mkdir()
+    (root / "profiles" / "demo.yaml").write_text("# for the newcomer\nepochs: 2  # in 02 and 04\nlr: 1e-2\n")
+    (root / "profiles" / "small.yaml").write_text('# on real data\nmodalities: "flair,t1ce"\n')
+    kernel = root / "jupyter" / "kernels" / "python3"  # another Python's, which must not be used
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "Other", "language": "python"}')
+
+
+def copy_package(root: Path) -> None:
+    """Copy this checkout's package to `root`."""
+    shutil.copytree(HERE / "brats_helpers", root / "brats_helpers", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def start(checkout: Path, *arguments: str, python=(sys.executable,), **environ: str) -> subprocess.Popen:
+    """Start the verb `run` in a checkout, without GPUs."""
+    command = [*python, "-m", "brats_helpers", "run", *arguments]
+    here = {"PYTHONPATH": str(checkout), "JUPYTER_PATH": str(checkout / "jupyter"), "CUDA_VISIBLE_DEVICES": ""}
+    environ = os.environ | here | environ
+    return subprocess.Popen(
+        command, cwd=checkout, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+def run(checkout: Path, *arguments: str, python=(sys.executable,), **environ: str) -> subprocess.CompletedProcess:
+    """Run the verb `run` in a checkout to its end."""
+    with start(checkout, *arguments, python=python, **environ) as process:
+        stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def manifest(checkout: Path, name: str) -> dict:
+    """Read the manifest of the run `name`."""
+    return json.loads((checkout / "runs" / name / "manifest.json").read_text("utf-8"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait(condition, seconds: float = 60) -> None:
+    """Wait until `condition()` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def dead(pid: int) -> bool:
+    """Whether a process has ended, also where nobody has waited for it yet."""
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
