@@ -4,19 +4,23 @@ import numpy as np
 
 
 def bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds every non-zero voxel of `masks`; an empty one where there is none."""
+    """Return the smallest box that holds every non-zero voxel of all `masks`, bool or numbers, shape (X, Y, Z).
+
+    The box is empty if there is none.
+    """
     boxes = []
     for mask in masks:
+        mask = mask if mask.dtype.kind in "bu" else mask != 0  # a maximum does not see negative numbers
         box = [slice(None)] * 3
         for axis in np.argsort(mask.strides)[::-1]:  # memory in order first, then only what is left
             used = np.flatnonzero(mask[tuple(box)].max(axis=tuple({0, 1, 2} - {axis}), initial=0))
             if not used.size:
                 break
-            box[axis] = slice(used[0], used[-1] + 1)
+            box[axis] = slice(int(used[0]), int(used[-1]) + 1)
         else:
             boxes.append(box)
     if not boxes:
-        return (slice(0),) * 3
+        return (slice(0, 0),) * 3
     return tuple(
         slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
     )

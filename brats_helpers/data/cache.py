@@ -1,34 +1,41 @@
 """From disk to memory map: normalise, crop to the brain, pack. Once per patient, for every later epoch.
 
 A prepared case is a folder of three files, made in a hidden folder beside it and renamed when
-whole, so that a kill or a second run never leaves half a case behind. Its name is a fingerprint of
-what it is made from, so that a case made from other files is never taken for it:
+whole, so that a kill or a second run never leaves half a case behind:
 
     images.npy   float16 (slices, modalities, height, width): one slice with all its modalities,
                  and its neighbours, is one contiguous read
     labels.npy   uint8 (slices, height, width), class indices; absent without a segmentation
     case.json    where the box lies in the volume, voxels per slice and class, each slice's own box
+
+Its name holds a hash of the content that it is made from: other files are never taken for it, and
+the same files, moved or copied, are not packed again. A small file beside it says which files are
+known to have this content, so that they need not be read.
 """
 
+import errno
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from glob import escape
 from pathlib import Path
 
 import numpy as np
 
+from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cases import Case
-from brats_helpers.data.nifti import read_image, read_seg, same_affine
-from brats_helpers.files import part_folder, sweep
+from brats_helpers.data.content import content_hash, hash_of
+from brats_helpers.data.nifti import difference, read_seg, same_affine
+from brats_helpers.data.stamps import stamp
+from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import CLASSES, DataError
+from brats_helpers.log import warn
 
-_FORMAT = 3  # raise it when the files' meaning changes: older ones are then made anew
+_FORMAT = 4  # raise it when the files' meaning changes: older ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -101,18 +108,32 @@ def normalise(volume: np.ndarray) -> np.ndarray:
     return scores
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A case as read: volumes by modality, (X, Y, Z), LPS order; class indices or None; and a hash of all of it."""
+
+    volumes: dict[str, np.ndarray]
+    mask: np.ndarray | None
+    content: str
+
+
 def pack(case: Case) -> Packed:
     """Read a case, crop it to the box that holds every brain and every labelled voxel, and normalise it.
+
+    NaN counts as background where every other modality is background. So does a modality that the case lacks.
 
     Raises:
         DataError: a file cannot be read, shapes or affines differ between files, a voxel is not finite, or nothing but
             background is in them.
     """
-    import torch  # takes a second, which whoever only opens prepared cases need not wait for
+    return _pack(case, _read(case))
 
+
+def _read(case: Case) -> _Source:
+    """Read the files of a case and check that they fit together."""
     volumes, grids = {}, {}
-    for name, path in case.images.items():
-        volumes[name], grids[name] = read_image(path)
+    for name in case.images:
+        volumes[name], grids[name] = case.read(name)
     mask = None
     if case.seg:
         mask, grids["seg"] = read_seg(case.seg)
@@ -121,35 +142,61 @@ def pack(case: Case) -> Packed:
         raise DataError(
             f"{case.id}: the files in {case.folder} differ in shape ({shapes}); expected one shape for all."
         )
-    first, shape = next(iter(shapes.items()))
-    for name, grid in grids.items():
-        if not same_affine(grid, grids[first]):
+    first, grid = next(iter(grids.items()))
+    for name, other in grids.items():
+        if not same_affine(grid, other):
             raise DataError(
-                f"{case.id}: {case.files[name]} has affine {grid.affine[:3].round(3).tolist()}, {first}"
-                f" {grids[first].affine[:3].round(3).tolist()}; expected one grid for all. Resample it onto {first}."
+                f"{case.id}: {case.files[name]} does not lie where {first} does:"
+                f" {difference(other.affine, grid.affine, grid.shape)} Resample it onto {first}."
             )
+    hashes = [content_hash(volume) for volume in [*volumes.values(), *([] if mask is None else [mask])]]
+    content = hash_of(*hashes, str(grid.affine.round(3).tolist()))
+    return _Source({name: _finite(case, name, volumes) for name in volumes}, mask, content)
 
+
+def _finite(case: Case, name: str, volumes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A volume whose NaN became background, or `DataError` if a voxel of the brain is not finite."""
+    volume = volumes[name]
+    if np.isfinite(volume.sum(dtype=np.float64)):
+        return volume
+    if np.isinf(volume).any() or nan_in_brain(name, volumes):
+        raise DataError(
+            f"{case.id}: {case.files[name]} holds voxels that are not finite (NaN or infinity); expected"
+            " intensities. Fetch the file again, or set them to 0, the background."
+        )
+    return np.nan_to_num(volume)
+
+
+def nan_in_brain(name: str, volumes: Mapping[str, np.ndarray]) -> int:
+    """Count the NaN of one modality where another one has brain; all of them if there is no other."""
+    nan = np.isnan(volumes[name])
+    others = [volume for other, volume in volumes.items() if other != name]
+    if not others:
+        return int(np.count_nonzero(nan))
+    return sum(int(np.count_nonzero(np.nan_to_num(other[nan]))) for other in others)
+
+
+def _pack(case: Case, source: _Source) -> Packed:
+    """Crop, normalise and pack what was read."""
+    import torch  # takes a second, which whoever only opens prepared cases need not wait for
+
+    shape = next(iter(source.volumes.values())).shape
+    box = bounding_box(*source.volumes.values(), *([] if source.mask is None else [source.mask]))
     # On disk X runs fastest, so (Z, Y, X) is the order in which slices are contiguous.
-    stack = [volume.T for volume in volumes.values()]
-    box = _bounds(stack if mask is None else [*stack, mask.T])
-    if box is None:
+    depth, height, width = (side.stop - side.start for side in box[::-1])
+    if not depth:
         raise DataError(f"{case.id}: every voxel of every file in {case.folder} is 0; expected a brain.")
-    depth, height, width = (side.stop - side.start for side in box)
-    images = torch.empty(depth, len(stack), height, width, dtype=torch.float16)
+    images = torch.zeros(depth, len(case.modalities), height, width, dtype=torch.float16)
     brain = np.zeros((depth, height, width), bool)
-    for channel, (name, volume) in enumerate(zip(volumes, stack, strict=True)):
-        crop = volume[box]
-        scores = normalise(crop)
-        if not np.isfinite(scores[0, 0, 0]):  # one voxel that is none makes all of them so
-            raise DataError(
-                f"{case.id}: {case.files[name]} holds voxels that are not finite (NaN or infinity); expected"
-                " intensities. Fetch the file again, or set them to 0, the background."
-            )
-        images[:, channel] = torch.from_numpy(scores)  # numpy rounds to float16 20 times slower
-        brain |= crop != 0
-    labels = None if mask is None else np.ascontiguousarray(mask.T[box])
+    for channel, name in enumerate(case.modalities):
+        if name in source.volumes:
+            crop = source.volumes[name][box].T
+            images[:, channel] = torch.from_numpy(normalise(crop))  # numpy rounds to float16 20 times slower
+            brain |= crop != 0
+    labels = None if source.mask is None else np.ascontiguousarray(source.mask[box].T)
     counts = count_classes(np.zeros_like(brain) if labels is None else labels, brain)
-    return Packed(case.id, images.numpy(), labels, tuple(side.start for side in box), shape, counts, slice_boxes(brain))
+    origin = tuple(side.start for side in box[::-1])
+    return Packed(case.id, images.numpy(), labels, origin, shape, counts, slice_boxes(brain))
 
 
 def count_classes(labels: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -184,22 +231,6 @@ def slice_boxes(brain: np.ndarray) -> np.ndarray:
     return np.stack(sides, axis=1)
 
 
-def _bounds(volumes: list[np.ndarray]) -> tuple[slice, slice, slice] | None:
-    """The smallest box that holds every voxel that is not 0 in any of the volumes."""
-    lows, highs = [], []
-    for volume in volumes:
-        filled = volume != 0
-        plane = filled.any(axis=0)
-        sides = (filled.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))
-        if plane.any():
-            where = [np.flatnonzero(side) for side in sides]
-            lows.append([side[0] for side in where])
-            highs.append([side[-1] + 1 for side in where])
-    if not lows:
-        return None
-    return tuple(slice(int(low), int(high)) for low, high in zip(np.min(lows, 0), np.max(highs, 0), strict=True))
-
-
 def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Packed]:
     """Pack every case into `cache_dir`, those that are there and still fit excepted, and open them.
 
@@ -225,17 +256,33 @@ def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Pac
 
 
 def load(folder: Path) -> Packed:
-    """Open a prepared case; its arrays are memory-mapped, read-only."""
-    facts = json.loads((folder / "case.json").read_text())
+    """Open a prepared case; its arrays are memory-mapped, read-only, if the file system can do that."""
+    facts = read_json(folder / "case.json")
     return Packed(
         facts["id"],
-        np.load(folder / "images.npy", mmap_mode="r"),
-        np.load(folder / "labels.npy", mmap_mode="r") if facts["labelled"] else None,
+        _array(folder / "images.npy"),
+        _array(folder / "labels.npy") if facts["labelled"] else None,
         tuple(facts["origin"]),
         tuple(facts["shape"]),
         np.array(facts["counts"], np.int64),
         np.array(facts["boxes"], np.int64),
     )
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        _say_no_maps(path.parent.parent)
+        return np.load(path)
+
+
+@cache
+def _say_no_maps(cache_dir: Path) -> None:
+    """Say once a process that prepared cases are read into memory."""
+    warn(f"{cache_dir} lies on a file system without memory maps: prepared patients are read into memory as a whole.")
 
 
 def _allow_open_files(more: int) -> None:
@@ -252,33 +299,44 @@ def _allow_open_files(more: int) -> None:
 
 
 def _prepared(case: Case, cache_dir: Path) -> Packed:
-    """Open the case in `cache_dir`; pack it before if it is not there."""
-    family, place = _place(case, cache_dir)
-    packed = _open(place)
-    if packed is not None:
-        return packed
-    with part_folder(cache_dir) as part:
-        _save(pack(case), part)
-        for old in cache_dir.glob(family):
-            if old != place or _open(old) is None:
-                _discard(old)
+    """Open the case in `cache_dir`; pack it before if its content is not there."""
+    here, state = str(case.folder.resolve()), _fingerprint([stamp(path) for path in case.files.values()])
+    kind = [_FORMAT, case.modalities, list(case.images), case.channels, case.seg is not None]
+    family = f"{case.id}.{_fingerprint(kind)}"
+    own = cache_dir / f"{family}.{_fingerprint([here])}.json"
+    pointers = {path: _pointer(path) for path in cache_dir.glob(f"{escape(family)}.*.json")}
+    before = pointers.pop(own, {})
+    for known in (before, *pointers.values()):
+        if known.get("state") == state and (packed := _open(cache_dir / known["place"])):
+            break
+    else:
+        source = _read(case)
+        known = {"state": state, "place": f"{family}.{source.content}"}
+        packed = _open(cache_dir / known["place"]) or _make(case, source, cache_dir / known["place"])
+    if known != before:
+        write_json(own, known)
+        if before and before["place"] not in {known["place"], *(other.get("place") for other in pointers.values())}:
+            _discard(cache_dir / before["place"])
+    return packed
+
+
+def _make(case: Case, source: _Source, place: Path) -> Packed:
+    with part_folder(place.parent) as part:
+        _save(_pack(case, source), part)
+        if not _open(place):
+            _discard(place)  # torn, if it is there
         with suppress(OSError):  # another run was faster
             os.rename(part, place)
     return load(place)
 
 
-def _place(case: Case, cache_dir: Path) -> tuple[str, Path]:
-    """The case's folder, and a pattern of its siblings made from an earlier state of the same files.
-
-    The state of a file is its size and its times of change; the second, ctime, tells when two files that were
-    unpacked in the same second have swapped names.
-    """
-    source = _fingerprint([case.folder.resolve(), list(case.images), case.seg is not None])
-    state: list = [_FORMAT]
-    for path in [*case.images.values(), *([case.seg] if case.seg else [])]:
-        stat = path.stat()
-        state.append([path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-    return f"{escape(case.id)}.{source}.*", cache_dir / f"{case.id}.{source}.{_fingerprint(state)}"
+def _pointer(path: Path) -> dict[str, str]:
+    """Which prepared case the files of a folder have become, and their state then; empty if torn."""
+    try:
+        known = read_json(path)
+        return {"state": known["state"], "place": known["place"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _fingerprint(facts: list) -> str:
@@ -286,7 +344,7 @@ def _fingerprint(facts: list) -> str:
 
 
 def _open(place: Path) -> Packed | None:
-    """The prepared case; None where it is not there, or torn by a crash of the machine."""
+    """The prepared case; None if it is not there, or torn by a crash of the machine."""
     try:
         return load(place)
     except (FileNotFoundError, EOFError, ValueError, KeyError):
@@ -305,10 +363,10 @@ def _save(packed: Packed, folder: Path) -> None:
         "counts": packed.counts.tolist(),
         "boxes": packed.boxes.tolist(),
     }
-    (folder / "case.json").write_text(json.dumps(facts))
+    write_json(folder / "case.json", facts)
 
 
 def _discard(place: Path) -> None:
-    """Remove a prepared case; a kill halfway leaves nothing of it under its name."""
+    """Remove a prepared case if it is there; a kill halfway leaves nothing of it under its name."""
     with part_folder(place.parent) as bin, suppress(FileNotFoundError):
         os.rename(place, bin / "case")

@@ -1,6 +1,7 @@
 """The cache: nothing is lost, nothing is half there, nothing stale is used."""
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import pickle
@@ -14,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers.data import cache
+from brats_helpers.data import cache, nifti
 from brats_helpers.data.cases import find_cases
 from brats_helpers.labels import DataError
 from tests.test_files import leave_part
@@ -80,6 +81,11 @@ def _contents(folder):
     return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
+def prepared(place):
+    """The prepared cases in a cache, without the small files that say which files they are made from."""
+    return sorted(path for path in place.iterdir() if path.is_dir())
+
+
 @pytest.fixture
 def data(tiny_patients, tmp_path):
     return shutil.copytree(tiny_patients, tmp_path / "data")
@@ -112,7 +118,69 @@ def test_a_prepared_case_is_used_again_until_a_file_changes(data, tmp_path):
     again = cache.prepare(cases, cache_dir=place, workers=2)
     assert again[0].counts[:, 1:].sum() == 1
     assert sum(path.exists() and path.stat().st_mtime_ns == made[path] for path in made) == 6
-    assert len(list(place.iterdir())) == 4  # what was made from the old file is gone
+    assert len(prepared(place)) == 4  # what was made from the old file is gone
+
+
+def count_packed(monkeypatch):
+    """The IDs that are packed and the files that are read from here on."""
+    packed, read = [], []
+    pack, stored = cache._pack, nifti.read_bytes
+    monkeypatch.setattr(cache, "_pack", lambda case, source: packed.append(case.id) or pack(case, source))
+    monkeypatch.setattr(nifti, "read_bytes", lambda path: read.append(path) or stored(path))
+    return packed, read
+
+
+def test_moving_and_chmod_neither_read_nor_pack_again(data, tmp_path, monkeypatch):
+    cache.prepare(find_cases(data), cache_dir=tmp_path / "cache", workers=1)
+    before = prepared(tmp_path / "cache")
+    packed, read = count_packed(monkeypatch)
+    other = tmp_path / "Dä ta's"
+    data.rename(other)
+    for path in other.rglob("*.gz"):
+        path.chmod(0o600)
+    for _ in range(2):
+        cache.prepare(find_cases(other), cache_dir=tmp_path / "cache", workers=1)
+    assert packed == read == [] and prepared(tmp_path / "cache") == before
+
+
+def test_files_that_only_look_changed_are_read_once_and_not_packed_again(data, tmp_path, monkeypatch):
+    cache.prepare(find_cases(data), cache_dir=tmp_path / "cache", workers=1)
+    before = prepared(tmp_path / "cache")
+    packed, read = count_packed(monkeypatch)
+    for path in data.rglob("*.gz"):
+        path.touch()
+    for _ in range(2):
+        cache.prepare(find_cases(data), cache_dir=tmp_path / "cache", workers=1)
+        assert packed == [] and len(read) == 20
+    assert prepared(tmp_path / "cache") == before
+
+
+def test_one_content_under_two_folders_is_kept_until_neither_has_it(data, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for folder in (data, copy):
+        cache.prepare(find_cases(folder)[:1], cache_dir=tmp_path / "cache", workers=1)
+    (shared,) = prepared(tmp_path / "cache")
+    for folder, kept in ((data, True), (copy, False)):
+        case = find_cases(folder)[0]
+        shutil.copy(find_cases(folder)[1].images["t1"], case.images["t1"])
+        cache.prepare([case], cache_dir=tmp_path / "cache", workers=1)
+        assert shared.exists() == kept
+
+
+def test_without_memory_maps_arrays_are_read_and_it_is_said_once(data, tmp_path, monkeypatch, capsys):
+    cases, real = find_cases(data), np.load
+
+    def load(path, mmap_mode=None):
+        if mmap_mode:
+            raise OSError(errno.ENODEV, "No such device")
+        return real(path)
+
+    expected = [packed.images.copy() for packed in cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)]
+    monkeypatch.setattr(cache.np, "load", load)
+    opened = cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)
+    for packed, images in zip(opened, expected, strict=True):
+        np.testing.assert_array_equal(packed.images, images)
+    assert capsys.readouterr().out.count("without memory maps") == 1
 
 
 def test_two_files_of_one_size_and_time_that_swap_names_are_noticed(tmp_path):
@@ -139,7 +207,7 @@ def test_other_modalities_and_no_segmentation_are_kept_apart(data, tmp_path):
         opened = [cache.prepare(cases, cache_dir=tmp_path / "cache", workers=1)[0] for cases in kinds]
         assert [packed.images.shape[1] for packed in opened] == [4, 1, 4]
         assert [packed.labels is None for packed in opened] == [False, False, True]
-        assert len(list((tmp_path / "cache").iterdir())) == 3
+        assert len(prepared(tmp_path / "cache")) == 3
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "case.json"])
@@ -201,7 +269,7 @@ def _barrier(parties):
     return multiprocessing.get_context("forkserver").Barrier(parties)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_killed_at_any_moment_and_started_again_it_ends_the_same(many, tmp_path, seed):
     data, whole, seconds = many
     ready = _barrier(2)
@@ -216,13 +284,14 @@ def test_killed_at_any_moment_and_started_again_it_ends_the_same(many, tmp_path,
     assert _contents(tmp_path / "cache") == _contents(whole)
 
 
-@pytest.mark.parametrize("before", ["nothing", "outdated"])
+@pytest.mark.parametrize("before", ["nothing", "torn"])
 def test_two_preparations_at_once_end_as_one(many, tmp_path, before):
     data, whole, _ = many
     place = tmp_path / "cache"
-    if before == "outdated":
-        for folder in whole.iterdir():
-            shutil.copytree(folder, place / f"{folder.name.rpartition('.')[0]}.{'0' * 12}")
+    if before == "torn":
+        shutil.copytree(whole, place)
+        for folder in prepared(place):
+            (folder / "images.npy").unlink()
     ready = _barrier(2)
     processes = [_start(data, place, ready) for _ in range(2)]
     for process in processes:
@@ -232,15 +301,15 @@ def test_two_preparations_at_once_end_as_one(many, tmp_path, before):
 
 
 def test_a_case_that_another_run_made_meanwhile_is_not_replaced(data, tmp_path, monkeypatch):
-    cases, place, pack, made = find_cases(data)[:1], tmp_path / "cache", cache.pack, []
+    cases, place, pack, made = find_cases(data)[:1], tmp_path / "cache", cache._pack, []
 
-    def overtaken(case):
-        monkeypatch.setattr(cache, "pack", pack)
+    def overtaken(case, source):
+        monkeypatch.setattr(cache, "_pack", pack)
         cache.prepare(cases, cache_dir=place, workers=1)
         made.extend(file.stat().st_ino for file in place.glob("Tiny*/*"))
-        return pack(case)
+        return pack(case, source)
 
-    monkeypatch.setattr(cache, "pack", overtaken)
+    monkeypatch.setattr(cache, "_pack", overtaken)
     cache.prepare(cases, cache_dir=place, workers=1)
     assert len(made) == 3 and [file.stat().st_ino for file in place.glob("Tiny*/*")] == made
 
@@ -261,18 +330,36 @@ def test_files_that_differ_in_shape_are_refused(tmp_path):
 def test_files_of_other_affines_are_refused(tmp_path):
     """As `predict` would meet them: nobody has audited what it is given."""
     case = _case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16), "t2": np.ones((4, 4, 2), np.int16)})
-    nib.save(nib.Nifti1Image(np.ones((4, 4, 2), np.int16), np.diag([-1, 1, 1, 1])), case.images["t2"])
-    with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz has affine .*expected one grid"):
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 2), np.int16), LPS + np.eye(4, k=3) * 0.06), case.images["t2"])
+    with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz does not lie where t1 does: .* differ by \(0.06, 0, 0\)"):
         cache.pack(case)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_voxels_that_are_not_finite_are_refused(tmp_path, value):
-    volume = np.ones((4, 4, 2), np.float32)
-    volume[3, 2, 1] = value
-    case = _case(tmp_path, {"t1": np.ones((4, 4, 2), np.int16), "t2": volume})
-    with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz holds voxels that are not finite"):
-        cache.pack(case)
+@pytest.mark.parametrize(
+    ("value", "also_background", "refused"),
+    [(np.nan, False, True), (np.inf, False, True), (np.nan, True, False), (np.inf, True, True)],
+)
+def test_nan_is_background_where_every_other_modality_is(tmp_path, value, also_background, refused):
+    volumes = {name: np.ones((4, 4, 2), np.float32) for name in ("t1", "t2", "flair")}
+    volumes["t2"][3, 2, 1] = value
+    if also_background:
+        volumes["t1"][3, 2, 1], volumes["flair"][3, 2, 1] = 0, np.nan
+    case = _case(tmp_path, volumes)
+    if refused:
+        with pytest.raises(DataError, match=r"P: .*P_t2.nii.gz holds voxels that are not finite"):
+            cache.pack(case)
+    else:
+        packed = cache.pack(case)
+        assert np.isfinite(packed.images).all() and packed.counts.sum() == 31 and not packed.brain[1, 2, 3]
+
+
+def test_a_modality_that_the_case_lacks_is_background_in_its_place(tmp_path):
+    whole = _case(tmp_path, {name: np.random.default_rng(0).normal(size=(4, 4, 2)) for name in ("t1", "t2", "flair")})
+    lacking = dataclasses.replace(whole, images={"flair": whole.images["flair"], "t1": whole.images["t1"]})
+    assert lacking.missing == ("t2",)
+    packed, expected = cache.pack(lacking), cache.pack(whole)
+    assert not packed.images[:, 1].any()
+    np.testing.assert_array_equal(packed.images[:, [0, 2]], expected.images[:, [0, 2]])
 
 
 def test_a_case_of_background_alone_is_refused(tmp_path):
