@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import fmean
 
 from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import Case, survey
@@ -34,6 +33,7 @@ from brats_helpers.data.splits import fold_cases, split_cases
 from brats_helpers.evaluation.experiments import MEAN
 from brats_helpers.evaluation.folders import score_folders
 from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import compare
 from brats_helpers.suite.environment import ROOT
@@ -164,7 +164,7 @@ def compete(
             sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
         for case_id, own in scored["cases"].items():
             dice = {region: own[region]["dice"] for region in REGIONS}
-            scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
+            scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: mean_dice(dice)}).items()}
         shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
     how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "not_scored": {}, "leakage": []}
     return collect(scores, **how) | {"said": said}

@@ -106,16 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "score",
         help="score segmentations against references",
-        description="Score segmentations against references: Dice and HD95 of WT, TC and ET, per patient. Labels may"
-        " be numbered 0, 1, 2, 4 or 0, 1, 2, 3. Nothing is resampled, moved or relabelled. Exit code 1 where somebody"
-        " could not be scored: a prediction that is missing, has no patient in TRUTH_DIR, lies in another geometry,"
-        " cannot be read, or comes from a network that had seen the patient. A patient without a reference is named,"
-        " and no error.",
+        description="Score segmentations against references: Dice, HD95, surface Dice and lesion F1 of WT, TC and ET,"
+        " per patient. Nothing is resampled, moved or relabelled. Exit code 1 if a patient cannot be scored because the"
+        " prediction is missing, has no patient in TRUTH_DIR, lies in another grid, cannot be read, or comes from a"
+        " network that had seen the patient; all others are scored. A patient without a reference is named, but is no"
+        " error.",
     )
     verb.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz")
     verb.add_argument("truth_dir", metavar="TRUTH_DIR", type=Path, help="folder of patients with their segmentations")
     verb.add_argument(
-        "--convention", choices=("brats2020", "brats2023"), default="brats2020", help="default: brats2020"
+        "--convention",
+        choices=("brats2020", "brats2023", "brats2026"),
+        default="brats2020",
+        help="the challenge's rules by year; default: brats2020",
+    )
+    verb.add_argument(
+        "--task",
+        choices=("GLI", "SSA", "PED", "MEN", "MET"),
+        help="the task whose rules count; default: as in the patients' names (BraTS-MET-...), else GLI",
     )
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, as metrics.json holds it")
     verb.add_argument(
@@ -223,7 +231,8 @@ def _score(options: argparse.Namespace) -> int:
     from brats_helpers.data.phantom import is_simulated
     from brats_helpers.evaluation.folders import score_folders
     from brats_helpers.files import write_json
-    from brats_helpers.labels import REGIONS, DataError
+    from brats_helpers.labels import DataError
+    from brats_helpers.scoring.scores import scores_table
 
     scores = score_folders(
         options.pred_dir,
@@ -231,6 +240,7 @@ def _score(options: argparse.Namespace) -> int:
         convention=options.convention,
         simulated=is_simulated(options.truth_dir),
         allow_leakage=options.allow_leakage,
+        task=options.task,
     )
     if options.json:
         write_json(options.json, scores)
@@ -244,18 +254,7 @@ def _score(options: argparse.Namespace) -> int:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
     unlabelled = [reason for reason in scores["not_scored"].values() if reason.startswith(("unlabelled", "extra"))]
     n, all_of_them = len(scores["cases"]), len(scores["cases"] | scores["not_scored"]) - len(unlabelled)
-    picked = {"mean": lambda found: found["mean"]}
-    if n > 1:
-        picked |= {"95 % from": lambda found: found["ci95"][0], "95 % to": lambda found: found["ci95"][1]}
-    rows = scores["cases"] | {
-        name: {region: {m: pick(v) for m, v in scores["summary"][region].items()} for region in REGIONS}
-        for name, pick in picked.items()
-    }
-    width = max(map(len, rows))
-    print(f"{'':{width}}" + "".join(f"{region + ' Dice':>11}{region + ' HD95 mm':>13}" for region in REGIONS))
-    for case, row in rows.items():
-        figures = "".join(f"{row[region]['dice']:11.3f}{row[region]['hd95_mm']:13.2f}" for region in REGIONS)
-        print(f"{case:{width}}{figures}")
+    print(scores_table(scores))
     if n < all_of_them:
         warn(f"these are {n} of {all_of_them} patients: the others have no part in the mean")
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
@@ -267,7 +266,7 @@ def _score(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> None:
     from brats_helpers.files import write_json
     from brats_helpers.labels import REGIONS, DataError
-    from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare, interval_text
+    from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare
 
     metrics = []
     for path in (options.a, options.b):
@@ -276,7 +275,7 @@ def _compare(options: argparse.Namespace) -> None:
             metrics.append(json.loads(file.read_text()))
             for scores in metrics[-1]["cases"].values():
                 _ = [scores[region][metric] for region in REGIONS for metric in ("dice", "hd95_mm")]
-            _ = metrics[-1]["convention"], metrics[-1]["simulated"]
+            _ = [metrics[-1][key] for key in ("convention", "rule", "simulated")]
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise DataError(f"{file} holds no metrics ({error}). Run 03_evaluate first, or score --json.") from error
         except (KeyError, TypeError, AttributeError) as error:
@@ -289,19 +288,28 @@ def _compare(options: argparse.Namespace) -> None:
     result = compare(*metrics)
     for path, other, only in ((options.a, options.b, "only_a"), (options.b, options.a, "only_b")):
         if result[only]:
-            warn(f"left out, as {other} has no score for them: {', '.join(result[only])} of {path}")
+            warn(f"left out, because {other} has no score for them: {', '.join(result[only])} of {path}")
     if result["n"] < ENOUGH_PAIRS:
-        warn(f"{result['n']} patients in both: of so few, even a gain in each may be chance")
+        warn(f"{result['n']} patients in both: with so few, even a gain in each may be chance")
     print(f"{options.b} minus {options.a}, {result['n']} patients: mean and 95 % interval")
     print(f"{'':4}{'Dice':^28}{'HD95 mm':^32}".rstrip())
     for region in REGIONS:
         row = [result["differences"][region][metric] for metric in ("dice", "hd95_mm")]
-        dice, hd95 = (f"{d['mean_difference']:+.3f} ({interval_text(d['ci95'], result['n'], '+.3f')})" for d in row)
+        dice, hd95 = map(_difference, row)
         print(f"{region:4}{dice:^28}{hd95:^32}".rstrip())
     print(("simulated patients; " if result["simulated"] else "") + result["convention"])
     if options.json:
         write_json(options.json, result)
         done(str(options.json))
+
+
+def _difference(found: dict) -> str:
+    """Show a mean difference and its interval, or a dash if the rule counts no patient."""
+    from brats_helpers.scoring.statistics import interval_text
+
+    if not found["n"]:
+        return "-"
+    return f"{found['mean_difference']:+.3f} ({interval_text(found['ci95'], found['n'], '+.3f')})"
 
 
 def _export(options: argparse.Namespace) -> None:

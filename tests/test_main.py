@@ -14,7 +14,7 @@ from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
-from brats_helpers.scoring.rules import CONVENTIONS
+from brats_helpers.scoring.rules import CONVENTIONS, YEARS
 from brats_helpers.scoring.scores import collect, score_case
 from tests.conftest import ROOT, write_tiny_case
 from tests.tiny_training import fit_tiny
@@ -140,8 +140,8 @@ def test_compare_pairs_patients(tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     # By patient 0.1, 0.2 and 0.3; of three, one draw in 27 gives the lowest three times, more than 2.5 %.
     assert "WT +0.200 (+0.100 to +0.300) +2.000 (+1.000 to +3.000)" in printed
-    assert f"left out, as {b} has no score for them: s of {a}" in printed
-    assert f"left out, as {a} has no score for them: t of {b}" in printed
+    assert f"left out, because {b} has no score for them: s of {a}" in printed
+    assert f"left out, because {a} has no score for them: t of {b}" in printed
     assert f"{b}: its network had seen p" in printed and "simulated patients; brats2020" in printed
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["n"] == 3 and found["leakage"] == ["p"]
@@ -218,7 +218,7 @@ def test_score_prints_and_writes_what_metrics_holds(tmp_path, capsys):
 
 
 def test_score_knows_every_convention(tmp_path, capsys):
-    for convention in CONVENTIONS:
+    for convention in YEARS:
         assert main(["score", str(tmp_path), str(tmp_path), "--convention", convention]) == 1  # nothing to score
     with pytest.raises(SystemExit, match="2"):
         main(["score", str(tmp_path), str(tmp_path), "--convention", "brats2032"])

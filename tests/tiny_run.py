@@ -82,7 +82,7 @@ def write_tiny_run(root: Path) -> Run:
         write_mask(path, pred.astype(np.uint8), read_nifti(cases[case_id].images["flair"]))
         scores[case_id] = score_files(path, cases[case_id].seg, convention="brats2020")
     write_mask(run.predictions / "Unlabelled_0_seg.nii.gz", truth, read_nifti(cases["Unlabelled_0"].images["flair"]))
-    metrics = {"convention": CONVENTIONS["brats2020"], "simulated": True, "cases": scores}
+    metrics = {"convention": CONVENTIONS["brats2020"], "rule": "brats2020", "simulated": True, "cases": scores}
     metrics |= {"summary": summarise(scores), "not_scored": {"Unlabelled_0": f"unlabelled {HOSTILE}"}}
     write_json(run.metrics, metrics)
     write_cases_csv(run.cases_csv, metrics)

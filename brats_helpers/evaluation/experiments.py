@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from brats_helpers.evaluation.inference import load_network, predict
 from brats_helpers.files import write_json
 from brats_helpers.labels import REGIONS, DataError
 from brats_helpers.runs import Run
+from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare, interval_text
@@ -108,7 +108,7 @@ class Bench:
         for case in test:
             classes = predict([network], case, flips=False).argmax(axis=1).astype(np.uint8)
             dice = region_dice(classes, np.asarray(case.labels), convention="brats2020")
-            scores[case.id] = {name: {"dice": value} for name, value in (dice | {MEAN: fmean(dice.values())}).items()}
+            scores[case.id] = {name: {"dice": value} for name, value in (dice | {MEAN: mean_dice(dice)}).items()}
         return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
 
 

@@ -7,13 +7,20 @@ from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.nifti import difference, read_seg, same_affine
 from brats_helpers.data.nifti import spacing_mm as spacing_of
 from brats_helpers.labels import DataError
+from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
 
 _RESAMPLE = "Write the prediction in the grid of the patient's scans."
 
 
 def score_folders(
-    pred_dir: Path | str, truth_dir: Path | str, *, convention: str, simulated: bool, allow_leakage: bool
+    pred_dir: Path | str,
+    truth_dir: Path | str,
+    *,
+    convention: str,
+    simulated: bool,
+    allow_leakage: bool,
+    task: str | None = None,
 ) -> dict[str, object]:
     """Score a folder of label maps against a folder of patients, or of label maps, by case ID.
 
@@ -31,6 +38,7 @@ def score_folders(
     """
     (preds, faulty_preds), (truths, faulty_truths) = survey_segs(pred_dir), survey_segs(truth_dir)
     seen = read_leakage(pred_dir)
+    rule = rule_for(convention, task=task, cases=preds.keys() & truths.keys()).name
     cases, reasons = {}, faulty_preds | faulty_truths
     for case in sorted(({case for case, path in preds.items() if path} | truths.keys()) - reasons.keys()):
         if case not in truths:
@@ -43,11 +51,11 @@ def score_folders(
             reasons[case] = "leakage: the network that made the prediction had seen the patient"
         else:
             try:
-                cases[case] = score_files(preds[case], truths[case], convention=convention)
+                cases[case] = score_files(preds[case], truths[case], convention=rule)
             except DataError as error:
                 reasons[case] = str(error)
     leakage = seen & cases.keys()
-    return collect(cases, convention=convention, simulated=simulated, not_scored=reasons, leakage=leakage)
+    return collect(cases, convention=rule, simulated=simulated, not_scored=reasons, leakage=leakage)
 
 
 def read_leakage(pred_dir: Path | str) -> set[str]:

@@ -26,7 +26,7 @@ from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.log import done
 from brats_helpers.machine import choose_device, choose_precision
-from brats_helpers.scoring.rules import region_dice
+from brats_helpers.scoring.rules import region_dice, rule_for
 from brats_helpers.scoring.scores import collect, crop_tumour
 from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint
 from brats_helpers.training.model import rebuild
@@ -185,6 +185,7 @@ def evaluate(
     Raises:
         DataError: see `predict_files`.
     """
+    convention = rule_for(convention, cases=[case.id for case in cases]).name
     scores, raw, doubts = {}, [], {}
     for case, packed, soft, path in predict_files(networks, cases, folder, **how):
         if case.seg:

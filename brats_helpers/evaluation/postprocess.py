@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from brats_helpers.files import read_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
+from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.training.model_zip import is_model, read_facts
 
@@ -84,7 +85,7 @@ def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -
         for value in values:
             candidate = replace(rules, **{name: value})
             after = _dice(pairs, candidate, convention)
-            gains = np.array([fmean(a.values()) - fmean(d.values()) for a, d in zip(after, dice, strict=True)])
+            gains = np.array([mean_dice(a) - mean_dice(d) for a, d in zip(after, dice, strict=True)])
             if gains.sum() > best_gain and gains.sum() - gains.max() > 0:
                 best, best_dice, best_gain = candidate, after, gains.sum()
         rules, dice = best, best_dice
@@ -97,8 +98,13 @@ def gain(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, flo
     Args:
         before, after: per patient, what `metrics.region_dice` returns.
     """
-    means = [{region: fmean(d[region] for d in dice) for region in REGIONS if dice} for dice in (before, after)]
-    return {"n": len(before), "before": means[0], "after": means[1]}
+    return {"n": len(before), "before": _means(before), "after": _means(after)}
+
+
+def _means(dice: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Mean Dice of each region over the patients that the rule counts; regions without any are left out."""
+    counted = {region: [d[region] for d in dice if d[region] is not None] for region in REGIONS}
+    return {region: fmean(values) for region, values in counted.items() if values}
 
 
 def read_rules(path: Path) -> Rules:

@@ -1,43 +1,62 @@
 """Overlap of two masks: Dice."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 
 import numpy as np
 
 from brats_helpers.boxes import bounding_box
-from brats_helpers.labels import STRUCTURES
+from brats_helpers.labels import REGIONS, STRUCTURES
 
 
 def dice(pred: np.ndarray, truth: np.ndarray) -> float:
-    """Dice of two boolean masks; both empty: 1."""
-    both = np.count_nonzero(pred) + np.count_nonzero(truth)
-    return float(2 * np.count_nonzero(pred & truth) / both) if both else 1.0
+    """Dice of two boolean masks of one shape; 1 if both are empty (Dice, Ecology 26, 1945)."""
+    total = np.count_nonzero(pred) + np.count_nonzero(truth)
+    return float(2 * np.count_nonzero(pred & truth) / total) if total else 1.0
+
+
+def mean_dice(by_region: Mapping[str, float | None]) -> float:
+    """Mean Dice of WT, TC and ET, the figure that patients, epochs and runs are ranked by.
+
+    Args:
+        by_region: Dice by region; None where the rule leaves the patient out (`brats2026`, both masks empty). Other
+            entries are ignored.
+
+    Returns:
+        The mean of what is there; 1 if the rule leaves the patient out in every region.
+    """
+    values = [by_region[region] for region in REGIONS]
+    counted = [value for value in values if value is not None]
+    return fmean(counted) if counted else 1.0
 
 
 def dice_scores(table: np.ndarray) -> dict[str, float]:
-    """Dice of each of `STRUCTURES` from one patient's confusion table, both empty: 1 (convention brats2020).
+    """Dice of each of `STRUCTURES` from one patient's confusion table; 1 if both masks are empty (`brats2020`).
 
     Args:
-        table: voxels, integer (4, 4), by class of the reference and class predicted.
+        table: voxel counts, integer, shape (4, 4): class in the reference by predicted class.
     """
     scores = {}
     for name, classes in STRUCTURES.items():
         both = table[np.ix_(classes, classes)].sum()
-        masses = table[list(classes)].sum() + table[:, list(classes)].sum()
-        scores[name] = float(2 * both / masses) if masses else 1.0
+        total = table[list(classes)].sum() + table[:, list(classes)].sum()
+        scores[name] = float(2 * both / total) if total else 1.0
     return scores
 
 
 def members(classes: np.ndarray, wanted: Iterable[int]) -> np.ndarray:
-    """Where `classes` is one of `wanted`, as booleans."""
+    """Return a boolean mask of the voxels of `classes`, uint8, whose class is one of `wanted`."""
     return np.isin(np.arange(4), tuple(wanted)).take(classes)
 
 
 def crop_tumour(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check two maps of classes, uint8, the same three axes, and cut both to the box that holds all tumour of either.
+    """Check two maps of class indices and crop both to the box around all tumour in either.
+
+    Args:
+        pred, truth: class indices 0 to 3, uint8, shape (X, Y, Z).
 
     Raises:
-        ValueError: the shapes differ, or there is anything but class indices.
+        ValueError: the shapes differ, or the maps hold anything but class indices.
     """
     if pred.shape != truth.shape or truth.ndim != 3:
         raise ValueError(f"prediction of shape {pred.shape}, reference of {truth.shape}; expected the same three axes.")
@@ -47,5 +66,5 @@ def crop_tumour(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.nda
     pred, truth = np.ascontiguousarray(pred[box]), np.ascontiguousarray(truth[box])
     highest = max(pred.max(initial=0), truth.max(initial=0))
     if highest > 3:
-        raise ValueError(f"class {highest} in a mask; expected 0 to 3. Map labels with cases.labels_to_classes.")
+        raise ValueError(f"class {highest} in a mask; expected 0 to 3. Read label maps with data.nifti.read_seg.")
     return pred, truth

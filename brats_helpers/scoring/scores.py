@@ -1,46 +1,45 @@
 """How good is a segmentation, by the rules of the BraTS challenge.
 
-Every patient is scored in 3D over the whole volume, then patients are averaged. Two rule books
-are known by name (`CONVENTIONS`); whoever shows a figure shows the convention beside it.
+Each patient is scored in 3D over the whole volume; then patients are averaged. Every figure is shown beside the rule
+(`rules.RULES`) that it was computed by.
 
-Masks are class indices (see `cases.CLASSES`), uint8, shape (X, Y, Z); distances are in mm,
-volumes in ml. No function here returns NaN or infinity: the rule books say what an empty mask gets.
+Masks are class indices (see `labels.CLASSES`), uint8, shape (X, Y, Z). Distances are in mm, volumes in ml.
 """
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from brats_helpers.labels import REGIONS, STRUCTURES
-from brats_helpers.scoring.lesions import lesion_dice, lesions
-from brats_helpers.scoring.overlap import crop_tumour, dice, members
-from brats_helpers.scoring.rules import CONVENTIONS, RULES, check_convention
+from brats_helpers.scoring.overlap import crop_tumour, members
+from brats_helpers.scoring.rules import RULES, Figures, Spacing, get_rule
 from brats_helpers.scoring.statistics import summarise
 
 
-def score_case(
-    pred: np.ndarray, truth: np.ndarray, *, spacing_mm: tuple[float, float, float], convention: str
-) -> dict[str, dict[str, float]]:
+def score_case(pred: np.ndarray, truth: np.ndarray, *, spacing_mm: Spacing, convention: str) -> dict[str, Figures]:
     """Score one patient.
 
-    Sensitivity, specificity and volumes are those of the whole volume in either convention; with
-    nothing to find, sensitivity is 1 if nothing was found and else 0, as the challenge has it.
+    Sensitivity, specificity and volumes are those of the whole volume under every rule. With nothing to find,
+    sensitivity is 1 if nothing was predicted and else 0, as in the challenge.
 
     Args:
         pred, truth: class indices 0 to 3, uint8, shape (X, Y, Z).
         spacing_mm: voxel size along X, Y, Z.
-        convention: a key of `CONVENTIONS`.
+        convention: a name from `rules.RULES`.
 
     Returns:
-        For each of `STRUCTURES`: `dice`, `hd95_mm`, `sensitivity`, `specificity`, `volume_ml`,
+        For each of `STRUCTURES` the figures of the rule (see `rules`) and `sensitivity`, `specificity`, `volume_ml`,
         `volume_ml_truth` and `volume_difference_ml` (predicted minus reference).
 
     Raises:
-        ValueError: an unknown convention, or masks of other dtype, shape or classes.
+        ValueError: an unknown convention, a voxel size that is no positive number, or masks of another dtype, shape
+            or other classes.
     """
-    rule = RULES[check_convention(convention)]
+    rule = get_rule(convention)
+    if not all(0 < side < np.inf for side in spacing_mm):
+        raise ValueError(f"voxel size {tuple(spacing_mm)} mm; expected three positive numbers.")
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     total = truth.size
     pred, truth = crop_tumour(pred, truth)
@@ -48,16 +47,16 @@ def score_case(
     for name, classes in STRUCTURES.items():
         p, t = members(pred, classes), members(truth, classes)
         found, true, hit = (int(np.count_nonzero(mask)) for mask in (p, t, p & t))
-        dice, hd95 = rule(p, t, spacing_mm)
-        scores[name] = {
-            "dice": dice,
-            "hd95_mm": hd95,
+        figures = rule.score(p, t, spacing_mm)
+        first = {key: figures.pop(key) for key in ("dice", "hd95_mm")}
+        whole = {
             "sensitivity": hit / true if true else float(found == 0),
             "specificity": (total - found - true + hit) / (total - true) if true < total else float(found == total),
             "volume_ml": found * voxel_ml,
             "volume_ml_truth": true * voxel_ml,
             "volume_difference_ml": (found - true) * voxel_ml,
         }
+        scores[name] = first | whole | figures
     return scores
 
 
@@ -69,17 +68,19 @@ def collect(
     not_scored: Mapping[str, str],
     leakage: Iterable[str],
 ) -> dict[str, object]:
-    """What `metrics.json` holds.
+    """Put together what `metrics.json` holds.
 
     Args:
         cases: by ID, what `score_case` returns.
-        convention: a key of `CONVENTIONS`; the file holds its line.
+        convention: a name from `rules.RULES`. The file holds it as `rule`, and its line as `convention`.
         simulated: whether these are simulated patients.
         not_scored: by ID, why a patient has no figures.
         leakage: IDs of the patients that the network had seen.
     """
+    rule = get_rule(convention)
     return {
-        "convention": CONVENTIONS[check_convention(convention)],
+        "convention": rule.line,
+        "rule": rule.name,
         "simulated": simulated,
         "cases": {case: cases[case] for case in sorted(cases)},
         "summary": summarise(cases),
@@ -88,48 +89,91 @@ def collect(
     }
 
 
+def scores_table(metrics: Mapping) -> str:
+    """Lay out what `collect` returns as text: a line per patient, then the mean and its 95 % interval."""
+    rows: dict[str, Mapping[str, Mapping]] = dict(metrics["cases"])
+    rows["mean"] = _picked(metrics, lambda found: found["mean"])
+    if len(metrics["cases"]) > 1:
+        rows["95 % from"] = _picked(metrics, lambda found: found["ci95"] and found["ci95"][0])
+        rows["95 % to"] = _picked(metrics, lambda found: found["ci95"] and found["ci95"][1])
+    width = max(map(len, rows))
+    columns = [(region, metric, *look) for region in REGIONS for metric, look in _COLUMNS.items()]
+    lines = [" " * width + "".join(f"{head.format(region):>{cells}}" for region, _, head, cells, _ in columns)]
+    for name, row in rows.items():
+        figures = (_cell(row[region][metric], cells, digits) for region, metric, _, cells, digits in columns)
+        lines.append(f"{name:{width}}" + "".join(figures))
+    return "\n".join(lines)
+
+
+_COLUMNS = {
+    "dice": ("{} Dice", 9, 3),
+    "hd95_mm": ("HD95 mm", 8, 2),
+    "nsd_0.5mm": ("NSD 0.5", 8, 3),
+    "nsd_1mm": ("NSD 1", 6, 3),
+    "lesion_f1": ("F1", 6, 3),
+}
+"""What `scores_table` shows of each region: heading, width and decimal places."""
+
+
+def _picked(metrics: Mapping, pick: Callable[[Mapping], float | None]) -> dict[str, dict[str, float | None]]:
+    """One statistic of every metric of the regions."""
+    return {region: {name: pick(found) for name, found in metrics["summary"][region].items()} for region in REGIONS}
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
 def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, float | None]]:
-    """Mean Dice of the same predictions under five conventions.
+    """Mean Dice of the same predictions under six conventions, with voxels of 1 mm and the rules for glioma.
 
     Args:
-        pairs: per patient (prediction, reference), class indices 0 to 3, uint8, shape (X, Y, Z);
-            slices are those along Z.
+        pairs: per patient (prediction, reference), class indices 0 to 3, uint8, shape (X, Y, Z); slices are those
+            along Z.
 
     Returns:
-        For each convention, by a line that says what it is: Dice of WT, TC and ET; None where the
-        convention leaves nothing to average.
+        For each convention, by a line that describes it: Dice of WT, TC and ET; None where the convention leaves
+        nothing to average.
     """
-    collected: dict[str, dict[str, list[float]]] = {}
+    collected: dict[str, dict[str, list[float | None]]] = {}
     for pred, truth in pairs:
         slices = truth.shape[2]
         pred, truth = crop_tumour(pred, truth)
         for region, classes in REGIONS.items():
-            p, t = members(pred, classes), members(truth, classes)
-            hit, true, both = (mask.sum(axis=(0, 1)) for mask in (p & t, t, p.astype(np.uint8) + t))
-            slice_dice = 2 * hit[both > 0] / both[both > 0]
-            whole = dice(p, t)
-            for line, values in {
-                "mean over slices, both empty = 1": [*slice_dice, *[1.0] * (slices - slice_dice.size)],
-                "mean over slices whose reference is not empty": 2 * hit[true > 0] / both[true > 0],
-                "mean over patients, those with an empty reference dropped": [whole] if true.any() else [],
-                "brats2020: mean over patients, both empty = 1, one empty = 0": [whole],
-                "brats2023: mean over patients of the lesion-wise Dice": [lesion_dice(*lesions(p, t))],
-            }.items():
+            for line, values in _by_convention(members(pred, classes), members(truth, classes), slices).items():
                 collected.setdefault(line, {name: [] for name in REGIONS})[region].extend(values)
+    return {line: {region: _mean(values) for region, values in regions.items()} for line, regions in collected.items()}
+
+
+def _by_convention(pred: np.ndarray, truth: np.ndarray, slices: int) -> dict[str, list[float | None]]:
+    """What one patient contributes to the mean Dice of a region, by convention; `slices`: of the whole volume."""
+    hit, true = (pred & truth).sum(axis=(0, 1)), truth.sum(axis=(0, 1))
+    both = true + pred.sum(axis=(0, 1))
+    slice_dice = (2 * hit[both > 0] / both[both > 0]).tolist()
+    by_rule = {name: RULES[name].dice(pred, truth, (1.0, 1.0, 1.0)) for name in ("brats2020", "brats2023", "brats2026")}
     return {
-        line: {region: float(np.mean(values)) if values else None for region, values in regions.items()}
-        for line, regions in collected.items()
+        "mean over slices, both empty = 1": [*slice_dice, *[1.0] * (slices - len(slice_dice))],
+        "mean over slices whose reference is not empty": (2 * hit[true > 0] / both[true > 0]).tolist(),
+        "mean over patients, those with an empty reference dropped": [by_rule["brats2020"]] if true.any() else [],
+        "brats2020: mean over patients, both empty = 1, one empty = 0": [by_rule["brats2020"]],
+        "brats2023: mean over patients of the lesion-wise Dice": [by_rule["brats2023"]],
+        "brats2026: mean over patients of the matched lesions' Dice": [by_rule["brats2026"]],
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    counted = [value for value in values if value is not None]
+    return float(np.mean(counted)) if counted else None
 
 
 def write_cases_csv(path: Path, metrics: Mapping) -> None:
     """Write one row per patient: `case`, `WT_dice`, `WT_hd95_mm`, ..., then `convention` (by name) and `simulated`."""
-    rows = [
-        {"case": case}
-        | {f"{structure}_{metric}": value for structure, values in scores.items() for metric, value in values.items()}
-        | {"convention": metrics["convention"].split(":")[0], "simulated": metrics["simulated"]}
-        for case, scores in metrics["cases"].items()
-    ]
+    rows = []
+    for case, scores in metrics["cases"].items():
+        row = {"case": case}
+        for structure, figures in scores.items():
+            row |= {f"{structure}_{metric}": value for metric, value in figures.items()}
+        rows.append(row | {"convention": metrics["rule"], "simulated": metrics["simulated"]})
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0] if rows else ["case"])
         writer.writeheader()

@@ -10,23 +10,22 @@ from scipy import special
 from brats_helpers.labels import STRUCTURES, DataError
 
 ENOUGH = 10
-"""Patients; of fewer, a mean and its interval are an indication."""
+"""With fewer patients, a mean and its interval are only an indication."""
 ENOUGH_PAIRS = 6
-"""Patients that two runs are compared by; of fewer even full agreement may be chance: five coins fall alike once in 16
-times."""
+"""With fewer patients in a comparison, even a gain in each may be chance: five coins fall alike once in 16 times."""
 _BOOTSTRAPS = 10_000
 
 
-def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict]]:
+def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, dict]]:
     """Statistics over patients of every metric of every structure.
 
     Args:
-        cases: by ID, what `score_case` returns.
+        cases: by ID, what `score_case` returns; a figure of None has no part in the statistics.
 
     Returns:
-        Per structure and metric: `mean`, `median`, `std` (of the sample; 0 for one patient), the
-        quartiles `q1` and `q3`, `ci95` (95 % interval of the mean: percentiles of 10,000 bootstrap
-        samples of patients, always the same ones, further out where patients are few) and `n`. Empty without patients.
+        Per structure and metric: `mean`, `median`, `std` (of the sample; 0 for one patient), the quartiles `q1` and
+        `q3`, `ci95` (95 % bootstrap interval of the mean, always from the same 10,000 samples of patients, widened
+        if patients are few) and `n`, the patients counted. With `n` 0 all others are None. Empty without patients.
     """
     if not cases:
         return {}
@@ -34,17 +33,22 @@ def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
     values = _values(cases, columns)
     summary: dict[str, dict[str, dict]] = {}
     for (structure, metric), column, interval in zip(columns, values.T, _mean_intervals(values), strict=True):
-        q1, median, q3 = np.percentile(column, (25, 50, 75))
-        summary.setdefault(structure, {})[metric] = {
-            "mean": float(column.mean()),
-            "median": float(median),
-            "std": float(column.std(ddof=1)) if column.size > 1 else 0.0,
-            "q1": float(q1),
-            "q3": float(q3),
-            "ci95": interval,
-            "n": column.size,
-        }
+        summary.setdefault(structure, {})[metric] = _statistics(column[~np.isnan(column)]) | {"ci95": interval}
     return summary
+
+
+def _statistics(values: np.ndarray) -> dict[str, float | int | None]:
+    if not values.size:
+        return dict.fromkeys(("mean", "median", "std", "q1", "q3")) | {"n": 0}
+    q1, median, q3 = np.percentile(values, (25, 50, 75))
+    return {
+        "mean": float(values.mean()),
+        "median": float(median),
+        "std": float(values.std(ddof=1)) if values.size > 1 else 0.0,
+        "q1": float(q1),
+        "q3": float(q3),
+        "n": values.size,
+    }
 
 
 def _columns(cases: Mapping[str, Mapping]) -> list[tuple[str, str]]:
@@ -53,21 +57,33 @@ def _columns(cases: Mapping[str, Mapping]) -> list[tuple[str, str]]:
 
 
 def _values(cases: Mapping[str, Mapping], columns: list[tuple[str, str]]) -> np.ndarray:
-    """Figures of shape (patients sorted by ID, columns)."""
-    return np.array([[cases[case][structure][metric] for structure, metric in columns] for case in sorted(cases)])
+    """Figures as float64, shape (patients sorted by ID, columns); NaN for None."""
+    rows = [[cases[case][structure][metric] for structure, metric in columns] for case in sorted(cases)]
+    return np.array(rows, np.float64)
 
 
-def _mean_intervals(values: np.ndarray) -> list[list[float]]:
-    """95 % bootstrap intervals of the mean over the first axis, one for each column of (patients, columns).
+def _mean_intervals(values: np.ndarray) -> list[list[float] | None]:
+    """95 % bootstrap intervals of the mean over patients, for each column of (patients, columns); None: all is NaN."""
+    intervals: dict[int, list[float] | None] = {}
+    complete = ~np.isnan(values).any(axis=0)
+    intervals |= zip(np.flatnonzero(complete).tolist(), _bootstrap(values[:, complete]), strict=True)
+    for k in np.flatnonzero(~complete).tolist():
+        present = values[~np.isnan(values[:, k]), k]
+        intervals[k] = _bootstrap(present[:, None])[0] if present.size else None
+    return [intervals[k] for k in range(values.shape[1])]
 
-    Plain percentiles of few patients are too close: of six, they hold the true mean 87 times in 100. So they are taken
-    further out, as far as Student's interval is from the normal one (the expanded percentile interval of Hesterberg,
-    What Teachers Should Know About the Bootstrap, 2015); of many patients they are the plain ones.
+
+def _bootstrap(values: np.ndarray) -> list[list[float]]:
+    """95 % intervals of the mean over patients, one for each column of (patients, columns), without NaN.
+
+    With few patients the plain percentiles lie too close together: with six, they cover the true mean 87 times in 100.
+    So they are moved outwards, as far as Student's interval is from the normal one (the expanded percentile interval of
+    Hesterberg, What Teachers Should Know About the Bootstrap, 2015). With many patients they are the plain ones.
     """
     patients, random = len(values), np.random.default_rng(0)
     if patients == 1:
         return values.T.repeat(2, axis=1).tolist()
-    at_once = min(_BOOTSTRAPS, max(1, 10**7 // patients))  # in memory, however many patients there are
+    at_once = min(_BOOTSTRAPS, max(1, 10**7 // patients))  # bounds the memory, however many patients there are
     means = []
     for done in range(0, _BOOTSTRAPS, at_once):
         draws = random.multinomial(patients, np.full(patients, 1 / patients), size=min(at_once, _BOOTSTRAPS - done))
@@ -76,50 +92,49 @@ def _mean_intervals(values: np.ndarray) -> list[list[float]]:
     return np.quantile(np.concatenate(means), (tail, 1 - tail), axis=0).T.tolist()
 
 
-def interval_text(ci95: Sequence[float], n: int, figure: str = ".3f") -> str:
-    """A 95 % interval over `n` patients in words, as "0.612 to 0.745"; of one patient there is none."""
+def interval_text(ci95: Sequence[float] | None, n: int, figure: str = ".3f") -> str:
+    """Return a 95 % interval over `n` patients as text, such as "0.612 to 0.745"; one patient gives none."""
+    if ci95 is None or n < 2:
+        return "no interval"
     low, high = ci95
-    return f"{low:{figure}} to {high:{figure}}" if n > 1 else "no interval"
+    return f"{low:{figure}} to {high:{figure}}"
 
 
 def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     """Compare two runs patient by patient.
 
     Args:
-        metrics_a, metrics_b: what `collect` returns, of one convention and the same references.
+        metrics_a, metrics_b: what `collect` returns, scored by one rule and against the same references.
 
     Returns:
-        `convention`; `simulated`; `leakage`, those compared whom a network had seen; `n`, the
-        patients that both scored; `only_a` and `only_b`, the
-        IDs of the others; `differences`: per structure and metric the mean over patients of b minus
-        a, `mean_difference`, and its 95 % bootstrap interval over patients, `ci95`.
+        `convention` and `rule`; `simulated`; `leakage`, the compared patients that a network had seen; `n`, the
+        patients that both scored; `only_a` and `only_b`, the IDs of the others; `differences`: per structure and
+        metric `mean_difference`, the mean of b minus a over the `n` patients with both figures, and `ci95`, its 95 %
+        bootstrap interval over patients. Both are None with `n` 0.
 
     Raises:
-        DataError: the conventions differ, no patient is in both, or one has another reference in the other run.
+        DataError: the rules differ, no patient is in both, or a patient has another reference in the other run.
     """
-    if metrics_a["convention"] != metrics_b["convention"]:
+    if metrics_a["rule"] != metrics_b["rule"]:
         raise DataError(
-            f"Scored by different rules, {metrics_a['convention']} and {metrics_b['convention']}. Score both by one."
+            f"Scored by different rules, {metrics_a['rule']} and {metrics_b['rule']}. Score both by the same one."
         )
     a, b = metrics_a["cases"], metrics_b["cases"]
     shared = a.keys() & b.keys()
     if not shared:
         raise DataError("The two runs have no scored patient in common, so there is nothing to compare.")
-    for case, name in itertools.product(sorted(shared), STRUCTURES):
-        ml_a, ml_b = (found[case].get(name, {}).get("volume_ml_truth") for found in (a, b))
-        if None not in (ml_a, ml_b) and not np.isclose(ml_a, ml_b, rtol=1e-4):
-            raise DataError(
-                f"{case}: its reference has {ml_a:.3f} ml of {name} in one run and {ml_b:.3f} ml in the other: other"
-                " patients of one name, or references that were changed. Score both runs by the same references."
-            )
+    _check_references(a, b, sorted(shared))
     in_b = set(_columns(b))
     columns = [column for column in _columns(a) if column in in_b]
     gains = _values({case: b[case] for case in shared}, columns) - _values({case: a[case] for case in shared}, columns)
     differences: dict[str, dict[str, dict]] = {}
     for (structure, metric), gain, interval in zip(columns, gains.T, _mean_intervals(gains), strict=True):
-        differences.setdefault(structure, {})[metric] = {"mean_difference": float(gain.mean()), "ci95": interval}
+        counted = _statistics(gain[~np.isnan(gain)])
+        found = {"mean_difference": counted["mean"], "ci95": interval, "n": counted["n"]}
+        differences.setdefault(structure, {})[metric] = found
     return {
         "convention": metrics_a["convention"],
+        "rule": metrics_a["rule"],
         "simulated": metrics_a["simulated"] or metrics_b["simulated"],
         "leakage": sorted({*metrics_a.get("leakage", ()), *metrics_b.get("leakage", ())} & shared),
         "n": len(shared),
@@ -127,3 +142,15 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
         "only_b": sorted(b.keys() - shared),
         "differences": differences,
     }
+
+
+def _check_references(a: Mapping[str, Mapping], b: Mapping[str, Mapping], shared: Sequence[str]) -> None:
+    """Raise `DataError` if a patient's reference has another volume in the other run."""
+    for case, name in itertools.product(shared, STRUCTURES):
+        ml_a, ml_b = (found[case].get(name, {}).get("volume_ml_truth") for found in (a, b))
+        if None not in (ml_a, ml_b) and not np.isclose(ml_a, ml_b, rtol=1e-4):
+            raise DataError(
+                f"{case}: its reference has {ml_a:.3f} ml of {name} in one run and {ml_b:.3f} ml in the other: either"
+                " these are different patients of one name, or the references were changed. Score both runs against"
+                " the same references."
+            )

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -17,8 +18,7 @@ def edge_distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances in mm from each edge voxel of one mask to the nearest edge voxel of the other.
 
-    Edge voxels are those that erosion by the 6-neighbourhood removes; what lies outside the array
-    is background.
+    Edge voxels are those that erosion by the 6-neighbourhood removes; outside the array is background.
 
     Args:
         pred, truth: boolean masks, shape (X, Y, Z), neither empty.
@@ -51,9 +51,9 @@ def _edges(mask: np.ndarray) -> np.ndarray:
 def _nearest(points: np.ndarray, targets: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Distance in mm from each voxel of `points` to the nearest of `targets`.
 
-    Both are boolean, C-ordered, with at least `_REACH` voxels of background around them. Surfaces
-    mostly run close together, so shells of growing distance up to `_REACH` voxels are tried first,
-    on all points at once; a k-d tree answers for the few points that remain.
+    Both are boolean and C-ordered, with at least `_REACH` voxels of background around them. Most surface points lie
+    close to the other surface, so shells of growing distance up to `_REACH` voxels are searched first, for all points
+    at once. A k-d tree finds the neighbours of the few points that remain.
     """
     flat = targets.ravel()
     place = np.flatnonzero(points)
@@ -77,7 +77,7 @@ def _nearest(points: np.ndarray, targets: np.ndarray, spacing_mm: tuple[float, f
 def _shells(spacing_mm: tuple[float, float, float], strides: tuple[int, int, int]) -> list[tuple[float, np.ndarray]]:
     """Steps in a flat array to the neighbours at each distance in mm, nearest first.
 
-    They end before the first neighbour more than `_REACH` voxels away along an axis.
+    The list ends before the first neighbour that is more than `_REACH` voxels away along an axis.
     """
     cube = np.array(list(itertools.product(range(-_REACH, _REACH + 1), repeat=3)))
     lengths = np.sqrt(((cube * spacing_mm) ** 2).sum(axis=1))
@@ -86,35 +86,79 @@ def _shells(spacing_mm: tuple[float, float, float], strides: tuple[int, int, int
     return [(float(length), steps[lengths == length]) for length in np.unique(lengths[inside])]
 
 
-def hd95_by_area(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
-    """HD95 in mm as google-deepmind/surface-distance defines it, which BraTS 2023 uses.
+def surface_dice(there: np.ndarray, back: np.ndarray, tolerance_mm: float) -> float:
+    """Share of the edge voxels of both masks within `tolerance_mm` of the other's edge; 1 if they coincide.
 
-    The surface passes between voxels: its points are the corners where the eight voxels around
-    are not all alike, each weighted by the area of the marching-cubes surface there. The 95th
-    percentile by area is taken per direction; the larger one counts.
+    This is MONAI's normalised surface Dice (Nikolov et al., arXiv 1809.04430, with voxels in place of surface areas).
+
+    Args:
+        there, back: distances in mm, as `edge_distances` returns them.
+    """
+    close = np.count_nonzero(there <= tolerance_mm) + np.count_nonzero(back <= tolerance_mm)
+    return close / (there.size + back.size)
+
+
+def mean_surface_dice(there: np.ndarray, back: np.ndarray, tolerance_mm: float) -> float:
+    """As `surface_dice`, but the mean of the two masks' shares (panoptica, which BraTS 2026 uses)."""
+    return float(np.mean([np.mean(distances <= tolerance_mm) for distances in (there, back)]))
+
+
+@dataclass(frozen=True)
+class AreaDistances:
+    """Distances in mm from the surface elements of one mask to the other's surface, and their areas in mm^2."""
+
+    distances_mm: np.ndarray
+    areas_mm2: np.ndarray
+
+    def percentile(self, share: float) -> float:
+        """The distance that `share` of the area does not exceed."""
+        order = np.argsort(self.distances_mm)
+        reached = np.searchsorted(np.cumsum(self.areas_mm2[order]) / self.areas_mm2.sum(), share)
+        return float(self.distances_mm[order[min(reached, order.size - 1)]])
+
+    def area_within(self, tolerance_mm: float) -> float:
+        """The area in mm^2 at most `tolerance_mm` away."""
+        return float(self.areas_mm2[self.distances_mm <= tolerance_mm].sum())
+
+
+def area_distances(
+    pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[AreaDistances, AreaDistances]:
+    """Distances between two surfaces as google-deepmind/surface-distance defines them, which BraTS 2023 uses.
+
+    The surface passes between voxels. Its elements are the corners whose eight surrounding voxels are not all alike,
+    each weighted by the area of the marching-cubes surface there.
 
     Args:
         pred, truth: boolean masks, shape (X, Y, Z), neither empty.
         spacing_mm: voxel size along X, Y, Z.
+
+    Returns:
+        Prediction to reference and reference to prediction.
     """
     box = bounding_box(pred, truth)
     pred, truth = _corner_codes(pred[box]), _corner_codes(truth[box])
     area = _surface_areas(tuple(spacing_mm))
     on_pred, on_truth = (pred > 0) & (pred < 255), (truth > 0) & (truth < 255)
-    return max(
-        _percentile_by_area(_nearest(on_pred, on_truth, spacing_mm), area[pred[on_pred]]),
-        _percentile_by_area(_nearest(on_truth, on_pred, spacing_mm), area[truth[on_truth]]),
+    return (
+        AreaDistances(_nearest(on_pred, on_truth, spacing_mm), area[pred[on_pred]]),
+        AreaDistances(_nearest(on_truth, on_pred, spacing_mm), area[truth[on_truth]]),
     )
 
 
-def _percentile_by_area(distances: np.ndarray, areas: np.ndarray) -> float:
-    order = np.argsort(distances)
-    reached = np.searchsorted(np.cumsum(areas[order]) / areas.sum(), 0.95)
-    return float(distances[order[min(reached, order.size - 1)]])
+def hd95_by_area(there: AreaDistances, back: AreaDistances) -> float:
+    """HD95 in mm: the larger of the two 95th percentiles by area (`compute_robust_hausdorff` of surface-distance)."""
+    return max(there.percentile(0.95), back.percentile(0.95))
+
+
+def surface_dice_by_area(there: AreaDistances, back: AreaDistances, tolerance_mm: float) -> float:
+    """Share of both surfaces' area within `tolerance_mm` of the other (`compute_surface_dice_at_tolerance`)."""
+    total = there.areas_mm2.sum() + back.areas_mm2.sum()
+    return float((there.area_within(tolerance_mm) + back.area_within(tolerance_mm)) / total)
 
 
 def _corner_codes(mask: np.ndarray) -> np.ndarray:
-    """For each corner between voxels, the eight around it: bit 4x + 2y + z is set where (x, y, z) is."""
+    """Encode the eight voxels around each corner: bit 4x + 2y + z is set if voxel (x, y, z) of the eight is."""
     voxels = _padded(mask, _REACH + 1).view(np.uint8)
     codes = np.zeros([side - 1 for side in voxels.shape], np.uint8)
     for bit, corner in enumerate(itertools.product((0, 1), repeat=3)):
@@ -122,8 +166,8 @@ def _corner_codes(mask: np.ndarray) -> np.ndarray:
     return codes
 
 
-# The marching-cubes surface, cutting edges half-way, around each face-connected group of set corners of a unit cube:
-# eight times the absolute area vectors of its flat pieces. Other groups are these turned or mirrored.
+# The marching-cubes surface around each face-connected group of set corners of a unit cube, cutting edges half-way:
+# eight times the absolute area vectors of its flat pieces. Rotations and reflections give all other groups.
 _SURFACES = {
     ((0, 0, 0),): [(1, 1, 1)],
     ((0, 0, 0), (0, 0, 1)): [(4, 4, 0)],
@@ -138,7 +182,7 @@ _SURFACES = {
 def _surface_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Area in mm^2 of the marching-cubes surface for each of the 256 codes of `_corner_codes`.
 
-    Each face-connected group of set corners, of unset ones where these are fewer, is wrapped separately.
+    Each face-connected group of set corners has its own surface; if fewer corners are unset, these are taken instead.
     """
     side_areas = np.prod(spacing_mm) / np.asarray(spacing_mm)
     group_areas = {}

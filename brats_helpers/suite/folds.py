@@ -16,6 +16,7 @@ from brats_helpers.data.splits import PARTS, check_disjoint, read_splits
 from brats_helpers.files import read_json, whole_file, whole_folder, write_json
 from brats_helpers.log import fail
 from brats_helpers.runs import ONCE, PER_FOLD, Run
+from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, write_cases_csv
 from brats_helpers.suite.plan import Plan
 from brats_helpers.suite.stages import FINISHED, OUTDATED, begin, is_finished, mark_outdated, run_stages
@@ -195,7 +196,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
 
     metrics = collect(
         scores,
-        convention=convention,
+        convention=rule_for(convention, cases=scores).name,
         simulated=run.manifest["simulated"],
         not_scored=dict.fromkeys(unlabelled, "unlabelled"),
         leakage=leakage,

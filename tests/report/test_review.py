@@ -142,7 +142,7 @@ def test_a_prediction_that_is_gone_is_named_and_the_others_are_read(tmp_path, me
     (run.predictions / "Exact_0_seg.nii.gz").unlink()
     found = review(run, metrics)
     assert list(found.unreadable) == ["Exact_0"] and "Exact_0_seg.nii.gz cannot be read" in found.unreadable["Exact_0"]
-    assert list(found.cases) == [HOSTILE, "NoET_0"] and found.problem == "" and found.recounted == 2 * 5 * 7
+    assert list(found.cases) == [HOSTILE, "NoET_0"] and found.problem == "" and found.recounted == 2 * 5 * 12
     for path in run.predictions.iterdir():
         path.unlink()
     found = review(run, metrics)

@@ -163,7 +163,7 @@ def test_a_prediction_that_is_gone(run):
     line = look(run)["scores-repeat"]
     assert line.mark == Mark.FAILED
     assert (
-        line.evidence == "70 scores of 2 patients computed again: they differ by at most 0; could not be read: Exact_0"
+        line.evidence == "120 scores of 2 patients computed again: they differ by at most 0; could not be read: Exact_0"
     )
 
 

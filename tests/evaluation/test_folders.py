@@ -1,0 +1,138 @@
+"""Score label maps on disk."""
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.labels import DataError, classes_to_labels
+from brats_helpers.scoring.rules import CONVENTIONS
+from brats_helpers.scoring.scores import score_case
+from brats_helpers.scoring.statistics import summarise
+from tests.scoring.shapes import MM, tumour
+
+AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def put(path, classes, numbering="2020", affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(classes_to_labels(classes, numbering), affine), path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Patients A and B as BraTS has them, with FLAIR only, and the predictions of both, each one patch too small."""
+    for seed, case in enumerate("AB"):
+        truth = tumour((16, 14, 12), seed)
+        put(tmp_path / f"truth/{case}/{case}_flair.nii.gz", truth)
+        put(tmp_path / f"truth/{case}/{case}_seg.nii.gz", truth)
+        pred = truth.copy()
+        pred[:5] = 0
+        put(tmp_path / f"pred/{case}_seg.nii.gz", pred)
+    return tmp_path / "pred", tmp_path / "truth"
+
+
+def score(pred_dir, truth_dir, convention="brats2020"):
+    return score_folders(pred_dir, truth_dir, convention=convention, simulated=True, allow_leakage=False)
+
+
+def test_score_folders(folders):
+    result = score(*folders)
+    assert list(result) == ["convention", "rule", "simulated", "cases", "summary", "not_scored", "leakage"]
+    assert (result["convention"], result["simulated"]) == (CONVENTIONS["brats2020"], True)
+    assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
+    truth = tumour((16, 14, 12), 0)
+    pred = truth.copy()
+    pred[:5] = 0
+    assert result["cases"]["A"] == score_case(pred, truth, spacing_mm=MM, convention="brats2020")
+    assert result["summary"] == summarise(result["cases"])
+    assert 0 < result["summary"]["ET"]["dice"]["mean"] < 1
+
+
+def test_any_numbering_and_any_layout_give_the_same_figures(folders, tmp_path):
+    pred_dir, truth_dir = folders
+    expected = score(pred_dir, truth_dir)
+    for seed, case in enumerate("AB"):
+        truth = tumour((16, 14, 12), seed)
+        pred = truth.copy()
+        pred[:5] = 0
+        put(tmp_path / f"theirs/{case}.nii", pred, "2023")
+        put(tmp_path / f"nested/{case}/{case}-seg.nii.gz", pred, "2023")
+        put(tmp_path / f"flat/{case}_seg.nii", truth, "2023")
+        put(tmp_path / f"bare/{case}.nii.gz", truth)
+    for preds, truths in itertools.product(("pred", "theirs", "nested"), ("truth", "flat", "bare")):
+        assert score(tmp_path / preds, tmp_path / truths) == expected
+
+
+def test_what_cannot_be_scored_is_reported(folders):
+    pred_dir, truth_dir = folders
+    classes = tumour((16, 14, 12), 0)
+    flipped = AFFINE * [[-1], [1], [1], [1]]
+    for case in ("flipped", "cut", "torn", "odd", "no_answer"):
+        put(truth_dir / case / f"{case}_seg.nii.gz", classes)
+    put(truth_dir / "unlabelled" / "unlabelled_flair.nii.gz", classes)
+    put(pred_dir / "flipped_seg.nii.gz", classes, affine=flipped)
+    put(pred_dir / "cut_seg.nii.gz", classes[:-1])
+    put(pred_dir / "unlabelled_seg.nii.gz", classes)
+    put(pred_dir / "stranger_seg.nii.gz", classes)
+    nib.save(nib.Nifti1Image(classes.astype(np.float32) / 2, AFFINE), pred_dir / "odd_seg.nii.gz")
+    whole = (pred_dir / "A_seg.nii.gz").read_bytes()
+    (pred_dir / "torn_seg.nii.gz").write_bytes(whole[: len(whole) // 2])
+    result = score(pred_dir, truth_dir)
+    assert list(result["cases"]) == ["A", "B"]
+    reasons = result["not_scored"]
+    assert "torn_seg.nii.gz is truncated" in reasons.pop("torn")
+    assert "odd_seg.nii.gz: fractional" in reasons.pop("odd")
+    assert "(15, 14, 12)" in reasons["cut"] and "(16, 14, 12)" in reasons["cut"]
+    assert {case: reason.split(":")[0] for case, reason in reasons.items()} == {
+        "cut": "misaligned",
+        "flipped": "misaligned",
+        "no_answer": "missing",
+        "stranger": "extra",
+        "unlabelled": "unlabelled",
+    }
+
+
+def test_a_rounded_affine_is_no_misalignment_and_one_that_is_off_in_a_corner_is(folders):
+    pred_dir, truth_dir = folders
+    put(pred_dir / "A_seg.nii.gz", tumour((16, 14, 12), 0), affine=AFFINE + 1e-5)
+    assert score(pred_dir, truth_dir)["cases"]["A"]["WT"]["dice"] == 1
+    put(pred_dir / "A_seg.nii.gz", tumour((16, 14, 12), 0), affine=AFFINE + [[0, 0, 0, 0.01], *np.zeros((3, 4))])
+    assert score(pred_dir, truth_dir)["not_scored"]["A"].startswith("misaligned")
+    long = np.zeros((120, 4, 4), np.uint8)
+    put(truth_dir / "long_seg.nii.gz", long)
+    put(pred_dir / "long_seg.nii.gz", long, affine=AFFINE * [1.0009, 1, 1, 1])  # 0.1 mm at the far end
+    assert score(pred_dir, truth_dir)["not_scored"]["long"].startswith("misaligned")
+
+
+def test_a_prediction_is_found_whatever_lies_beside_it(folders):
+    pred_dir, truth_dir = folders
+    (pred_dir / "B_seg.nii.gz").rename(pred_dir / "B.nii.gz")  # A is still called A_seg
+    put(pred_dir / "soft" / "A_soft.nii.gz", tumour((16, 14, 12), 0))
+    put(pred_dir / "C" / "C_flair.nii.gz", tumour((16, 14, 12), 0))
+    result = score(pred_dir, truth_dir)
+    assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
+    (pred_dir / "A.nii.gz").write_bytes((pred_dir / "A_seg.nii.gz").read_bytes())
+    assert list(score(pred_dir, truth_dir)["cases"]) == ["A", "B"]  # a copy counts once
+    put(pred_dir / "A.nii.gz", tumour((16, 14, 12), 1))
+    result = score(pred_dir, truth_dir)
+    assert list(result["cases"]) == ["B"]
+    assert result["not_scored"] == {"A": "Two label maps that differ, A_seg.nii.gz and A.nii.gz; keep one of them."}
+
+
+def test_spacing_comes_from_the_file(tmp_path):
+    for name, at in (("pred", 1), ("truth", 2)):
+        classes = np.zeros((3, 3, 5), np.uint8)
+        classes[1, 1, at] = 3
+        put(tmp_path / name / "A_seg.nii.gz", classes, affine=np.diag([1.0, 1, 2, 1]))
+    assert score(tmp_path / "pred", tmp_path / "truth")["cases"]["A"]["ET"]["hd95_mm"] == 2
+
+
+def test_a_folder_without_label_maps_is_an_error(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="No segmentation below"):
+        score(tmp_path / "empty", folders[1])
+    with pytest.raises(DataError, match="is no folder"):
+        score(tmp_path / "nowhere", folders[1])
