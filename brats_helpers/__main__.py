@@ -11,6 +11,11 @@ from pathlib import Path
 from brats_helpers.log import done, fail, fit_terminal, warn
 from brats_helpers.suite import run as suite
 
+LABELS_HELP = (
+    "how the masks are numbered: brats2020, brats2023, msd (Decathlon, nnU-Net), brats2012, gli2024, ped, met2025,"
+    " menrt; default: auto, by names, numbers and anatomy"
+)
+
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` names and return the exit code.
@@ -55,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
     verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
+    verb.add_argument("--labels", metavar="NAME", default="auto", help=LABELS_HELP)
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
     verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
     verb.set_defaults(verb=_check)
@@ -86,9 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--flips", action="store_true", help="average over mirror images too: better, and slower")
     verb.add_argument(
         "--labels",
-        choices=("2020", "2023"),
-        default="2020",
-        help="enhancing tumour is label 4 (2020) or 3 (2023); default: 2020",
+        metavar="NAME",
+        default="auto",
+        help="label numbers to write: 2020 (enhancing tumour is 4), 2023 (it is 3), msd, brats2012, gli2024, ped, ..."
+        " default: auto, those of the patient's data set by its ID, else 2020",
     )
     verb.add_argument(
         "--postprocess", metavar="FILE", type=Path, help="apply the rules that a run chose: runs/NAME/postprocess.json"
@@ -173,7 +180,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from brats_helpers.data.audit import audit, excluded, rows
-    from brats_helpers.data.cases import survey
+    from brats_helpers.data.cases import Finding, survey
+    from brats_helpers.data.numbering import number
     from brats_helpers.files import write_json
     from brats_helpers.labels import MODALITIES, DataError
 
@@ -181,6 +189,12 @@ def _check(options: argparse.Namespace) -> int:
         found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
         if not found.cases:
             raise DataError(f"no patient below {options.data}.")
+        try:
+            found = number(found, options.labels)[0]
+        except DataError as error:
+            if options.labels != "auto":
+                raise
+            found.findings.setdefault("", []).append(Finding("label-numbering", "error", "", str(error)))
         report = audit(found, found.cases, workers=max(1, options.workers), cache_dir=None)
         if options.json:
             write_json(options.json, report)
@@ -199,7 +213,8 @@ def _check(options: argparse.Namespace) -> int:
         f" {worst['note']:,} with notes, {worst['clean']:,} with nothing to say"
     )
     (fail if worst["error"] else done)(line)
-    return 1 if excluded(report) else 0
+    unclear = any(finding["severity"] == "error" for finding in report["summary"]["findings"])
+    return 1 if excluded(report) or unclear else 0
 
 
 def _phantom(options: argparse.Namespace) -> None:

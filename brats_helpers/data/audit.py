@@ -23,15 +23,25 @@ from brats_helpers.data.content import content_hash, hash_of
 from brats_helpers.data.findings import SEVERITIES
 from brats_helpers.data.identity import group_people, varies
 from brats_helpers.data.names import recognise
-from brats_helpers.data.nifti import TOLERANCE_MM, FileError, in_lps, parse_nifti, read_bytes, same_place, spacing_mm
+from brats_helpers.data.nifti import (
+    TOLERANCE_MM,
+    FileError,
+    in_lps,
+    parse_nifti,
+    read_bytes,
+    same_place,
+    scale_of,
+    spacing_mm,
+)
+from brats_helpers.data.numbering import label_problems
 from brats_helpers.data.tables import read_tables
 from brats_helpers.files import whole_file
-from brats_helpers.labels import MODALITIES, DataError
+from brats_helpers.labels import MODALITIES, NUMBERINGS, DataError
 from brats_helpers.log import warn
 
 _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
-_FORMAT = 5  # raise it when `_examine` finds other things: what was remembered is then forgotten
+_FORMAT = 7  # raise it when `_examine` finds other things: what was remembered is then forgotten
 
 
 def audit(
@@ -66,6 +76,8 @@ def audit(
         }
         findings[case.id] += [Finding(**finding) for finding in facts["findings"]]
         entry = {"files": files, "content": facts["content"], "grade": _grade_of_folder(case, found.root)}
+        if case.seg:
+            entry["numbering"] = case.numbering
         entries[case.id] = entry | known.get(case.id, {})
     groups, alike = group_people(found, entries, pattern=patient_pattern)
     for case_id, finding in alike:
@@ -99,6 +111,12 @@ def excluded(report: dict) -> dict[str, list[str]]:
         for case_id, entry in report["cases"].items()
     }
     return {case_id: codes for case_id, codes in errors.items() if codes}
+
+
+def patients_with(report: dict, code: str) -> list[str]:
+    """The patients that have a finding of this code."""
+    found = {case_id: {finding["code"] for finding in entry["findings"]} for case_id, entry in report["cases"].items()}
+    return sorted(case_id for case_id, codes in found.items() if code in codes)
 
 
 def leave_out(report: dict, cases: Iterable[Case]) -> list[Case]:
@@ -155,7 +173,7 @@ def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Pa
         `unreadable`.
     """
     cases = list(cases)
-    stamps = {case.id: [_FORMAT, *map(_stamp, case.files.values())] for case in cases}
+    stamps = {case.id: [_FORMAT, case.numbering, *map(_stamp, case.files.values())] for case in cases}
     place = cache_dir and _memory(found, Path(cache_dir))
     remembered = _remembered(place) if place else {}
     todo = [case for case in cases if remembered.get(case.id, {}).get("stamp") != stamps[case.id]]
@@ -208,6 +226,8 @@ def _examine(case: Case, root: Path) -> dict:
             turned = image
             zero = _background(volume.dtype, slope, inter)
             filled = volume != zero
+            if kind == "seg" and (slope, inter) != (1, 0):
+                filled = np.rint(volume * slope + inter) != 0
             box = _box(filled)
             inside = np.ascontiguousarray(volume[box])  # all that is not 0; the rest need not be looked at again
             whole = inside.size == volume.size
@@ -222,7 +242,7 @@ def _examine(case: Case, root: Path) -> dict:
             if kind == "seg":
                 values, counts = np.unique(inside[inside != zero] * slope + inter, return_counts=True)
                 facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
-                problems += _label_problems(values, case)
+                problems += _label_problems(values, counts, case, image)
                 if brains and all(brain.shape == filled.shape for brain in brains):
                     most = max(map(np.count_nonzero, brains))
                     problems += _place_problems(filled[box], [brain[box] for brain in brains], most)
@@ -304,23 +324,10 @@ def _only(values: Sequence, voxels: np.ndarray) -> bool:
     return bool(((voxels == values[0]) | (voxels == values[1])).all())
 
 
-def _label_problems(labels: np.ndarray, case: Case) -> Iterator[_Problem]:
-    unknown = [label for label in labels if label not in (1, 2, 3, 4)]
-    fractional = [label for label in unknown if not float(label).is_integer()]
-    expected = "expected 0, 1, 2 and 4 (3 for 4 from BraTS 2023 on)"
-    if fractional:
-        some = ", ".join(f"{label:g}" for label in fractional[:3])
-        yield "fractional-label", "error", f"Labels such as {some}, {expected}; was the mask resampled or rescaled?"
-    elif unknown:
-        some = ", ".join(f"{label:g}" for label in unknown[:5])
-        yield "unknown-label", "error", f"Labels such as {some}, {expected}; map or replace it."
-    elif 3 in labels and 4 in labels:
-        yield "labels-3-and-4", "error", f"Labels 3 and 4 in one mask, {expected}; which is enhancing tumour?"
-    elif not labels.size:
-        yield "no-tumour", "warning", "No voxel is labelled; the patient is kept, and scored as one without tumour."
-    elif 3 not in labels and 4 not in labels:
-        yield "no-enhancing", "note", "No enhancing tumour: its score there is all or nothing."
-    elif 3 in labels and all(recognise(path).ending in MODALITIES for path in case.images.values()):
+def _label_problems(values: np.ndarray, counts: np.ndarray, case: Case, image: nib.Nifti1Image) -> Iterator[_Problem]:
+    yield from label_problems(values, counts, case, scale_of(image))
+    usual = NUMBERINGS[case.numbering].either and 3 in values and 4 not in values
+    if usual and all(recognise(path).ending in MODALITIES for path in case.images.values()):
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
 
 

@@ -136,7 +136,7 @@ def _read(case: Case) -> _Source:
         volumes[name], grids[name] = case.read(name)
     mask = None
     if case.seg:
-        mask, grids["seg"] = read_seg(case.seg)
+        mask, grids["seg"] = read_seg(case.seg, case.numbering)
     shapes = {name: grid.shape for name, grid in grids.items()}
     if len(set(shapes.values())) > 1:
         raise DataError(
@@ -300,7 +300,8 @@ def _allow_open_files(more: int) -> None:
 
 def _prepared(case: Case, cache_dir: Path) -> Packed:
     """Open the case in `cache_dir`; pack it before if its content is not there."""
-    here, state = str(case.folder.resolve()), _fingerprint([stamp(path) for path in case.files.values()])
+    here = str(case.folder.resolve())
+    state = _fingerprint([case.seg and case.numbering, *map(stamp, case.files.values())])
     kind = [_FORMAT, case.modalities, list(case.images), case.channels, case.seg is not None]
     family = f"{case.id}.{_fingerprint(kind)}"
     own = cache_dir / f"{family}.{_fingerprint([here])}.json"

@@ -1,7 +1,9 @@
 """Patients and their files. A *case* is one patient's scans, or one visit of a patient."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +13,7 @@ from brats_helpers.data.findings import Finding, has_error
 from brats_helpers.data.layouts import Layout, Patient, lay_out
 from brats_helpers.data.names import named_like
 from brats_helpers.data.nifti import read_image
-from brats_helpers.labels import MODALITIES, DataError, check_modalities
+from brats_helpers.labels import MODALITIES, USUAL, DataError, check_modalities, numbering_of_id, numbering_of_names
 from brats_helpers.log import warn
 
 _NAMED = 3  # patients in one error
@@ -29,6 +31,8 @@ class Case:
             counts as background, see `missing`.
         channels: by modality, its place on the last axis of a file that holds several.
         dataset: the `dataset.json` that describes the files, as the Decathlon and nnU-Net have it.
+        numbering: how the segmentation's labels are numbered, a key of `labels.NUMBERINGS`; by default what the ID
+            or the data set tells, else `brats2020`. See `numbering.resolve`.
     """
 
     id: str
@@ -37,10 +41,18 @@ class Case:
     modalities: tuple[str, ...] = ()
     channels: dict[str, int] = field(default_factory=dict, hash=False)
     dataset: Path | None = None
+    numbering: str = ""
 
     def __post_init__(self):
         if not self.modalities:
             object.__setattr__(self, "modalities", tuple(self.images))
+        if not self.numbering:
+            object.__setattr__(self, "numbering", self.told_numbering or USUAL)
+
+    @property
+    def told_numbering(self) -> str:
+        """The numbering that the ID or `dataset.json` tells, or an empty string."""
+        return numbering_of_id(self.id) or (_numbering_of(self.dataset) if self.dataset else "")
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -60,6 +72,15 @@ class Case:
     def read(self, modality: str) -> tuple[np.ndarray, nib.Nifti1Image]:
         """Read one modality in LPS order, see `nifti.read_image`."""
         return read_image(self.images[modality], self.channels.get(modality))
+
+
+@cache
+def _numbering_of(dataset: Path) -> str:
+    """The numbering that the labels of a `dataset.json` have, or an empty string."""
+    try:
+        return numbering_of_names(json.loads(dataset.read_text("utf-8"))["labels"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import numpy as np
 
 from brats_helpers.data.layouts import walk
 from brats_helpers.files import part_folder, sweep, write_json
-from brats_helpers.labels import LABELS, MODALITIES, DataError
+from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 from brats_helpers.log import done, warn
 
 NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.h5")
@@ -268,12 +268,11 @@ def _faces(labels: np.ndarray) -> np.ndarray:
 
 def to_labels(masks: np.ndarray, kind: str, order: Sequence[int]) -> np.ndarray:
     """Masks as labels 0, 1, 2, 4, uint8 (X, Y, slices). See `mask_order`."""
-    ncr, ed, et = LABELS["2020"][1:]
-    drawn = (ncr, ed, et) if kind == "tissues" else (ed, ncr, et)  # each region over the one around it
-    labels = np.zeros(masks.shape[:3], np.uint8)
-    for place, label in zip(order, drawn, strict=True):
-        labels[masks[..., place]] = label
-    return labels
+    drawn = (1, 2, 3) if kind == "tissues" else (2, 1, 3)  # each region over the one around it
+    classes = np.zeros(masks.shape[:3], np.uint8)
+    for place, index in zip(order, drawn, strict=True):
+        classes[masks[..., place]] = index
+    return classes_to_labels(classes)
 
 
 def brightness(images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from brats_helpers.labels import DataError, classes_to_labels, labels_to_classes
+from brats_helpers.labels import USUAL, DataError, classes_to_labels, find_numbering, labels_to_classes, whole_labels
+from brats_helpers.log import warn
 
 TOLERANCE_MM = 1e-3
 """Largest difference between two equal affine entries or voxel sizes: headers hold rounded numbers."""
@@ -206,29 +208,72 @@ def from_lps(volume: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
     return turned
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z), LPS order. See `labels_to_classes`."""
-    return read_seg(path)[0]
+def read_mask(path: Path, numbering: str = USUAL) -> np.ndarray:
+    """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z), LPS order. See `read_seg`."""
+    return read_seg(path, numbering)[0]
 
 
-def read_seg(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Read a segmentation as `read_mask` does, and the NIfTI image around it."""
-    labels, image = read_image(path)
+def read_seg(path: Path, numbering: str = USUAL) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Read a segmentation as `read_mask` does, and the NIfTI image around it.
+
+    Args:
+        path: the file.
+        numbering: of its labels, a key of `labels.NUMBERINGS`. Labels without a class become background.
+
+    Raises:
+        DataError: labels that are not whole, or not of this numbering.
+        FileError: see `read_image`.
+    """
+    labels, image = read_labels(path)
     try:
-        return labels_to_classes(labels), image
+        return labels_to_classes(labels, numbering), image
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, numbering: str = "2020") -> None:
+def read_labels(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Read the label numbers of a segmentation, shape (X, Y, Z), LPS order, and the NIfTI image around them.
+
+    Floats are rounded, with a warning, if all lie near whole numbers, see `labels.whole_labels`.
+    """
+    stored = read_nifti(path)
+    image = in_lps(stored, path)
+    values = np.asanyarray(image.dataobj)
+    try:
+        labels = whole_labels(values)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    if labels is not values and not np.array_equal(labels, values):
+        _warn_rounded(Path(path), scale_of(stored))
+    return labels, image
+
+
+def scale_of(stored: nib.Nifti1Image) -> str:
+    """Slope, intercept and type of a stored image, in words."""
+    return f"slope {stored.dataobj.slope:g}, intercept {stored.dataobj.inter:g}, type {stored.get_data_dtype()}"
+
+
+@cache
+def _warn_rounded(path: Path, scale: str) -> None:
+    """Say once a process that the labels of a file were rounded."""
+    warn(f"{path}: labels are not exactly whole ({scale}); each is taken as the nearest number.")
+
+
+def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, numbering: str = USUAL) -> None:
     """Write class indices in LPS order, shape (X, Y, Z), as label numbers in the grid and orientation of `like`.
 
     Header, qform and sform are those of `like`, the stored image; if the two disagree, the qform follows the sform. The
     dtype is that of `like` if it is an integer, else uint8.
+
+    Raises:
+        DataError: `numbering` is none of `labels.NUMBERINGS`, or has no number for a class that is there.
     """
     dtype = like.get_data_dtype() if like.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
-    labels = from_lps(classes_to_labels(classes, numbering).astype(dtype), like)
-    nib.save(type(like)(labels, *placed_as(like, dtype)), path)
+    try:
+        labels = classes_to_labels(classes, find_numbering(numbering))
+    except ValueError as error:
+        raise DataError(f"{path} is not written: {error}") from error
+    nib.save(type(like)(from_lps(labels.astype(dtype), like), *placed_as(like, dtype)), path)
 
 
 def placed_as(like: nib.Nifti1Image, dtype: np.dtype) -> tuple[np.ndarray, nib.Nifti1Header]:

@@ -1,5 +1,6 @@
 """The patients of a run: drawn and audited, found again, and described for its checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from brats_helpers.data.cache import Packed, prepare
 from brats_helpers.data.cases import Case, Survey, survey
 from brats_helpers.data.identity import varies
 from brats_helpers.data.nifti import spacing_of
+from brats_helpers.data.numbering import AUTO, with_numbering
 from brats_helpers.data.published import check_published, is_published
 from brats_helpers.data.sources import find_data
 from brats_helpers.data.splits import PARTS, pick_cases, read_splits
 from brats_helpers.files import read_json
-from brats_helpers.labels import DataError
+from brats_helpers.labels import USUAL, DataError
 from brats_helpers.runs import Run
 
 
@@ -146,6 +148,10 @@ def _find_again(run: Run) -> tuple[dict[str, list[Case]], dict[str, dict]]:
     if not Path(root).is_dir() and "asked" in manifest:  # a mount of a machine that was given back
         root = find_data(**manifest["asked"]).root
     found = survey(root, manifest["modalities"])
+    numbered = with_numbering(
+        found.cases, numbering=manifest.get("labels", USUAL), asked=manifest.get("labels_asked", AUTO)
+    )
+    found = replace(found, cases=numbered)
     cases = {case.id: case for case in found.complete(skip_incomplete=True)}
     read = [case for case in cases.values() if before.get(case.id)]
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.nifti import difference, read_seg, same_affine
 from brats_helpers.data.nifti import spacing_mm as spacing_of
-from brats_helpers.labels import DataError
+from brats_helpers.labels import USUAL, DataError
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
 
@@ -64,15 +64,17 @@ def read_leakage(pred_dir: Path | str) -> set[str]:
     return set(json.loads(path.read_text())) if path.exists() else set()
 
 
-def score_files(pred_path: Path, truth_path: Path, *, convention: str) -> dict[str, dict[str, float]]:
-    """Score one label map on disk against another, see `score_case`.
+def score_files(
+    pred_path: Path, truth_path: Path, *, convention: str, numberings: tuple[str, str] = (USUAL, USUAL)
+) -> dict[str, dict[str, float]]:
+    """Score one label map on disk against another, see `score_case`; `numberings` are those of their labels.
 
     Raises:
         DataError: both are one file, one cannot be read, or their shapes or affines differ; nothing is resampled.
     """
     if pred_path.resolve() == truth_path.resolve():
         raise DataError(f"itself: {pred_path} would be scored against itself; give a folder of predictions.")
-    (pred, pred_image), (truth, truth_image) = read_seg(pred_path), read_seg(truth_path)
+    (pred, pred_image), (truth, truth_image) = map(read_seg, (pred_path, truth_path), numberings)
     if pred.shape != truth.shape:
         raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}. {_RESAMPLE}")
     if not same_affine(pred_image, truth_image):

@@ -18,6 +18,7 @@ from torch import nn
 from brats_helpers.data.cache import Packed, pack
 from brats_helpers.data.cases import Case, find_cases
 from brats_helpers.data.nifti import from_lps, placed_as, read_mask, read_nifti, write_mask
+from brats_helpers.data.numbering import AUTO, count_numberings, written_as
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.folders import read_leakage, score_files
 from brats_helpers.evaluation.onnx import read_onnx
@@ -187,10 +188,12 @@ def evaluate(
     """
     convention = rule_for(convention, cases=[case.id for case in cases]).name
     scores, raw, doubts = {}, [], {}
+    asked = how.get("numbering", AUTO)
     for case, packed, soft, path in predict_files(networks, cases, folder, **how):
         if case.seg:
-            scores[case.id] = score_files(path, case.seg, convention=convention)
-            truth = read_mask(case.seg)
+            numberings = written_as(case, asked), case.numbering
+            scores[case.id] = score_files(path, case.seg, convention=convention, numberings=numberings)
+            truth = read_mask(case.seg, case.numbering)
             raw.append(region_dice(packed.to_volume(_classes(soft)), truth, convention=convention))
             doubts[case.id] = uncertainty.examine(soft, packed.to_box(truth), packed.brain)
     not_scored = {case.id: "unlabelled" for case in cases if not case.seg}
@@ -199,6 +202,7 @@ def evaluate(
     after = [{region: figures[region]["dice"] for region in REGIONS} for figures in scores.values()]
     averaged = {"checkpoints": len(networks), "flips": how["flips"]}
     return metrics | {
+        "labels": {"predictions": asked, "references": count_numberings(case for case in cases if case.seg)},
         "postprocess": {"test": gain(raw, after)},
         "uncertainty": averaged | uncertainty.collect(doubts),
     }
@@ -211,7 +215,7 @@ def predict_files(
     *,
     flips: bool,
     rules: Rules = NO_RULES,
-    numbering: str = "2020",
+    numbering: str = AUTO,
     soft_dir: Path | None = None,
     allow_leakage: bool = False,
 ) -> Iterator[tuple[Case, Packed, np.ndarray, Path]]:
@@ -222,7 +226,7 @@ def predict_files(
         cases: patients, labelled or not, that none of the networks has seen.
         folder: where the label maps go, in the geometry of each patient's own first modality.
         rules: applied to what the networks answer.
-        numbering: of the labels written, a key of `cases.LABELS`.
+        numbering: of the labels written, see `labels.NUMBERINGS`; `auto`: that of each patient.
         soft_dir: where the probabilities go as well, see `write_soft`; None writes none.
         allow_leakage: go on with patients that a network has seen, and name them in `leakage.json` of `folder`.
 
@@ -252,7 +256,7 @@ def predict_files(
         soft = predict(networks, packed, flips=flips)
         like = read_nifti(next(iter(case.images.values())))
         path = folder / f"{case.id}_seg.nii.gz"
-        write_mask(path, packed.to_volume(rules(_classes(soft))), like, numbering=numbering)
+        write_mask(path, packed.to_volume(rules(_classes(soft))), like, numbering=written_as(case, numbering))
         if soft_dir:
             write_soft(soft_dir / f"{case.id}_soft.nii.gz", packed, soft, like)
         done(f"{case.id}: {path}{'' if case.seg else ' (unlabelled)'}")

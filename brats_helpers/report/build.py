@@ -27,6 +27,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers.data.cases import Case
+from brats_helpers.data.numbering import predicted_as
 from brats_helpers.data.splits import PARTS
 from brats_helpers.evaluation.card import model_card
 from brats_helpers.files import whole_file
@@ -336,7 +337,7 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
         if case_id not in reviewed.cases:
             continue
         case = reviewed.cases[case_id]
-        tiles = plots.viewer_tiles(case, run.predictions / f"{case_id}_seg.nii.gz")
+        tiles = plots.viewer_tiles(case, run.predictions / f"{case_id}_seg.nii.gz", predicted_as(case, metrics))
         dice = ", ".join(f"{region} {_number(metrics['cases'][case_id][region]['dice'], 2)}" for region in REGIONS)
         tiles["images"] = {name: _data_uri(content, "image/webp") for name, content in tiles["images"].items()}
         tiles["labels"] = _data_uri(tiles["labels"], "image/png")

@@ -9,6 +9,7 @@ from scipy import ndimage
 from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cases import Case
 from brats_helpers.data.nifti import read_image, read_seg, same_affine, spacing_mm
+from brats_helpers.data.numbering import predicted_as
 from brats_helpers.data.patients import ChangedError, load_parts
 from brats_helpers.labels import REGIONS, DataError
 from brats_helpers.runs import Run, RunError
@@ -103,8 +104,8 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
     convention = str(metrics.get("convention", "")).partition(":")[0]
     for case_id, case in result.cases.items():
         try:
-            pred, pred_image = read_seg(run.predictions / f"{case_id}_seg.nii.gz")
-            truth, truth_image = read_seg(case.seg)
+            pred, pred_image = read_seg(run.predictions / f"{case_id}_seg.nii.gz", predicted_as(case, metrics))
+            truth, truth_image = read_seg(case.seg, case.numbering)
             if pred.shape != truth.shape:
                 raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
             own = read_image(next(iter(case.images.values())))[1]

@@ -201,6 +201,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         not_scored=dict.fromkeys(unlabelled, "unlabelled"),
         leakage=leakage,
     )
+    metrics["labels"] = {"predictions": labels}
     write_cases_csv(run.cases_csv, metrics)
     write_json(run.metrics, metrics)
 

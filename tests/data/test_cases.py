@@ -6,9 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers import labels as vocabulary
 from brats_helpers.data.cases import find_cases, find_segs, survey
-from brats_helpers.data.nifti import read_mask
 from brats_helpers.labels import DataError
 
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -534,55 +532,6 @@ def test_label_maps_alone(tmp_path):
         "D": None,
     }
     assert [case.id for case in find_cases(tmp_path, ("flair",))] == ["D"]
-
-
-# ---- Labels
-
-
-def test_class_and_label_names_fit():
-    assert vocabulary.CLASSES == ("background", "NCR", "ED", "ET")
-    assert vocabulary.REGIONS == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
-    assert vocabulary.LABELS == {"2020": (0, 1, 2, 4), "2023": (0, 1, 2, 3)}
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [([0, 1, 2, 4], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [0, 2]), ([0], [0]), ([4], [3])],
-)
-def test_labels_to_classes(labels, classes, dtype):
-    found = vocabulary.labels_to_classes(np.array(labels, dtype))
-    assert found.dtype == np.uint8
-    assert found.tolist() == classes
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 1.5], "fractional"),
-        ([0, np.nan], "fractional or non-finite"),
-        ([0, np.inf], "labels from 0 to inf"),
-        ([0, 5], "labels from 0 to 5"),
-        ([0, -1], "labels from -1 to 0"),
-        ([0, 259], "labels from 0 to 259"),  # 3 in eight bits
-        ([0, 3, 4], "labels 3 and 4 in one mask"),
-    ],
-)
-def test_labels_that_mean_nothing(tmp_path, labels, message):
-    with pytest.raises(ValueError, match=message):
-        vocabulary.labels_to_classes(np.array(labels, np.float64))
-    path = save(tmp_path / "a_seg.nii.gz", grid(labels), np.float64)
-    with pytest.raises(DataError, match=rf"a_seg\.nii\.gz: .*{message}"):
-        read_mask(path)
-
-
-@pytest.mark.parametrize(("numbering", "labels"), [("2020", [0, 1, 2, 4]), ("2023", [0, 1, 2, 3])])
-def test_classes_to_labels_and_back(numbering, labels):
-    classes = np.array([[0, 1], [2, 3]], np.uint8)
-    found = vocabulary.classes_to_labels(classes, numbering)
-    assert found.dtype == np.uint8
-    assert found.ravel().tolist() == labels
-    np.testing.assert_array_equal(vocabulary.labels_to_classes(found), classes)
 
 
 # ---- Real patients

@@ -90,7 +90,7 @@ def load_scan(case: Case, modalities: Sequence[str]) -> Scan:
     for name in modalities:
         image = read_image(case.images[name])[1]
         volumes[name], spacing = upright(image)
-    mask = upright(nib.Nifti1Image(read_mask(case.seg), image.affine))[0] if case.seg else None
+    mask = upright(nib.Nifti1Image(read_mask(case.seg, case.numbering), image.affine))[0] if case.seg else None
     return Scan(volumes, mask, spacing)
 
 
@@ -271,7 +271,7 @@ def nilearn_input(case: Case, modality: str) -> tuple[nib.Nifti1Image, nib.Nifti
     scan = load_scan(case, [modality])
     voxels, image = read_image(case.images[modality])
     box = tuple(around(voxels != 0))
-    mask = nib.Nifti1Image(read_mask(case.seg), image.affine) if case.seg else None
+    mask = nib.Nifti1Image(read_mask(case.seg, case.numbering), image.affine) if case.seg else None
     focus = voxels != 0 if mask is None or not np.any(mask.dataobj) else np.asarray(mask.dataobj) > 0
     centre = nib.affines.apply_affine(image.affine, [fullest(focus, axis) for axis in range(3)])
     crop = None if mask is None else mask.slicer[box]

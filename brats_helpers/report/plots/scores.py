@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case
 from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.data.numbering import predicted_as
 from brats_helpers.evaluation.uncertainty import entropy
 from brats_helpers.labels import REGIONS
 from brats_helpers.report.plots.patients import PLANES, cube, fullest, load_scan, upright
@@ -61,7 +62,8 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
         case = by_id[case_id]
         scan = load_scan(case, [modality])
         image = read_image(case.images[modality])[1]
-        predicted = upright(nib.Nifti1Image(read_mask(predictions / f"{case_id}_seg.nii.gz"), image.affine))[0]
+        mask = read_mask(predictions / f"{case_id}_seg.nii.gz", predicted_as(case, metrics))
+        predicted = upright(nib.Nifti1Image(mask, image.affine))[0]
         focus = predicted > 0 if predicted.any() and not np.any(scan.mask) else scan.focus
         box = cube(focus | (predicted > 0))
         for ax, plane in zip(row.subplots(1, 3), PLANES, strict=True):

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 
 from brats_helpers.data.cases import Case
 from brats_helpers.data.nifti import read_image, read_mask
-from brats_helpers.labels import CLASSES
+from brats_helpers.labels import CLASSES, USUAL
 from brats_helpers.report.plots.patients import around, fullest, load_scan, nilearn_input, upright
 from brats_helpers.report.plots.style import COLOURS, PRINTED
 
@@ -39,7 +39,7 @@ def interactive_view(case: Case, modality: str, *, simulated: bool):
     return view.resize(view.width, view.height + 50)
 
 
-def viewer_tiles(case: Case, prediction: Path) -> dict[str, object]:
+def viewer_tiles(case: Case, prediction: Path, numbering: str = USUAL) -> dict[str, object]:
     """A patient's brain for the report's viewer: pictures that a page can carry and a browser can cut in three planes.
 
     Axial slices lie side by side as tiles, from left to right and top to bottom. Axes run right to left, front to
@@ -48,6 +48,7 @@ def viewer_tiles(case: Case, prediction: Path) -> dict[str, object]:
     Args:
         case: a labelled patient.
         prediction: its `<case>_seg.nii.gz`.
+        numbering: of the labels in the prediction.
 
     Returns:
         `shape`, `spacing` (mm) and `origin` (of the brain's box in the volume), each along X, Y, Z; `columns` of tiles;
@@ -56,7 +57,7 @@ def viewer_tiles(case: Case, prediction: Path) -> dict[str, object]:
     """
     scan = load_scan(case, tuple(case.images))
     image = read_image(next(iter(case.images.values())))[1]
-    predicted = upright(nib.Nifti1Image(read_mask(prediction), image.affine))[0]
+    predicted = upright(nib.Nifti1Image(read_mask(prediction, numbering), image.affine))[0]
     box = around(scan.focus | (predicted > 0) | np.any([volume != 0 for volume in scan.volumes.values()], axis=0))
     focus = scan.focus[tuple(box)]
     shape = focus.shape

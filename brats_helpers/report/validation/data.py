@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import combinations
 
-from brats_helpers.labels import LABELS
+from brats_helpers.labels import NUMBERINGS
 from brats_helpers.report.validation.facts import Mark, NotDone, RunFacts, but, line, load_checkpoint, mark
 
 INTEGRATION, PIPELINE = "Data set integration", "Data pipeline"
@@ -92,7 +92,7 @@ def _unchanged(facts: RunFacts) -> tuple[Mark, str]:
 @line("label-numbers", INTEGRATION, "References and predictions use known label numbers")
 def _labels(facts: RunFacts) -> tuple[Mark, str]:
     references, predictions = sorted(facts.review.reference_labels), sorted(facts.review.predicted_labels)
-    known = any({*references, *predictions} <= {*numbers} for numbers in LABELS.values())
+    known = any({*references, *predictions} <= table.numbers for table in NUMBERINGS.values())
     evidence = f"on disk, references of the test patients: {references}, predictions: {predictions}"
     return mark(known, Mark.PARTLY), f"{evidence}; the network uses classes 1 to 3"
 
