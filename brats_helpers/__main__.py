@@ -127,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         default="brats2020",
         help="the challenge's rules by year; default: brats2020",
     )
+    verb.add_argument("--labels", metavar="NAME", default="auto", help=f"of both folders; {LABELS_HELP}")
+    verb.add_argument(
+        "--truth-labels", metavar="NAME", default="auto", help="the same for the references, if theirs differ"
+    )
     verb.add_argument(
         "--task",
         choices=("GLI", "SSA", "PED", "MEN", "MET"),
@@ -245,6 +249,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> int:
     from brats_helpers.data.phantom import is_simulated
     from brats_helpers.evaluation.folders import score_folders
+    from brats_helpers.evaluation.labelling import label_notes
     from brats_helpers.files import write_json
     from brats_helpers.labels import DataError
     from brats_helpers.scoring.scores import scores_table
@@ -256,9 +261,13 @@ def _score(options: argparse.Namespace) -> int:
         simulated=is_simulated(options.truth_dir),
         allow_leakage=options.allow_leakage,
         task=options.task,
+        labels=options.labels,
+        truth_labels=options.truth_labels,
     )
     if options.json:
         write_json(options.json, scores)
+    for note in label_notes(scores["labels"]):
+        warn(note)
     for case, reason in scores["not_scored"].items():
         warn(f"{case} is not scored: {reason}")
     if not scores["cases"]:

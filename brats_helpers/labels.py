@@ -1,7 +1,7 @@
 """The vocabulary: modalities, label numberings, classes and regions."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +53,10 @@ class Numbering:
         """The label numbers of a class."""
         return {label for label, index in self.classes.items() if index == class_index}
 
+    def can_hold(self, numbers: Set[int]) -> bool:
+        """Whether one mask may hold all these tumour labels."""
+        return numbers <= self.numbers and not (self.either and numbers >= {*self.either})
+
     def explain(self) -> str:
         """What each number means, such as `1 NCR, 2 ED, 3 or 4 ET`."""
         said = {label: CLASSES[index] for label, index in self.classes.items()} | dict(self.no_class)
@@ -79,6 +83,8 @@ NUMBERINGS = {
     "menrt": Numbering("BraTS-MEN-RT; 1 is the gross tumour volume", {1: 3}, regions=("WT",), case_id=r"BraTS-MEN-RT"),
 }
 """What label numbers mean, by name. `brats2020` and `brats2023` both read 3 or 4 as ET, and write 4 or 3."""
+KNOWN_LABELS = frozenset().union(*(table.numbers for table in NUMBERINGS.values()))
+"""All tumour labels of any numbering."""
 ALIASES = {"2020": "brats2020", "2023": "brats2023", "2012": "brats2012", "nnunet": "msd", "decathlon": "msd"}
 USUAL = "brats2020"
 """The numbering of masks about which nothing says otherwise."""

@@ -225,8 +225,13 @@ def read_seg(path: Path, numbering: str = USUAL) -> tuple[np.ndarray, nib.Nifti1
         FileError: see `read_image`.
     """
     labels, image = read_labels(path)
+    return to_classes(labels, numbering, path), image
+
+
+def to_classes(labels: np.ndarray, numbering: str, path: Path) -> np.ndarray:
+    """Map the labels of a file, see `labels.labels_to_classes`; `DataError` names the file."""
     try:
-        return labels_to_classes(labels, numbering), image
+        return labels_to_classes(labels, numbering)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 

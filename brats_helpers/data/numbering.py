@@ -19,6 +19,7 @@ from brats_helpers.data.findings import Finding
 from brats_helpers.data.nifti import read_labels
 from brats_helpers.labels import (
     CLASSES,
+    KNOWN_LABELS,
     NUMBERINGS,
     OTHERWISE,
     USUAL,
@@ -31,7 +32,8 @@ from brats_helpers.labels import (
 AUTO = "auto"
 AGREE = 2 / 3
 """Share of the patients that have to agree."""
-_NEARLY_ALL = 0.9
+NEARLY_ALL = 0.9
+"""Share of the patients that count as nearly all."""
 _VOTERS = 12  # patients read, spread over the set
 _ENOUGH = 3  # patients that can outvote the usual numbering where the numbers fit it
 _FEW_VOXELS = 10  # a label with fewer shows nothing
@@ -39,7 +41,6 @@ _CLEARER = 0.1  # by which the share of outer surface has to lead
 _BRIGHTER = 0.2  # by which the gain from T1 to T1ce has to lead, in standard deviations of the healthy brain
 _DARK = -0.5  # of a cavity on FLAIR, in the same unit
 _CANDIDATES = (USUAL, "msd", "brats2012", "gli2024", "ped")  # the others map the same numbers in the same way
-_KNOWN = frozenset().union(*(table.numbers for table in NUMBERINGS.values()))
 _ED, _ET = CLASSES.index("ED"), CLASSES.index("ET")
 
 
@@ -155,7 +156,7 @@ def gather(cases: Sequence[Case]) -> list[Evidence]:
     voters = labelled[:: -(-len(labelled) // _VOTERS)] if labelled else []
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         seen = list(pool.map(_evidence_or_none, voters))
-    return [evidence for evidence in seen if evidence and evidence.numbers and evidence.numbers <= _KNOWN]
+    return [evidence for evidence in seen if evidence and evidence.numbers and evidence.numbers <= KNOWN_LABELS]
 
 
 def _evidence_or_none(case: Case) -> Evidence | None:
@@ -170,7 +171,7 @@ def examine(case: Case) -> Evidence:
     labels = read_labels(case.seg)[0]
     counts = dict(zip(*np.unique(labels[bounding_box(labels)], return_counts=True), strict=True))
     numbers = frozenset(int(label) for label in counts if label)
-    if not numbers <= _KNOWN:
+    if not numbers <= KNOWN_LABELS:
         return Evidence(numbers)
     shown = [label for label in sorted(numbers) if counts[label] >= _FEW_VOXELS]
     outer = outer_shares(labels)
@@ -242,11 +243,11 @@ def decide(seen: Sequence[Evidence]) -> Verdict:
         )
     n = len(seen)
     against = sum(explains(NUMBERINGS[USUAL], one) is False for one in seen)
-    misfit = sum(not _fits(NUMBERINGS[USUAL], one.numbers) for one in seen)
+    misfit = sum(not NUMBERINGS[USUAL].can_hold(one.numbers) for one in seen)
     votes = {name: sum(explains(NUMBERINGS[name], one) is True for one in seen) for name in _CANDIDATES[1:]}
     other = max(votes, key=votes.get)
     alone = list(votes.values()).count(votes[other]) == 1
-    few = (1 - _NEARLY_ALL) * n
+    few = (1 - NEARLY_ALL) * n
     better = votes[other] > n - against and votes[other] >= n / 3
     if against <= few or misfit <= max(1, few) and not better:
         return Verdict(usual, AUTO, f"read as {_meaning(usual)}: {_seen(seen)}")
@@ -264,7 +265,7 @@ def _confirm(name: str, seen: Sequence[Evidence]) -> None:
     """Raise `DataError` if most patients contradict the numbering that their names tell by what enhances."""
     table = NUMBERINGS[name]
     aside = (*table.no_class, *table.labels_of(_ED))
-    enhanced = [one for one in seen if one.numbers & table.labels_of(_ET) and _fits(table, one.numbers)]
+    enhanced = [one for one in seen if one.numbers & table.labels_of(_ET) and table.can_hold(one.numbers)]
     brightest = [one.enhancing(*aside) for one in enhanced]
     told = [label for label in brightest if label is not None]
     wrong = [label for label in told if table.classes[label] != _ET]
@@ -279,7 +280,7 @@ def _confirm(name: str, seen: Sequence[Evidence]) -> None:
 
 def explains(table: Numbering, one: Evidence) -> bool | None:
     """Whether a numbering fits what a patient shows; None if the patient does not show enough."""
-    if not _fits(table, one.numbers):
+    if not table.can_hold(one.numbers):
         return False
     oedema = one.oedema
     enhancing = one.enhancing(oedema, *table.no_class)
@@ -297,10 +298,6 @@ def explains(table: Numbering, one: Evidence) -> bool | None:
         return False
     certain = oedema is not None and (enhancing is not None or not one.numbers.issuperset({3, 4}))
     return True if certain else None
-
-
-def _fits(table: Numbering, numbers: frozenset[int]) -> bool:
-    return numbers <= table.numbers and not (table.either and numbers.issuperset(table.either))
 
 
 def _leader(values: dict[int, float], lead: float) -> int | None:
@@ -360,7 +357,7 @@ def label_problems(values: np.ndarray, counts: np.ndarray, case: Case, scale: st
     if unknown := sorted(numbers - table.numbers):
         some = ", ".join(map(str, unknown[:5]))
         yield "unknown-label", "error", f"Labels such as {some}, {expected}. {OTHERWISE}"
-    elif not _fits(table, numbers):
+    elif not table.can_hold(numbers):
         yield "labels-3-and-4", "error", f"Labels 3 and 4 in one mask, {expected}. {OTHERWISE}"
     elif not numbers:
         yield "no-tumour", "warning", "No voxel is labelled; the patient is kept, and scored as one without tumour."

@@ -1,11 +1,16 @@
 """Score label maps on disk against references."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from brats_helpers.data.cases import survey_segs
-from brats_helpers.data.nifti import difference, read_seg, same_affine
+from brats_helpers.data.nifti import difference, read_labels, same_affine, to_classes
 from brats_helpers.data.nifti import spacing_mm as spacing_of
+from brats_helpers.data.numbering import AUTO
+from brats_helpers.evaluation.labelling import label_folders
 from brats_helpers.labels import USUAL, DataError
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
@@ -21,24 +26,28 @@ def score_folders(
     simulated: bool,
     allow_leakage: bool,
     task: str | None = None,
+    labels: str = AUTO,
+    truth_labels: str = AUTO,
 ) -> dict[str, object]:
     """Score a folder of label maps against a folder of patients, or of label maps, by case ID.
 
-    Either folder is read by `cases.survey_segs`, in either label numbering. Nothing is resampled,
-    moved or relabelled: a pair whose shapes or affines differ is refused. So are predictions of a
-    network that had seen the patient, which `predict` notes in `leakage.json` beside them, unless
-    `allow_leakage` is set.
+    Either folder is read by `cases.survey_segs`, its labels by `labelling.label_folders`. Nothing is resampled or
+    moved: a pair whose shapes or affines differ is refused. So are predictions of a network that had seen the patient,
+    which `predict` notes in `leakage.json` beside them, unless `allow_leakage` is set.
 
     Returns:
-        What `collect` returns, with a reason in `not_scored` for every patient of either folder
-        that could not be scored: missing, extra, unlabelled, leakage, misaligned, unreadable or found twice.
+        What `collect` returns; `labels`, see `Labelling.summary`; and a reason in `not_scored` for every patient of
+        either folder that could not be scored: missing, extra, unlabelled, leakage, misaligned, unreadable or found
+        twice.
 
     Raises:
-        DataError: a folder that holds no label map.
+        DataError: a folder that holds no label map, or references whose numbering is not clear.
     """
     (preds, faulty_preds), (truths, faulty_truths) = survey_segs(pred_dir), survey_segs(truth_dir)
     seen = read_leakage(pred_dir)
     rule = rule_for(convention, task=task, cases=preds.keys() & truths.keys()).name
+    files = [{case: path for case, path in found.items() if path} for found in (preds, truths)]
+    labelling = label_folders(*files, Path(truth_dir), labels=labels, truth_labels=truth_labels)
     cases, reasons = {}, faulty_preds | faulty_truths
     for case in sorted(({case for case, path in preds.items() if path} | truths.keys()) - reasons.keys()):
         if case not in truths:
@@ -51,11 +60,14 @@ def score_folders(
             reasons[case] = "leakage: the network that made the prediction had seen the patient"
         else:
             try:
-                cases[case] = score_files(preds[case], truths[case], convention=rule)
+                pair = read_pair(preds[case], truths[case])
+                cases[case] = pair.score(labelling.predictions[case], labelling.references[case], convention=rule)
+                labelling.compare(case, pair.pred, pair.truth)
             except DataError as error:
                 reasons[case] = str(error)
     leakage = seen & cases.keys()
-    return collect(cases, convention=rule, simulated=simulated, not_scored=reasons, leakage=leakage)
+    scores = collect(cases, convention=rule, simulated=simulated, not_scored=reasons, leakage=leakage)
+    return scores | {"labels": labelling.summary()}
 
 
 def read_leakage(pred_dir: Path | str) -> set[str]:
@@ -64,20 +76,42 @@ def read_leakage(pred_dir: Path | str) -> set[str]:
     return set(json.loads(path.read_text())) if path.exists() else set()
 
 
-def score_files(
-    pred_path: Path, truth_path: Path, *, convention: str, numberings: tuple[str, str] = (USUAL, USUAL)
-) -> dict[str, dict[str, float]]:
-    """Score one label map on disk against another, see `score_case`; `numberings` are those of their labels.
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and its reference on one grid: label numbers, shape (X, Y, Z), LPS order, and their files."""
+
+    pred: np.ndarray
+    truth: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    pred_path: Path
+    truth_path: Path
+
+    def score(self, pred_labels: str, truth_labels: str, *, convention: str) -> dict[str, dict[str, float]]:
+        """Score the pair, see `score_case`; `pred_labels` and `truth_labels` are the numberings of their labels."""
+        pred = to_classes(self.pred, pred_labels, self.pred_path)
+        truth = to_classes(self.truth, truth_labels, self.truth_path)
+        return score_case(pred, truth, spacing_mm=self.spacing_mm, convention=convention)
+
+
+def read_pair(pred_path: Path, truth_path: Path) -> Pair:
+    """Read a label map and its reference.
 
     Raises:
         DataError: both are one file, one cannot be read, or their shapes or affines differ; nothing is resampled.
     """
     if pred_path.resolve() == truth_path.resolve():
         raise DataError(f"itself: {pred_path} would be scored against itself; give a folder of predictions.")
-    (pred, pred_image), (truth, truth_image) = map(read_seg, (pred_path, truth_path), numberings)
+    (pred, pred_image), (truth, truth_image) = read_labels(pred_path), read_labels(truth_path)
     if pred.shape != truth.shape:
         raise DataError(f"misaligned: {pred_path} has shape {pred.shape}, {truth_path} {truth.shape}. {_RESAMPLE}")
     if not same_affine(pred_image, truth_image):
         apart = difference(pred_image.affine, truth_image.affine, pred.shape)
         raise DataError(f"misaligned: {pred_path} does not lie where {truth_path} does: {apart} {_RESAMPLE}")
-    return score_case(pred, truth, spacing_mm=spacing_of(truth_image), convention=convention)
+    return Pair(pred, truth, spacing_of(truth_image), pred_path, truth_path)
+
+
+def score_files(
+    pred_path: Path, truth_path: Path, *, convention: str, numberings: tuple[str, str] = (USUAL, USUAL)
+) -> dict[str, dict[str, float]]:
+    """Score one label map on disk against another, see `read_pair`; `numberings` are those of their labels."""
+    return read_pair(pred_path, truth_path).score(*numberings, convention=convention)

@@ -70,6 +70,11 @@ def test_r01_cavities_are_background(made):
     assert "label 4 (resection cavity in gli2024) are read as background" in said
     for case in number(survey(out / "a"))[0].cases:
         assert not (read_mask(case.seg, case.numbering) == 3).any()
+    for pred, truth in (("pred", "ref"), ("pred_both", "ref_both"), ("pred", "a"), ("pred_both", "b")):
+        code, scores = scored(out / pred, out / truth)
+        assert code == 0
+        assert dice(scores, "WT") == dice(scores, "TC") == dice(scores, "ET") == [1, 1, 1]
+        assert scores["labels"]["references"] == {"gli2024": 3}
 
 
 def test_r01_is_read_as_told_under_other_names(made):
@@ -83,7 +88,29 @@ def test_r01_is_read_as_told_under_other_names(made):
     assert checked(out / "b", "--labels", "gli2024")[0] == 0
 
 
+# --- r02: paediatric numbering
+
+
+def test_r02_missed_enhancing_tumour_scores_0(made):
+    out = made("r02")
+    code, scores = scored(out / "pred", out / "ref")
+    assert code == 0
+    assert dice(scores, "ET") == [0, 0, 0, 0]
+    assert scores["labels"] == {"predictions": {"ped": 4}, "references": {"ped": 4}, "without_class": {}, "hint": ""}
+    assert checked(out / "ref")[0] == 0
+
+
 # --- r05: another tool's numbering
+
+
+def test_r05_exchanged_labels_are_named(made, capsys):
+    out = made("r05")
+    code, scores = scored(out / "pred", out / "ref")
+    assert code == 0 and max(dice(scores, "TC")) < 0.5
+    assert "in 4 of 4 patients" in scores["labels"]["hint"] and "--labels msd" in scores["labels"]["hint"]
+    assert scores["labels"]["hint"] in capsys.readouterr().out
+    code, scores = scored(out / "pred", out / "ref", "--labels", "msd")
+    assert dice(scores, "TC") == dice(scores, "WT") == [1, 1, 1, 1] and not scores["labels"]["hint"]
 
 
 def test_r05_masks_of_another_numbering_are_read_by_their_anatomy(made):
@@ -99,8 +126,13 @@ def test_r05_masks_of_another_numbering_are_read_by_their_anatomy(made):
 # --- r08: labels through a slope
 
 
-def test_r08_labels_through_a_slope_are_rounded(made):
+def test_r08_labels_through_a_slope_are_rounded(made, capsys):
     out = made("r08")
+    for pred in ("pred_uint8", "pred_int16", "pred_0123"):
+        code, scores = scored(out / pred, out / "ref")
+        assert code == 0
+        assert dice(scores, "WT") == dice(scores, "TC") == dice(scores, "ET") == [1, 1]
+    assert "slope 0.0156863" in capsys.readouterr().out
     code, codes, said = checked(out / "masks_uint8")
     assert code == 0 and "slope 0.0156863" in said
     assert all("rounded-label" in codes[case.id] for case in find_cases(out / "masks_uint8"))
@@ -114,6 +146,8 @@ def test_r24_masks_of_2012(made):
     for options in ((), ("--labels", "brats2012")):
         code, codes, _ = checked(out, *options)
         assert code == 0
+        code, scores = scored(out.with_name("r24_pred"), out, *options)
+        assert code == 0 and dice(scores, "TC") == dice(scores, "ET") == [1, 1, 1]
     for case in number(survey(out), "brats2012")[0].cases:
         assert set(read_mask(case.seg, case.numbering).ravel()) == {0, 1, 2, 3}
 
@@ -137,3 +171,5 @@ def test_men_rt_masks_hold_one_region(made):
     found, verdict = number(survey(out / "rt", ("t1ce",)))
     assert verdict.numbering == "menrt"
     assert {int(value) for value in np.unique(read_mask(found.cases[0].seg, found.cases[0].numbering))} == {0, 3}
+    code, scores = scored(out / "rt", out / "rt")
+    assert all(reason.startswith("itself") for reason in scores["not_scored"].values())
