@@ -5,12 +5,10 @@ voxel type, slope or affine.
 """
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
 from brats_helpers.boxes import bounding_box
-from brats_helpers.data.nifti import read_image
 
 
 def content_hash(volume: np.ndarray, box: tuple[slice, ...] | None = None) -> str:
@@ -29,13 +27,8 @@ def content_hash(volume: np.ndarray, box: tuple[slice, ...] | None = None) -> st
     return hash_of(f"{volume.shape} {place} {inside.dtype}", inside)
 
 
-def image_hash(path: Path, **how) -> str | None:
-    """Hash one image file; None if all its voxels are equal, as such an image belongs to nobody.
-
-    Args:
-        path, how: see `nifti.read_image`, which also says what is raised.
-    """
-    volume = read_image(path, **how)[0]
+def image_hash(volume: np.ndarray) -> str | None:
+    """Hash an image as `content_hash` does; None if all its voxels are equal, as such an image belongs to nobody."""
     return None if volume.min() == volume.max() else content_hash(volume)
 
 

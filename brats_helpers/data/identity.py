@@ -150,9 +150,9 @@ def seen_before(
 
 
 def _image_hashes(case: Case) -> Iterator[str]:
-    for path in case.images.values():
+    for modality in case.images:
         try:
-            content = image_hash(path)
+            content = image_hash(case.read(modality)[0])
         except DataError:  # whoever predicts or scores the case says so
             continue
         if content:

@@ -147,7 +147,7 @@ def _find_again(run: Run) -> tuple[dict[str, list[Case]], dict[str, dict]]:
     root = manifest["data"]
     if not Path(root).is_dir() and "asked" in manifest:  # a mount of a machine that was given back
         root = find_data(**manifest["asked"]).root
-    found = survey(root, manifest["modalities"])
+    found = survey(root, manifest["modalities"], fill_missing=manifest.get("fill_missing", False))
     numbered = with_numbering(
         found.cases, numbering=manifest.get("labels", USUAL), asked=manifest.get("labels_asked", AUTO)
     )
