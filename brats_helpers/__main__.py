@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         " network that had seen the patient; all others are scored. A patient without a reference is named, but is no"
         " error.",
     )
-    verb.add_argument("pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz")
+    verb.add_argument(
+        "pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz, or of one folder per patient"
+    )
     verb.add_argument("truth_dir", metavar="TRUTH_DIR", type=Path, help="folder of patients with their segmentations")
     verb.add_argument(
         "--convention",
@@ -135,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         choices=("GLI", "SSA", "PED", "MEN", "MET"),
         help="the task whose rules count; default: as in the patients' names (BraTS-MET-...), else GLI",
+    )
+    verb.add_argument(
+        "--pair",
+        choices=("names", "digits"),
+        default="names",
+        help="digits: where names differ, pair by the numbers in them: SEG-00217-000 is BraTS-MET-00217-000",
     )
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, as metrics.json holds it")
     verb.add_argument(
@@ -263,16 +271,19 @@ def _score(options: argparse.Namespace) -> int:
         task=options.task,
         labels=options.labels,
         truth_labels=options.truth_labels,
+        by_digits=options.pair == "digits",
     )
     if options.json:
         write_json(options.json, scores)
     for note in label_notes(scores["labels"]):
         warn(note)
+    for case, name in scores.get("paired", {}).items():
+        done(f"{case} is paired with {name}")
     for case, reason in scores["not_scored"].items():
         warn(f"{case} is not scored: {reason}")
     if not scores["cases"]:
         raise DataError(
-            f"nothing to score: no patient of {options.truth_dir} has a fit prediction in {options.pred_dir}."
+            f"nothing to score: no patient of {options.truth_dir} has a usable prediction in {options.pred_dir}."
         )
     if scores["leakage"]:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")

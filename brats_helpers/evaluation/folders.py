@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.nifti import difference, read_labels, same_affine, to_classes
 from brats_helpers.data.nifti import spacing_mm as spacing_of
 from brats_helpers.data.numbering import AUTO
 from brats_helpers.evaluation.labelling import label_folders
+from brats_helpers.evaluation.pairing import find_pairs
 from brats_helpers.labels import USUAL, DataError
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
@@ -28,46 +28,53 @@ def score_folders(
     task: str | None = None,
     labels: str = AUTO,
     truth_labels: str = AUTO,
+    by_digits: bool = False,
 ) -> dict[str, object]:
-    """Score a folder of label maps against a folder of patients, or of label maps, by case ID.
+    """Score a folder of label maps against a folder of patients, or of label maps.
 
-    Either folder is read by `cases.survey_segs`, its labels by `labelling.label_folders`. Nothing is resampled or
-    moved: a pair whose shapes or affines differ is refused. So are predictions of a network that had seen the patient,
-    which `predict` notes in `leakage.json` beside them, unless `allow_leakage` is set.
+    Nothing is resampled or moved: a pair whose shapes or affines differ is refused. So are predictions of a network
+    that had seen the patient, which `predict` names in `leakage.json` beside them, unless `allow_leakage` is set.
+
+    Args:
+        pred_dir, truth_dir, by_digits: see `pairing.find_pairs`.
+        convention, task: see `rules.rule_for`.
+        simulated: whether these are simulated patients.
+        allow_leakage: score predictions of networks that had seen the patient as well.
+        labels, truth_labels: how the masks are numbered, see `labelling.label_folders`.
 
     Returns:
-        What `collect` returns; `labels`, see `Labelling.summary`; and a reason in `not_scored` for every patient of
-        either folder that could not be scored: missing, extra, unlabelled, leakage, misaligned, unreadable or found
-        twice.
+        What `collect` returns, with a reason in `not_scored` for every patient of either folder that could not be
+        scored: missing, extra, unlabelled, ambiguous, leakage, misaligned or unreadable; `labels`, see
+        `Labelling.summary`; and if `by_digits`, `paired`: by reference, the prediction of another name.
 
     Raises:
-        DataError: a folder that holds no label map, or references whose numbering is not clear.
+        DataError: a folder that holds no label map, references whose numbering is not clear, or patients of tasks that
+            are scored by different rules.
     """
-    (preds, faulty_preds), (truths, faulty_truths) = survey_segs(pred_dir), survey_segs(truth_dir)
+    pairs, reasons = find_pairs(pred_dir, truth_dir, by_digits=by_digits)
     seen = read_leakage(pred_dir)
-    rule = rule_for(convention, task=task, cases=preds.keys() & truths.keys()).name
-    files = [{case: path for case, path in found.items() if path} for found in (preds, truths)]
+    rule = rule_for(convention, task=task, cases=pairs).name
+    files = {case: pair.pred for case, pair in pairs.items()}, {case: pair.truth for case, pair in pairs.items()}
     labelling = label_folders(*files, Path(truth_dir), labels=labels, truth_labels=truth_labels)
-    cases, reasons = {}, faulty_preds | faulty_truths
-    for case in sorted(({case for case, path in preds.items() if path} | truths.keys()) - reasons.keys()):
-        if case not in truths:
-            reasons[case] = f"extra: {preds[case]} has no patient in {truth_dir}"
-        elif truths[case] is None:
-            reasons[case] = f"unlabelled: the patient has no segmentation in {truth_dir}"
-        elif preds.get(case) is None:
-            reasons[case] = f"missing: no prediction in {pred_dir}"
-        elif case in seen and not allow_leakage:
+    cases, leakage = {}, []
+    for case, pair in pairs.items():
+        leaked = not seen.isdisjoint((case, pair.name))
+        if leaked and not allow_leakage:
             reasons[case] = "leakage: the network that made the prediction had seen the patient"
-        else:
-            try:
-                pair = read_pair(preds[case], truths[case])
-                cases[case] = pair.score(labelling.predictions[case], labelling.references[case], convention=rule)
-                labelling.compare(case, pair.pred, pair.truth)
-            except DataError as error:
-                reasons[case] = str(error)
-    leakage = seen & cases.keys()
+            continue
+        try:
+            both = read_pair(pair.pred, pair.truth)
+            cases[case] = both.score(labelling.predictions[case], labelling.references[case], convention=rule)
+            labelling.compare(case, both.pred, both.truth)
+            leakage += [case] * leaked
+        except (DataError, MemoryError) as error:
+            reasons[case] = str(error) or "out of memory"
+    reasons = dict(sorted(reasons.items()))
     scores = collect(cases, convention=rule, simulated=simulated, not_scored=reasons, leakage=leakage)
-    return scores | {"labels": labelling.summary()}
+    scores["labels"] = labelling.summary()
+    if by_digits:
+        scores["paired"] = {case: pair.name for case, pair in pairs.items() if pair.name != case}
+    return scores
 
 
 def read_leakage(pred_dir: Path | str) -> set[str]:

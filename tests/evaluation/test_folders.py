@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.files import write_json
 from brats_helpers.labels import DataError, classes_to_labels
 from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import score_case
@@ -40,7 +41,7 @@ def score(pred_dir, truth_dir, convention="brats2020"):
 
 def test_score_folders(folders):
     result = score(*folders)
-    assert list(result) == ["convention", "rule", "simulated", "cases", "summary", "not_scored", "leakage"]
+    assert list(result) == ["convention", "rule", "simulated", "cases", "summary", "not_scored", "leakage", "labels"]
     assert (result["convention"], result["simulated"]) == (CONVENTIONS["brats2020"], True)
     assert list(result["cases"]) == ["A", "B"] and result["not_scored"] == {}
     truth = tumour((16, 14, 12), 0)
@@ -63,7 +64,7 @@ def test_any_numbering_and_any_layout_give_the_same_figures(folders, tmp_path):
         put(tmp_path / f"flat/{case}_seg.nii", truth, "2023")
         put(tmp_path / f"bare/{case}.nii.gz", truth)
     for preds, truths in itertools.product(("pred", "theirs", "nested"), ("truth", "flat", "bare")):
-        assert score(tmp_path / preds, tmp_path / truths) == expected
+        assert score(tmp_path / preds, tmp_path / truths) | {"labels": expected["labels"]} == expected
 
 
 def test_what_cannot_be_scored_is_reported(folders):
@@ -136,3 +137,53 @@ def test_a_folder_without_label_maps_is_an_error(folders, tmp_path):
         score(tmp_path / "empty", folders[1])
     with pytest.raises(DataError, match="is no folder"):
         score(tmp_path / "nowhere", folders[1])
+
+
+def test_leakage_is_told_by_either_name(folders):
+    pred_dir, truth_dir = folders
+    (pred_dir / "A_seg.nii.gz").rename(pred_dir / "renamed_A1_seg.nii.gz")
+    (truth_dir / "A").rename(truth_dir / "A1")
+    for path in (truth_dir / "A1").iterdir():
+        path.rename(path.with_name(path.name.replace("A_", "A1_")))
+    how = {"convention": "brats2020", "simulated": True, "by_digits": True}
+    for seen in ("renamed_A1", "A1"):
+        write_json(pred_dir / "leakage.json", [seen])
+        refused = score_folders(pred_dir, truth_dir, allow_leakage=False, **how)
+        assert list(refused["cases"]) == ["B"] and refused["not_scored"]["A1"].startswith("leakage: ")
+    allowed = score_folders(pred_dir, truth_dir, allow_leakage=True, **how)
+    assert list(allowed["cases"]) == ["A1", "B"] and allowed["leakage"] == ["A1"]
+    assert allowed["paired"] == {"A1": "renamed_A1"}
+
+
+def test_the_names_of_the_patients_choose_the_task(tmp_path):
+    classes = np.zeros((20, 6, 6), np.uint8)
+    classes[2:5, 2, 2] = 3  # a lesion of three voxels, which counts for metastases alone
+    put(tmp_path / "truth" / "BraTS-MET-00001-000-seg.nii.gz", classes, "2023")
+    put(tmp_path / "pred" / "BraTS-MET-00001-000.nii.gz", classes * 0)
+    how = {"simulated": True, "allow_leakage": False, "convention": "brats2023"}
+    by_name = score_folders(tmp_path / "pred", tmp_path / "truth", **how)
+    assert by_name["rule"] == "brats2023-MET" and by_name["cases"]["BraTS-MET-00001-000"]["ET"]["dice"] == 0
+    as_glioma = score_folders(tmp_path / "pred", tmp_path / "truth", task="GLI", **how)
+    assert as_glioma["rule"] == "brats2023" and as_glioma["cases"]["BraTS-MET-00001-000"]["ET"]["dice"] == 1
+
+
+def test_labels_are_read_as_the_names_or_the_user_say(tmp_path):
+    classes = tumour((16, 14, 12), 0)
+    put(tmp_path / "truth" / "BraTS-PED-00001-000-seg.nii.gz", classes, "ped")
+    put(tmp_path / "truth" / "Somebody_seg.nii.gz", classes, "2020")
+    put(tmp_path / "pred" / "BraTS-PED-00001-000.nii.gz", classes, "ped")
+    put(tmp_path / "pred" / "Somebody.nii.gz", classes, "2020")
+    result = score(tmp_path / "pred", tmp_path / "truth")
+    assert result["labels"]["references"] == {"ped": 1, "brats2020": 1}
+    assert {figures["dice"] for scores in result["cases"].values() for figures in scores.values()} == {1}
+    put(tmp_path / "pred" / "Somebody.nii.gz", classes, "msd")
+    put(tmp_path / "pred" / "BraTS-PED-00001-000.nii.gz", classes, "msd")
+    how = {
+        "convention": "brats2020",
+        "simulated": True,
+        "allow_leakage": False,
+        "labels": "msd",
+        "truth_labels": "auto",
+    }
+    result = score_folders(tmp_path / "pred", tmp_path / "truth", **how)
+    assert {figures["dice"] for scores in result["cases"].values() for figures in scores.values()} == {1}
