@@ -200,7 +200,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
         if not found.cases:
-            raise DataError(f"no patient below {options.data}.")
+            raise DataError(found.nothing())
         try:
             found = number(found, options.labels)[0]
         except DataError as error:

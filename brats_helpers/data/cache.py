@@ -168,9 +168,9 @@ def _finite(case: Case, name: str, volumes: Mapping[str, np.ndarray]) -> np.ndar
 
 
 def nan_in_brain(name: str, volumes: Mapping[str, np.ndarray]) -> int:
-    """Count the NaN of one modality where another one has brain; all of them if there is no other."""
+    """Count the NaN of one modality where another one has brain; all of them if there is no other to compare with."""
     nan = np.isnan(volumes[name])
-    others = [volume for other, volume in volumes.items() if other != name]
+    others = [volume for other, volume in volumes.items() if other != name and volume.shape == nan.shape]
     if not others:
         return int(np.count_nonzero(nan))
     return sum(int(np.count_nonzero(np.nan_to_num(other[nan]))) for other in others)

@@ -116,14 +116,17 @@ class Layout:
 def lay_out(root: Path) -> Layout:
     """Group the files below `root` by patient."""
     layout = Layout(root)
-    parts: dict[str, list[Patient]] = defaultdict(list)
-    for folder, paths in _by_folder(layout).items():
-        for part in _parts_of(layout, folder, paths):
-            parts[part.id].append(part)
-    if any(part.imaged for found in parts.values() for part in found):
-        _drop_predictions(layout, parts)
-    for case_id in sorted(parts):
-        layout.patients[case_id] = _joined(layout, parts[case_id])
+    folders = {folder: _parts_of(layout, folder, paths) for folder, paths in _by_folder(layout).items()}
+    imaged = {part.id for parts in folders.values() for part in parts.values() if part.imaged}
+    found: dict[str, list[Patient]] = defaultdict(list)
+    for folder, parts in folders.items():
+        _adopt(layout, folder, parts, imaged)
+        for part in parts.values():
+            found[part.id].append(part)
+    if imaged:
+        _drop_predictions(layout, found)
+    for case_id in sorted(found):
+        layout.patients[case_id] = _joined(layout, found[case_id])
     return layout
 
 
@@ -165,8 +168,8 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> list[Patient]:
-    """What one folder holds of each patient."""
+def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, Patient]:
+    """What one folder holds of each patient, by ID."""
     named: dict[str, dict[str, list[tuple[Name, Path]]]] = defaultdict(lambda: defaultdict(list))
     strangers = []
     for path in paths:
@@ -184,15 +187,14 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> list[Patie
         maps = [path for path in strangers if stem_of(path) not in parts and not is_other_map(stem_of(path))]
         parts |= {stem_of(path): Patient(stem_of(path), {"seg": path}, dataset=about) for path in maps}
         strangers = [path for path in strangers if path not in maps]
-    imaged = [part for part in parts.values() if part.imaged]
-    if len(imaged) == 1:
-        _adopt(layout, imaged[0], parts, folder)
+    parts = {part.id: part for part in parts.values() if part.files}
+    imaged = any(part.imaged for part in parts.values())
     for path in strangers:
         if imaged or _IMAGE_FOLDER.fullmatch(folder.name):
             layout.unused(path)
         else:
             layout.maps[stem_of(path)].append(path)
-    return [part for part in parts.values() if part.files]
+    return parts
 
 
 def _part(layout: Layout, case_id: str, kinds: dict[str, list[tuple[Name, Path]]]) -> Patient:
@@ -224,12 +226,15 @@ def _compare(layout: Layout, case_id: str, paths: Sequence[Path], code: str, wha
     return True
 
 
-def _adopt(layout: Layout, patient: Patient, parts: dict[str, Patient], folder: Path) -> None:
-    """Give the one patient with scans in a folder a segmentation that is named otherwise, if it has none itself.
+def _adopt(layout: Layout, folder: Path, parts: dict[str, Patient], imaged: set[str]) -> None:
+    """Give the only patient with scans in a folder a segmentation that is named otherwise, if it has none itself.
 
-    BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`.
+    BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`. What is named after another of the `imaged` IDs is not.
     """
-    others = [part for part in parts.values() if not part.imaged and part.files]
+    patient, *more = [part for part in parts.values() if part.imaged] or [None]
+    if patient is None or more:
+        return
+    others = [part for part in parts.values() if part.id not in imaged]
     own = folder.name == patient.id or len(others) == 1
     maps = []
     for part in others:

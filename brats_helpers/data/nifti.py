@@ -86,7 +86,7 @@ def parse_nifti(raw: bytes, path: Path) -> nib.Nifti1Image:
         raise FileError("unreadable", f"{path} is half of a .hdr/.img pair. Convert the pair to one .nii.gz file.")
     try:
         if not nifti2 and raw[344:347] != b"n+1":
-            raise HeaderDataError("it does not begin as such a file does")
+            raise HeaderDataError("it does not begin as such a file does; is it half of a .hdr/.img pair?")
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(raw)
     except (OSError, EOFError, ValueError, HeaderDataError, WrapStructError) as error:
         raise _unreadable(path, error) from error
@@ -302,6 +302,12 @@ def spacing_mm(image: nib.Nifti1Image) -> tuple[float, float, float]:
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size in mm along the axes of an affine."""
     return tuple(np.round(nib.affines.voxel_sizes(np.asarray(affine)), 6).tolist())
+
+
+def spacing_in_lps(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel size in mm along left, posterior, superior, whatever the order of the axes of `affine`."""
+    axes = io_orientation(np.asarray(affine))[:, 0].astype(int)
+    return tuple(side for _, side in sorted(zip(axes, spacing_of(affine), strict=True)))
 
 
 def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:

@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import io_orientation
 
 from brats_helpers.data.audit import audit, examine, excluded
 from brats_helpers.data.cache import Packed, prepare
 from brats_helpers.data.cases import Case, Survey, survey
 from brats_helpers.data.identity import varies
-from brats_helpers.data.nifti import spacing_of
+from brats_helpers.data.nifti import spacing_in_lps
 from brats_helpers.data.numbering import AUTO, with_numbering
 from brats_helpers.data.published import check_published, is_published
 from brats_helpers.data.sources import find_data
@@ -107,7 +106,7 @@ def facts_of(run: Run) -> dict:
             "images": image_hashes(read[case.id]),
             "names": entries.get(case.id, {}).get("earlier_ids", []),
         }
-    spacings = [_spacing_lps(read[case.id]) for case in parts["train"]]
+    spacings = [spacing_in_lps(next(iter(read[case.id]["files"].values()))["affine"]) for case in parts["train"]]
     return {
         "labels": run.manifest.get("labels"),
         "spacing_mm": np.median(spacings, axis=0).tolist(),
@@ -129,14 +128,6 @@ def image_hashes(facts: dict) -> list[str]:
 def voxel_ml(facts: dict) -> float:
     """Return the volume of a voxel in ml from what the audit knows of a patient whose files were read."""
     return float(np.prod(next(iter(facts["files"].values()))["spacing_mm"])) / 1000
-
-
-def _spacing_lps(facts: dict) -> np.ndarray:
-    """The voxel size of a patient's first image in mm, axes in LPS order."""
-    affine = np.array(next(iter(facts["files"].values()))["affine"])
-    spacing = np.empty(3)
-    spacing[io_orientation(affine)[:, 0].astype(int)] = spacing_of(affine)
-    return spacing
 
 
 def _find_again(run: Run) -> tuple[dict[str, list[Case]], dict[str, dict]]:

@@ -13,8 +13,10 @@ import pytest
 
 from brats_helpers.__main__ import main
 from brats_helpers.data import audit as audit_module
+from brats_helpers.data import checks
 from brats_helpers.data.audit import audit, excluded, leave_out, rows
 from brats_helpers.data.cases import survey
+from brats_helpers.data.nifti import FileError
 from brats_helpers.data.patients import load_prepared
 from brats_helpers.labels import DataError, labels_to_classes
 from brats_helpers.runs import Run
@@ -48,6 +50,23 @@ def change(path, how=lambda voxels: voxels, *, affine=None, dtype=None):
     voxels = how(np.asanyarray(image.dataobj))
     affine = image.affine if affine is None else affine
     nib.save(nib.Nifti1Image(voxels.astype(dtype or voxels.dtype), affine), path)
+
+
+def turn(path, codes):
+    """Store the same anatomy along other axes."""
+    image = nib.load(path)
+    wanted = nib.orientations.axcodes2ornt(codes)
+    turned = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted))
+    nib.save(nib.Nifti1Image(np.asanyarray(turned.dataobj), turned.affine), path)
+
+
+def set_header(path, **fields):
+    """Change fields of a packed NIfTI-1 header and nothing else."""
+    raw = gzip.decompress(path.read_bytes())
+    header = nib.Nifti1Header(raw[:348])
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(gzip.compress(header.binaryblock + raw[348:], 1))
 
 
 def set_voxel(value):
@@ -170,6 +189,7 @@ def moved(path, how):
         (lambda path: change(path, affine=moved(path, np.diag([1, 1, 1.2, 1]))), "spacing-mismatch"),
         (lambda path: change(path, affine=moved(path, np.diag([1, -1, 1, 1]))), "affine-mismatch"),
         (lambda path: change(path, lambda voxels: voxels[..., None].repeat(2, 3)), "not-3d"),
+        (lambda path: change(path, lambda voxels: voxels[:, :, 10]), "not-3d"),
         (lambda path: change(path, dtype=np.complex64), "dtype"),
     ],
 )
@@ -185,7 +205,7 @@ def test_the_file_that_differs_is_blamed_even_if_it_comes_first(patient):
     change(patient / "A_flair.nii.gz", lambda voxels: voxels[:, :, :-1])
     (finding,) = (f for f in check(patient.parent)["cases"]["A"]["findings"] if f["code"] == "shape-mismatch")
     assert finding["file"] == "A/A_flair.nii.gz"
-    assert finding["message"].startswith("Shape 48 x 56 x 19, but t1 has 48 x 56 x 20")
+    assert finding["message"].startswith("Shape 48 x 56 x 19 instead of the 48 x 56 x 20 of t1.")
 
 
 def test_rounding_of_an_affine_is_no_difference(patient):
@@ -208,6 +228,114 @@ def test_rounding_of_an_affine_is_no_difference(patient):
 def test_images(patient, how, code, severity):
     change(patient / "A_t1ce.nii.gz", how)
     assert findings(check(patient.parent))[code] == severity
+
+
+def test_nan_is_background_where_every_other_modality_is(patient):
+    for kind in ("t1", "t2"):
+        change(patient / f"A_{kind}.nii.gz", lambda voxels: np.where(voxels, voxels, np.nan))
+    report = check(patient.parent)
+    assert findings(report) == {"nan-background": "warning", "mixed-dtypes": "note"}
+    before = nib.load(patient / "A_flair.nii.gz")
+    facts = report["cases"]["A"]["files"]
+    assert facts["t1"]["range"][0] == 0 and facts["t1"]["filled"] == facts["flair"]["filled"]
+    assert facts["flair"]["filled"] == pytest.approx(np.mean(np.asanyarray(before.dataobj) != 0), abs=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "where"), [(0, np.s_[2:-2, 2:-2, 2:-2]), (1, np.s_[:, :, 5:]), (2, np.s_[:, 9:, :])])
+def test_noise_in_the_air_is_noticed_whatever_part_of_the_field_is_0(patient, seed, where):
+    def how(voxels):
+        noise = np.zeros_like(voxels)
+        noise[where] = np.random.default_rng(seed).integers(1, 40, voxels[where].shape)
+        return np.where(voxels, voxels, noise)
+
+    change(patient / "A_t1.nii.gz", how)
+    report = check(patient.parent)
+    assert findings(report) == {"no-background": "warning"}
+    share = report["cases"]["A"]["files"]["t1"]["filled"]
+    assert share > 0.6 and report["cases"]["A"]["findings"][0]["message"].startswith(f"{share:.0%} of the field")
+
+
+def test_a_tightly_cropped_slab_of_a_stripped_brain_is_no_noise(patient):
+    for path in patient.iterdir():
+        change(path, lambda voxels: voxels[8:40, 6:50, 8:12])
+    report = check(patient.parent)
+    assert findings(report) == {} and report["cases"]["A"]["files"]["t1"]["filled"] > 0.7
+
+
+# --- headers
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "severity"),
+    [
+        ({"qform_code": 1, "qoffset_x": 9}, "qform-sform", "warning"),
+        ({"qform_code": 1, "srow_z": 0}, "singular-affine", "warning"),
+        ({"qform_code": 0, "srow_z": 0}, "singular-affine", "error"),
+        ({"qform_code": 0, "sform_code": 0}, "no-orientation", "warning"),
+    ],
+)
+def test_headers_that_have_to_be_interpreted(patient, fields, code, severity):
+    for path in patient.iterdir():
+        image = nib.load(path)
+        image.set_qform(image.affine, 1)
+        nib.save(image, path)
+        set_header(path, **fields)
+    assert findings(check(patient.parent)) == {code: severity}
+
+
+def test_files_of_one_patient_may_be_stored_along_other_axes(patient):
+    turn(patient / "A_t2.nii.gz", "PIR")
+    assert findings(check(patient.parent)) == {}
+
+
+def test_two_affines_that_look_alike_are_told_apart(patient):
+    change(patient / "A_t2.nii.gz", affine=moved(patient / "A_t2.nii.gz", np.diag([1, 1, 1.0005, 1])))
+    change(patient / "A_seg.nii.gz", affine=nib.load(patient / "A_seg.nii.gz").affine + np.eye(4, k=3) * 0.06)
+    (finding,) = check(patient.parent)["cases"]["A"]["findings"]
+    assert finding["code"] == "affine-mismatch" and finding["file"] == "A/A_seg.nii.gz"
+    assert "up to 0.06 mm apart; origins differ by (0.06, 0, 0) mm" in finding["message"]
+
+
+# --- patients compared
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Five faultless patients, `A` to `E`."""
+    for k, case_id in enumerate("ABCDE"):
+        write_tiny_case(tmp_path / "data", case_id, seed=k)
+    return tmp_path / "data"
+
+
+def test_patients_that_differ_from_the_others_are_named(five):
+    for path in (five / "B").iterdir():
+        turn(path, "RAS")
+    for path in (five / "C").iterdir():
+        change(path, affine=np.diag([-1, -1, 5.0, 1]))
+        turn(path, "PIR")
+    for path in (five / "D").iterdir():
+        change(path, lambda voxels: np.pad(voxels, 20))
+    report = check(five)
+    assert findings(report, "A") == findings(report, "E") == {}
+    assert findings(report, "B") == {"orientation": "note"}
+    assert findings(report, "C") == {"spacing": "warning", "orientation": "note"}
+    assert findings(report, "D") == {"filled-share": "warning"}
+    messages = {case_id: report["cases"][case_id]["findings"][0]["message"] for case_id in "BCD"}
+    assert "RAS" in messages["B"] and "LPS" in messages["B"]
+    assert messages["C"].startswith("Voxels of 1 x 1 x 5 mm, most patients have 1 x 1 x 1 mm")  # in LPS order
+    inside = 48 * 56 * 20 / (88 * 96 * 60)  # the share of the padded field that was the field before
+    filled = {case_id: report["cases"][case_id]["files"]["t1"]["filled"] for case_id in "ABCDE"}
+    assert filled["D"] == pytest.approx(filled["A"] * inside, rel=0.1)
+    usual = np.median([*filled.values()])
+    assert messages["D"].startswith(f"{filled['D']:.0%} of the field is not 0, in the median patient {usual:.0%}")
+
+
+def test_a_set_of_another_spacing_is_compared_with_brats(five):
+    for path in five.glob("*/*.gz"):
+        change(path, affine=np.diag([-0.5, -0.5, 1, 1]))
+    for entry in check(five)["cases"].values():
+        (finding,) = entry["findings"]
+        assert finding["code"] == "spacing" and "0.5 x 0.5 x 1 mm, BraTS has 1 x 1 x 1 mm" in finding["message"]
 
 
 def test_one_flat_slice_makes_no_constant_image(patient):
@@ -420,17 +548,32 @@ def test_what_was_read_is_remembered_until_a_file_changes(tiny_patients, tmp_pat
     data = shutil.copytree(tiny_patients, tmp_path / "data")
     before = check(data, cache_dir=tmp_path / "cache")
     read = []
-    really = audit_module._examine
-    monkeypatch.setattr(audit_module, "_examine", lambda case, root: read.append(case.id) or really(case, root))
-    assert check(data, cache_dir=tmp_path / "cache") == before
-    assert read == []
-    change(data / "Tiny_2" / "Tiny_2_t1.nii.gz", set_voxel(np.int16(77)))
-    after = check(data, cache_dir=tmp_path / "cache")
+    really = audit_module.check_case
+    monkeypatch.setattr(audit_module, "check_case", lambda case: read.append(case.id) or really(case))
+    moved = tmp_path / "elsewhere" / "data"
+    moved.parent.mkdir()
+    data.rename(moved)
+    for path in moved.rglob("*.gz"):
+        path.chmod(0o600)
+    after = check(moved, cache_dir=tmp_path / "cache")
+    assert after["cases"] == before["cases"] and read == []
+    change(moved / "Tiny_2" / "Tiny_2_t1.nii.gz", set_voxel(np.int16(77)))
+    after = check(moved, cache_dir=tmp_path / "cache")
     assert read == ["Tiny_2"]
     differs = [k for k in before["cases"] if before["cases"][k]["content"] != after["cases"][k]["content"]]
     assert differs == ["Tiny_2"]
-    check(data)
+    check(moved)
     assert len(read) == 5
+
+
+def test_a_file_that_could_not_be_read_is_read_again(patient, tmp_path, monkeypatch):
+    def fail(path):
+        raise FileError("unreadable", f"{path} cannot be read as NIfTI (Input/output error).")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "read_bytes", fail)
+        assert excluded(check(patient.parent, cache_dir=tmp_path / "cache")) == {"A": ["unreadable"]}
+    assert excluded(check(patient.parent, cache_dir=tmp_path / "cache")) == {}
 
 
 def test_a_torn_memory_is_forgotten(tiny_patients, tmp_path):
@@ -535,7 +678,8 @@ ERRORS = {
     "shape-mismatch": lambda p: change(p / f"{p.name}_t2.nii.gz", lambda voxels: voxels[:-1]),
     "spacing-mismatch": lambda p: change(p / f"{p.name}_t2.nii.gz", affine=np.diag([2, 2, 2, 1])),
     "affine-mismatch": lambda p: change(p / f"{p.name}_seg.nii.gz", affine=np.eye(4)),
-    "not-3d": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels[..., None]),
+    "not-3d": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels[:, :, 10]),
+    "singular-affine": lambda p: set_header(p / f"{p.name}_t1.nii.gz", qform_code=0, srow_z=0),
     "dtype": lambda p: change(p / f"{p.name}_t1.nii.gz", dtype=np.complex64),
     "non-finite": lambda p: change(p / f"{p.name}_t1.nii.gz", set_voxel(np.nan)),
     "empty-image": lambda p: change(p / f"{p.name}_t1.nii.gz", np.zeros_like),
@@ -547,6 +691,16 @@ ERRORS = {
     "labels-3-and-4": lambda p: change(p / f"{p.name}_seg.nii.gz", lambda voxels: np.where(voxels == 1, 3, voxels)),
 }
 OTHERS = {
+    "fourth-axis": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels[..., None]),
+    "qform-sform": lambda p: set_header(p / f"{p.name}_seg.nii.gz", qform_code=1, qoffset_x=9),
+    "no-orientation": lambda p: [set_header(path, qform_code=0, sform_code=0) for path in p.iterdir()],
+    "orientation": lambda p: [turn(path, "RAS") for path in p.iterdir()],
+    "spacing": lambda p: [change(path, affine=np.diag([-1, -1, 5, 1])) for path in p.iterdir()],
+    "filled-share": lambda p: [change(path, lambda voxels: voxels[6:-6, 6:-6, 3:-3]) for path in p.iterdir()],
+    "nan-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: np.where(voxels, voxels, np.nan)),
+    "unread-format": lambda p: (p / f"{p.name}_pet.mha").touch(),
+    "same-copy": lambda p: shutil.copytree(p, p.parent / "copy" / p.name),
+    "mask-elsewhere": lambda p: shutil.move(p / f"{p.name}_seg.nii.gz", p.parent / "good" / f"{p.name}_seg.nii.gz"),
     "gzip-as-nii": lambda p: shutil.move(p / f"{p.name}_t1.nii.gz", p / f"{p.name}_t1.nii"),
     "nii-as-gzip": lambda p: (p / f"{p.name}_t1.nii.gz").write_bytes(nib.load(p / f"{p.name}_t1.nii.gz").to_bytes()),
     "no-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: voxels + np.int16(500)),

@@ -305,6 +305,14 @@ def test_a_mask_from_just_any_folder_is_used_with_a_warning_and_a_prediction_is_
     assert codes(found) == {"A": ["mask-elsewhere"], "": ["unused-file"]}
 
 
+def test_a_mask_that_lies_in_another_patients_folder_goes_by_its_id(tmp_path):
+    for case_id, kinds in (("A", ALL), ("B", ALL)):
+        patient(tmp_path, case_id, case_id, kinds=kinds)
+    touch(tmp_path, "B/A_seg.nii.gz")
+    assert {case.id: case.seg for case in find_cases(tmp_path)} == {"A": tmp_path / "B/A_seg.nii.gz", "B": None}
+    assert codes(survey(tmp_path)) == {"A": ["mask-elsewhere"], "B": ["no-segmentation"]}
+
+
 def test_two_masks_elsewhere_that_differ(tmp_path, capsys):
     patient(tmp_path, "A", "A", kinds=ALL)
     patient(tmp_path, "B", "B")
