@@ -1,22 +1,22 @@
-"""BraTS 2020 as HDF5 slices (`brats2020-slices`), put together into patients of NIfTI volumes again.
+"""Reassemble BraTS 2020 volumes from HDF5 slices (`brats2020-slices`).
 
-A file `volume_V_slice_S.h5` holds `image` (240, 240, 4), already normalised, and `mask` (240, 240, 3). Which channel is
-which modality and which mask is which tissue stands nowhere, and public code disagrees. So the content is asked,
-patient by patient, and the patients vote:
+A file `volume_V_slice_S.h5` holds `image` (240, 240, 4), already normalised, and `mask` (240, 240, 3). The files do not
+say which channel is which modality or which mask is which tissue, and public code disagrees. So the content tells,
+patient by patient, and the patients vote, by the rules of `numbering`:
 
-- Masks that exclude each other are tissues. Oedema (ED) has the largest share of its surface towards what is no tumour;
-  of the other two, enhancing tumour (ET) has more surface towards oedema and what is no tumour than the necrotic core
-  (NCR), which it encloses. Masks that lie in each other are the regions WT, TC and ET, from the outermost.
-- In units of the healthy brain's spread, T1ce is where ET is brightest above ED. Of the others, T1 is where ED is
-  darkest, and T2 is what goes least with T1 over the healthy brain, as fluid is dark in T1 and FLAIR and bright in T2.
+- Masks that exclude each other are tissues. Oedema (ED) has the largest share of its surface towards healthy brain. Of
+  the other two, enhancing tumour (ET) has more surface towards oedema and healthy brain than the necrotic core (NCR),
+  which it encloses. Nested masks are the regions WT, TC and ET, from the outermost.
+- T1ce is the channel in which ET is brightest compared with ED, both as z-scores of the healthy brain. Of the other
+  channels, T1 is the one in which ED is darkest, and T2 the one that correlates least with T1 over the healthy brain:
+  fluid is dark on T1 and FLAIR, and bright on T2.
 
-Patients who lack a tissue have no vote. Where fewer than two thirds agree, the set is refused. No content tells the
-geometry: axes, direction and voxels of 1 mm are assumed to be those of BraTS 2020. Patients keep the set's numbers, not
-the challenge's names.
+Patients who lack a tissue have no vote. If fewer than two thirds agree, the set is refused. The files hold no geometry:
+axes, direction and voxels of 1 mm are assumed to be those of BraTS 2020. Patients keep the set's numbers instead of the
+challenge's names.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -29,37 +29,37 @@ import nibabel as nib
 import numpy as np
 
 from brats_helpers.data.layouts import walk
-from brats_helpers.files import part_folder, sweep, write_json
+from brats_helpers.data.numbering import outer_shares, settled, spread, surfaces, z_scores
+from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 from brats_helpers.log import done, warn
 
 NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.h5")
 _AFFINE = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]], float)
-_VOTERS = 30  # patients, spread over the set
-_AGREE = 2 / 3
-_RULES = 1  # raised when the rules change, so that what older ones made is made anew
+_RULES = 1  # raise it when the rules change: volumes made by older ones are then made again
 _WORKERS = 4  # at most; each holds a patient, 0.2 GB
+_WAY_OUT = "Take the same patients as volumes: --data brats2020."
 
 
 def need_h5py() -> None:
-    """Raise `DataError` where HDF5 cannot be read."""
+    """Raise `DataError` if h5py is not installed."""
     if find_spec("h5py") is None:
         raise DataError("HDF5 slices are read by h5py, which is not installed: pip install h5py, then run again.")
 
 
 def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
-    """Write each patient's volumes, (X, Y, slice), into `volume_V/` of a folder in `data_dir`.
+    """Write each patient's volumes, shape (X, Y, slice), into `volume_V/` of a folder in `data_dir`.
 
-    The folder is of these very files: when one changes, or the rules do, another is made. It can be killed and started
-    again at any moment. Background becomes exactly 0; images are float32 and otherwise as they are, labels 0, 1, 2, 4.
-    Patients that cannot be put together are left out with a line each. `channels.json` there keeps the vote.
+    The folder's name depends on the files and the rules: if either changes, another folder is made. A killed run can be
+    started again at any moment. Background becomes exactly 0, other voxels stay as they are, in float32; labels are 0,
+    1, 2, 4. Each patient that cannot be reassembled is left out with a line. `channels.json` there keeps the vote.
 
     Args:
-        folder: with the HDF5 files, at any depth.
-        data_dir: made where it does not exist.
+        folder: holds the HDF5 files, at any depth.
+        data_dir: created if it does not exist.
 
     Returns:
-        The folder, and in one line what the patients show of the channels and what is assumed.
+        The folder, and a line that says what the patients show of the channels and what is assumed.
 
     Raises:
         DataError: no such slices, h5py is missing, two files for one slice, the patients disagree, or no room.
@@ -71,9 +71,9 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
         if not (out / "channels.json").exists():
-            print(f"{len(patients)} patients of slices are put together in {out}", flush=True)
+            print(f"reassembling {len(patients)} patients from slices in {out}", flush=True)
             write_json(out / "channels.json", _vote(folder, patients))
-        vote = json.loads((out / "channels.json").read_text())
+        vote = read_json(out / "channels.json")
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _WORKERS)) as pool:
             problems = list(pool.map(lambda item: _put(*item, vote, out), sorted(patients.items())))
     except OSError as error:
@@ -83,26 +83,26 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
             warn(f"left out: volume {volume}: {problem}")
     whole = problems.count("")
     if not whole:
-        raise DataError(f"no patient below {folder} could be put together, see above.")
-    done(f"{whole} of {len(patients)} patients put together from their slices")
+        raise DataError(f"no patient below {folder} could be reassembled, see above.")
+    done(f"{whole} of {len(patients)} patients reassembled from their slices")
     return out, vote["says"]
 
 
 def _patients(folder: Path) -> tuple[dict[int, list[Path]], str]:
-    """The slices of each patient in order, empty where some are missing; and what stands for names, sizes and dates."""
+    """The slices of each patient in order, empty if some are missing; and a digest of names, sizes and dates."""
     found: dict[int, dict[int, Path]] = defaultdict(dict)
     digest = hashlib.sha256(str(_RULES).encode())
     for path in walk(folder):
         if match := NAME.fullmatch(path.name):
             volume, number = int(match[1]), int(match[2])
             if other := found[volume].get(number):
-                raise DataError(f"{other} and {path} are of the same slice, or of two patients; keep one of them.")
+                raise DataError(f"{other} and {path} hold the same slice, or belong to two patients; keep one of them.")
             found[volume][number] = path
             facts = path.stat()
             digest.update(f"{path.relative_to(folder)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     if not found:
         raise DataError(f"no volume_V_slice_S.h5 below {folder}, as brats2020-slices has them.")
-    # What most patients have is what a patient has: one that ends early would else pass as whole.
+    # A patient is complete if it has the slices that most have; one that ends early would else pass.
     ((expected, _),) = Counter(tuple(sorted(slices)) for slices in found.values()).most_common(1)
     return {
         volume: [slices[number] for number in expected] if sorted(slices) == [*expected] else []
@@ -111,7 +111,7 @@ def _patients(folder: Path) -> tuple[dict[int, list[Path]], str]:
 
 
 def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:
-    """Write one patient unless it is there; return why that is impossible, or nothing."""
+    """Write one patient if it is not there yet; return why that is impossible, or an empty string."""
     folder = out / f"volume_{volume:03}"
     if folder.exists():
         return ""
@@ -119,7 +119,7 @@ def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:
         images, masks = _read(slices)
         kind, order = vote["masks"]
         if masks.any() and mask_kind(masks) not in (kind, "either"):
-            raise DataError(f"its masks are no {kind}, as those of the others are.")
+            raise DataError(f"its masks are not {kind}, as those of the others are.")
     except DataError as error:
         return str(error)
     volumes = {name: images[..., place] for name, place in zip(MODALITIES, vote["channels"], strict=True)}
@@ -130,7 +130,7 @@ def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:
         try:
             os.rename(part, folder)
         except OSError:
-            if not folder.exists():  # else another run was faster
+            if not folder.exists():  # otherwise another run was faster
                 raise
     return ""
 
@@ -140,7 +140,7 @@ def _read(slices: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     import h5py
 
     if not slices:
-        raise DataError("it has not the same slices as most of the others; fetch the set again.")
+        raise DataError("it does not have the same slices as most of the others; fetch the set again.")
     images = masks = None
     for z, path in enumerate(slices):
         try:
@@ -156,18 +156,18 @@ def _read(slices: list[Path]) -> tuple[np.ndarray, np.ndarray]:
                 f"{path} has an image of {image.shape} and a mask of {mask.shape}; expected (X, Y, 4) and (X, Y, 3),"
                 " the same in all of a patient's slices."
             )
-        image[:, :, np.isnan(image).all(axis=(0, 1))] = 0  # of an empty slice, by a deviation of 0
+        image[:, :, np.isnan(image).all(axis=(0, 1))] = 0  # an empty slice, divided by a deviation of 0
         if not np.isfinite(image).all():
-            raise DataError(f"{path} has values that are no numbers; fetch it again.")
+            raise DataError(f"{path} holds NaN or infinity; fetch it again.")
         images[:, :, z] = image - image[0, 0]  # the brain never reaches the corner, so this is the background
         masks[:, :, z] = mask != 0
     return images, masks
 
 
 def _vote(folder: Path, patients: dict[int, list[Path]]) -> dict:
-    """What most of up to 30 patients say of the masks, and then, the masks settled, of the channels."""
-    numbers, seen, silent = sorted(patients), [], []
-    for number in numbers[:: -(-len(numbers) // _VOTERS)]:
+    """Let the patients vote on the masks and then, the masks settled, on the channels."""
+    seen, silent = [], []
+    for number in spread(sorted(patients), 30):
         try:
             images, masks = _read(patients[number])
             seen.append((*mask_order(masks), *brightness(images, masks)))
@@ -176,10 +176,10 @@ def _vote(folder: Path, patients: dict[int, list[Path]]) -> dict:
     if not seen:
         raise DataError(f"no patient below {folder} tells what is which. {silent[0]} Or take --data brats2020.")
     tissues = Counter((kind, order) for kind, order, *_ in seen)
-    kind, order = _settled(tissues, f"the masks below {folder}")
+    kind, order = settled(tissues, f"the masks below {folder}", _WAY_OUT)
     ed, et = (order[1], order[2]) if kind == "tissues" else (order[0], order[2])
     modalities = Counter(channel_order(parts[ed], parts[et], alike) for _, _, parts, alike in seen)
-    channels = _settled(modalities, f"the channels below {folder}")
+    channels = settled(modalities, f"the channels below {folder}", _WAY_OUT)
     names = ("NCR", "ED", "ET") if kind == "tissues" else ("WT", "TC", "ET")
     says = (
         f"{_said('masks', order, names, tissues)}; {_said('channels', channels, MODALITIES, modalities)}; assumed: axes"
@@ -193,21 +193,10 @@ def _said(what: str, places: Sequence[int], names: Sequence[str], votes: Counter
     return f"{what} are {in_order}, as {max(votes.values())} of {votes.total()} patients show"
 
 
-def _settled(votes: Counter, what: str):
-    """What most said, or raise `DataError`."""
-    (most, n), *others = votes.most_common()
-    if n < _AGREE * votes.total():
-        raise DataError(
-            f"the patients disagree on the order of {what}: {most} say {n}, {others[0][0]} {others[0][1]} of"
-            f" {votes.total()}; expected two thirds. Take the same patients as volumes: --data brats2020."
-        )
-    return most
-
-
 def mask_kind(masks: np.ndarray) -> str:
-    """`tissues` where masks, bool (X, Y, slices, 3), exclude each other, `regions` where each lies in the next larger.
+    """Tell whether masks, bool (X, Y, slices, 3), are `tissues`, which exclude each other, or nested `regions`.
 
-    `either` where fewer than two are there. Raises `DataError` for anything else.
+    `either` if fewer than two are present. Raises `DataError` for anything else.
     """
     if masks.any(axis=(0, 1, 2)).sum() < 2:
         return "either"
@@ -215,7 +204,7 @@ def mask_kind(masks: np.ndarray) -> str:
         return "tissues"
     outer, middle, inner = _by_size(masks)
     if (masks[..., inner] & ~masks[..., middle]).any() or (masks[..., middle] & ~masks[..., outer]).any():
-        raise DataError("its masks overlap and do not lie in each other; expected tissues or regions.")
+        raise DataError("its masks overlap without being nested; expected tissues or regions.")
     return "regions"
 
 
@@ -224,46 +213,37 @@ def _by_size(masks: np.ndarray) -> list[int]:
 
 
 def _parts(masks: np.ndarray) -> np.ndarray:
-    """Masks without what lies in them, bool as they are, or raise `DataError` where one is empty then."""
+    """Masks without those nested in them, bool, the same shape. Raises `DataError` if one is then empty."""
     parts = masks.copy()
     if mask_kind(masks) == "regions":
         outer, middle, inner = _by_size(masks)
         parts[..., outer] &= ~masks[..., middle]
         parts[..., middle] &= ~masks[..., inner]
     if not parts.any(axis=(0, 1, 2)).all():
-        raise DataError("not all three tissues are there.")
+        raise DataError("not all three tissues are present.")
     return parts
 
 
 def mask_order(masks: np.ndarray) -> tuple[str, tuple[int, ...]]:
-    """Which mask is which, by where they lie.
+    """Tell masks by where they lie.
 
     Args:
         masks: bool (X, Y, slices, 3).
 
     Returns:
-        `tissues` and the masks of NCR, ED and ET; or `regions` and those of WT, TC and ET.
+        `tissues` and the indices of NCR, ED and ET; or `regions` and those of WT, TC and ET.
 
     Raises:
-        DataError: masks that overlap and do not lie in each other, or a tissue that is missing.
+        DataError: masks that overlap without being nested, or a tissue that is missing.
     """
     parts = _parts(masks)
     if mask_kind(masks) == "regions":
         return "regions", tuple(_by_size(masks))
-    faces = _faces(parts @ np.arange(1, 4, dtype=np.uint8)) * (1 - np.eye(4, dtype=int))
-    ed = int(np.argmax(faces[1:, 0] / faces[1:].sum(axis=1)))
-    outwards = faces[1:, 0] + faces[1:, ed + 1]
-    ncr, et = sorted({0, 1, 2} - {ed}, key=lambda place: outwards[place])
-    return "tissues", (ncr, ed, et)
-
-
-def _faces(labels: np.ndarray) -> np.ndarray:
-    """How many faces voxels of each two labels of 0 to 3 share, int64 (4, 4), symmetric."""
-    pairs = np.zeros(16, np.int64)
-    for axis in range(3):
-        along = np.moveaxis(labels, axis, 0)
-        pairs += np.bincount((4 * along[:-1] + along[1:]).ravel(), minlength=16)
-    return pairs.reshape(4, 4) + pairs.reshape(4, 4).T
+    labels = parts @ np.arange(1, 4, dtype=np.uint8)
+    faces, outer = surfaces(labels), outer_shares(labels)
+    ed = max(outer, key=outer.get)
+    ncr, et = sorted({1, 2, 3} - {ed}, key=lambda label: faces[label, 0] + faces[label, ed])
+    return "tissues", (ncr - 1, ed - 1, et - 1)
 
 
 def to_labels(masks: np.ndarray, kind: str, order: Sequence[int]) -> np.ndarray:
@@ -276,29 +256,30 @@ def to_labels(masks: np.ndarray, kind: str, order: Sequence[int]) -> np.ndarray:
 
 
 def brightness(images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How bright the tissues are, and how much the channels go together.
+    """Measure how bright the tissues are in each channel, and how the channels correlate.
 
     Args:
         images: (X, Y, slices, 4), background 0.
-        masks: bool (X, Y, slices, 3), of tissues or regions.
+        masks: bool (X, Y, slices, 3), tissues or regions.
 
     Returns:
-        The mean of each mask, without what lies in it, in each channel, as z-scores of the healthy brain, (3, 4); and
-        the channels' correlation over the healthy brain, (4, 4).
+        The mean of each mask, without those nested in it, in each channel, as z-scores of the healthy brain, (3, 4);
+        and the correlation of the channels over the healthy brain, (4, 4).
 
     Raises:
         DataError: a tissue is missing, or a channel is the same everywhere.
     """
     parts = _parts(masks)
     healthy = images[(images != 0).any(axis=3) & ~masks.any(axis=3)]
+    tissues = {place: images[parts[..., place]] for place in range(3)}
     if not len(healthy) or not healthy.std(axis=0).all():
         raise DataError("a channel is the same everywhere.")
-    means = np.stack([images[parts[..., place]].mean(axis=0) for place in range(3)])
-    return (means - healthy.mean(axis=0)) / healthy.std(axis=0), np.corrcoef(healthy.T)
+    scores = z_scores(healthy, tissues)
+    return np.stack([scores[place] for place in range(3)]), np.corrcoef(healthy.T)
 
 
 def channel_order(ed: np.ndarray, et: np.ndarray, alike: np.ndarray) -> tuple[int, ...]:
-    """The channels of `cases.MODALITIES`, by how bright ED and ET are in each and how they correlate: `brightness`."""
+    """The channel of each of `MODALITIES`; `ed` and `et` are rows, and `alike` the correlation, of `brightness`."""
     t1ce = int(np.argmax(et - ed))
     t1 = min({0, 1, 2, 3} - {t1ce}, key=lambda place: ed[place])
     t2, flair = sorted({0, 1, 2, 3} - {t1ce, t1}, key=lambda place: alike[t1][place])

@@ -152,11 +152,15 @@ def number(found: Survey, asked: str = AUTO) -> tuple[Survey, Verdict]:
 
 def gather(cases: Sequence[Case]) -> list[Evidence]:
     """The evidence of up to 12 labelled patients, spread over `cases`; patients that cannot be read have none."""
-    labelled = [case for case in cases if case.seg]
-    voters = labelled[:: -(-len(labelled) // _VOTERS)] if labelled else []
+    voters = spread([case for case in cases if case.seg], _VOTERS)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         seen = list(pool.map(_evidence_or_none, voters))
     return [evidence for evidence in seen if evidence and evidence.numbers and evidence.numbers <= KNOWN_LABELS]
+
+
+def spread(items: Sequence, most: int) -> Sequence:
+    """At most `most` of the items, spread evenly."""
+    return items[:: max(1, -(-len(items) // most))]
 
 
 def _evidence_or_none(case: Case) -> Evidence | None:
@@ -196,12 +200,20 @@ def _brightness(case: Case, modality: str, labels: np.ndarray, shown: Sequence[i
     return z_scores(healthy, {label: inside[tumour == label] for label in shown})
 
 
-def z_scores(healthy: np.ndarray, tissues: dict[int, np.ndarray]) -> dict[int, float]:
-    """Mean of each tissue's voxels in standard deviations of the healthy brain; empty if that does not vary."""
-    spread = float(healthy.std()) if healthy.size else 0
-    if not spread:
+def z_scores(healthy: np.ndarray, tissues: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Mean brightness of each tissue in standard deviations of the healthy brain.
+
+    Args:
+        healthy: voxels of healthy brain, shape (n,) or, with several channels, (n, channels).
+        tissues: voxels of each tissue, likewise.
+
+    Returns:
+        A number, or one for each channel, by tissue; empty if the healthy brain does not vary.
+    """
+    if not healthy.size or not healthy.std(axis=0).all():
         return {}
-    return {label: (float(voxels.mean()) - float(healthy.mean())) / spread for label, voxels in tissues.items()}
+    mean, spread_out = healthy.mean(axis=0, dtype=np.float64), healthy.std(axis=0, dtype=np.float64)
+    return {tissue: (voxels.mean(axis=0, dtype=np.float64) - mean) / spread_out for tissue, voxels in tissues.items()}
 
 
 def outer_shares(labels: np.ndarray) -> dict[int, float]:

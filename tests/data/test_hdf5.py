@@ -1,4 +1,4 @@
-"""Slices in HDF5 put together to patients again: channels and masks in any order, faults, the ways in."""
+"""HDF5 slices are reassembled into patients: channels and masks in any order, faulty files, where slices come from."""
 
 import errno
 import shutil
@@ -61,7 +61,7 @@ def write(folder: Path, number: int, images: np.ndarray, masks: np.ndarray, firs
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-def test_masks_in_any_order_are_told_by_where_they_lie(order, brains):
+def test_masks_in_any_order_are_recognised_by_position(order, brains):
     for _, labels in brains:
         for kind, masks in (("tissues", tissues(labels)), ("regions", regions(labels))):
             told = mask_order(masks[..., list(order)])
@@ -70,7 +70,7 @@ def test_masks_in_any_order_are_told_by_where_they_lie(order, brains):
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_channels_in_any_order_are_told_by_their_tissues(order, brains):
+def test_channels_in_any_order_are_recognised_by_tissue_brightness(order, brains):
     for images, labels in brains:
         parts, alike = brightness(images[..., list(order)], tissues(labels))
         assert channel_order(parts[1], parts[2], alike) == tuple(order.index(place) for place in range(4))
@@ -78,7 +78,7 @@ def test_channels_in_any_order_are_told_by_their_tissues(order, brains):
         assert channel_order(parts[0], parts[2], alike) == tuple(order.index(place) for place in range(4))
 
 
-def test_masks_and_t1ce_are_told_on_real_patients(real_patients):
+def test_masks_and_t1ce_are_recognised_on_real_patients(real_patients):
     """With two modalities; FLAIR in place of the two that are not there keeps T1ce where it is."""
     labelled = [case for case in find_cases(real_patients, ("flair", "t1ce")) if case.seg]
     assert labelled
@@ -126,7 +126,7 @@ def test_patients_come_back_whole(first, kind, brains, tmp_path):
         assemble(tmp_path / "set", tmp_path)  # another set, so another vote
 
 
-def test_an_empty_slice_of_a_set_that_was_normalised_by_nothing(brains, tmp_path):
+def test_an_empty_slice_divided_by_zero_becomes_background(brains, tmp_path):
     images, labels = brains[0]
     write(tmp_path / "set", 1, images, tissues(labels))
     with h5py.File(tmp_path / "set" / "volume_1_slice_0.h5", "a") as file:
@@ -160,19 +160,19 @@ def test_patients_with_faults_are_left_out_by_name(brains, tmp_path, capsys):
     said = {line.split(":")[1]: line for line in capsys.readouterr().out.splitlines() if "left out" in line}
     assert [*said] == [f" volume {number}" for number in range(2, 10)]
     for number, what in {
-        2: "not the same slices",
-        3: "not the same slices",
+        2: "does not have the same slices",
+        3: "does not have the same slices",
         4: torn.name,
         5: "(8, 8, 3)",
         6: "cannot be read",
-        7: "no numbers",
+        7: "NaN",
         8: "overlap",
-        9: "no tissues",
+        9: "not tissues",
     }.items():
         assert what in said[f" volume {number}"]
 
 
-def test_what_the_content_does_not_settle_is_refused(brains, tmp_path):
+def test_ambiguous_content_is_refused(brains, tmp_path):
     images, labels = brains[0]
     write(tmp_path / "split", 1, images, tissues(labels))
     write(tmp_path / "split", 2, images, tissues(labels)[..., [1, 0, 2]])
@@ -185,11 +185,11 @@ def test_what_the_content_does_not_settle_is_refused(brains, tmp_path):
         assemble(tmp_path / "bare", tmp_path)
     write(tmp_path / "twice" / "a", 1, images, tissues(labels))
     write(tmp_path / "twice" / "b", 1, images, tissues(labels))
-    with pytest.raises(DataError, match="a/volume_1_slice_0.h5 and .*b/volume_1_slice_0.h5 are of the same slice"):
+    with pytest.raises(DataError, match="a/volume_1_slice_0.h5 and .*b/volume_1_slice_0.h5 hold the same slice"):
         assemble(tmp_path / "twice", tmp_path)
 
 
-def test_without_h5py_or_room_it_says_so(brains, machine, tmp_path, monkeypatch):
+def test_missing_h5py_and_a_full_disk_are_named(brains, machine, tmp_path, monkeypatch):
     images, labels = brains[0]
     write(tmp_path / "set", 1, images, tissues(labels))
 
@@ -220,14 +220,14 @@ def test_from_its_short_name_to_volumes(where, brains, machine, tmp_path):
         (tmp_path / "data" / f"{name}.zip").write_bytes(pack_zip(files))
     data = str(folder) if where == "a folder" else "brats2020-slices"
     data_dir = folder / "data" if where == "a folder" else tmp_path / "data"
-    for _ in range(2):  # what was put together within the folder is no data of the user's
+    for _ in range(2):  # volumes made inside the folder do not count as data of the user
         source = sources.find_data(data, data_dir=data_dir, phantom_cases=1, seed=0)
         assert source.root.parent == data_dir and not source.simulated
         assert "as 1 of 1 patients show" in source.origin and "assumed" in source.origin
         assert [case.id for case in find_cases(source.root)] == ["volume_001"]
 
 
-def test_other_folders_are_as_they_were(brains, machine, tmp_path):
+def test_folders_without_slices_are_left_unchanged(brains, machine, tmp_path):
     """HDF5 that is no slice, and patients beside slices."""
     folder = tmp_path / "set"
     folder.mkdir()
