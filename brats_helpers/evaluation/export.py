@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from brats_helpers.evaluation.card import model_card
 from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.files import read_json, write_json
-from brats_helpers.labels import CLASSES, LABELS, DataError
+from brats_helpers.labels import CLASSES, DataError, classes_to_labels
 from brats_helpers.runs import Run
 from brats_helpers.training.checkpoint import read_checkpoint
 from brats_helpers.training.model import SIDE_MULTIPLE, rebuild
@@ -72,6 +73,7 @@ def _write_onnx(network: torch.nn.Module, channels: int, path: Path) -> None:
 def _description(run: Run, saved: Mapping) -> dict:
     """What somebody without this suite needs to use the ONNX file."""
     settings, facts = saved["settings"], saved.get("facts", {})
+    numbers = classes_to_labels(np.arange(len(CLASSES), dtype=np.uint8))
     return {
         "kind": "brats_helpers ONNX",
         "version": 1,
@@ -85,7 +87,7 @@ def _description(run: Run, saved: Mapping) -> dict:
             "normalisation": NORMALISATION,
             "side_multiple": SIDE_MULTIPLE,
         },
-        "output": {"name": "logits", "classes": list(CLASSES), "labels": list(LABELS["2020"]), "choice": "argmax"},
+        "output": {"name": "logits", "classes": list(CLASSES), "labels": numbers.tolist(), "choice": "argmax"},
         "postprocess": _postprocess(run),
         "checkpoint": {name: value for name, value in saved.items() if name != "model"},
         "scores": _scores(run),
