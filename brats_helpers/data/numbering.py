@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -76,7 +77,7 @@ class Verdict:
 
     Attributes:
         numbering: key of `NUMBERINGS`; of the cases whose ID or data set tells none, or of all if a user named it.
-        asked: what the user asked for, `auto` or a name.
+        asked: what the user asked for, `auto` or a name; a name as well if the masks contradict the cases' names.
         says: one sentence on how it was found.
         unusual: whether the anatomy alone decided on another numbering than the usual one.
     """
@@ -128,8 +129,13 @@ def resolve(cases: Iterable[Case], asked: str = AUTO) -> Verdict:
     for case in cases:
         groups.setdefault(case.told_numbering, []).append(case)
     unnamed = groups.pop("", [])
-    for name, named in groups.items():
-        _confirm(name, gather(named))
+    seen = {name: gather(named) for name, named in groups.items()}
+    if groups and all(_contradicted(name, told) for name, told in seen.items()):
+        verdict = decide([*chain(*seen.values()), *gather(unnamed)])
+        says = f"{verdict.says}. The names say {' and '.join(map(_meaning, seen))}, which the numbers do not fit"
+        return Verdict(verdict.numbering, verdict.numbering, says, unusual=True)
+    for name, told in seen.items():
+        _confirm(name, told)
     if not groups or any(case.seg for case in unnamed):
         return decide(gather(unnamed))
     name = max(groups, key=lambda name: len(groups[name]))
@@ -271,6 +277,11 @@ def decide(seen: Sequence[Evidence]) -> Verdict:
         f" {n - against} of {n} patients, {_meaning(other)} {votes[other]}. Say which it is: {_ways(other)},"
         f" or one of {', '.join(NUMBERINGS)}."
     )
+
+
+def _contradicted(name: str, seen: Sequence[Evidence]) -> bool:
+    """Whether most masks hold numbers that the numbering of their names does not have."""
+    return sum(not NUMBERINGS[name].can_hold(one.numbers) for one in seen) >= AGREE * max(len(seen), 1)
 
 
 def _confirm(name: str, seen: Sequence[Evidence]) -> None:

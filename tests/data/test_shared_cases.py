@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from brats_helpers.__main__ import main
+from brats_helpers.data.audit import audit
+from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases, survey
-from brats_helpers.data.nifti import read_mask
+from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
 from brats_helpers.data.numbering import number, resolve
 from brats_helpers.labels import DataError
 
@@ -173,3 +177,176 @@ def test_men_rt_masks_hold_one_region(made):
     assert {int(value) for value in np.unique(read_mask(found.cases[0].seg, found.cases[0].numbering))} == {0, 3}
     code, scores = scored(out / "rt", out / "rt")
     assert all(reason.startswith("itself") for reason in scores["not_scored"].values())
+
+
+# --- r03: other orientations
+
+
+def test_r03_every_orientation_is_packed_alike_and_written_back_as_it_was(made, tmp_path):
+    out = made("r03")
+    cases = {codes: find_cases(out / codes)[0] for codes in ("LPS", "RAS", "PIR")}
+    packed = {codes: pack(case) for codes, case in cases.items()}
+    for codes, case in cases.items():
+        np.testing.assert_array_equal(packed[codes].images, packed["LPS"].images)
+        stored = nib.load(case.seg)
+        written = tmp_path / f"{codes}_seg.nii.gz"
+        write_mask(written, packed[codes].to_volume(packed[codes].labels), read_nifti(case.seg))
+        np.testing.assert_array_equal(nib.load(written).dataobj, stored.dataobj)
+        np.testing.assert_array_equal(nib.load(written).affine, stored.affine)
+    assert checked(out / "mixed")[1]["Case_2"] == {"orientation"}
+
+
+# --- r04: other voxel sizes
+
+
+def test_r04_other_voxel_sizes_are_named(made):
+    out = made("r04")
+    code, codes, said = checked(out / "mixed")
+    assert code == 0
+    assert codes == {"Case_0": set(), "Case_1": set(), "Case_2": {"spacing"}, "Case_3": {"spacing"}, "": set()}
+    assert "0.5 x 0.5 x 1 mm" in said and "1 x 1 x 5 mm" in said
+    for name in ("half", "thick"):
+        assert checked(out / name)[1][f"Case_{name}"] == {"spacing"}
+
+
+# --- r09, r10, r11, r14: names and layouts
+
+
+@pytest.mark.parametrize(("row", "n"), [("r09", 3), ("r10", 3), ("r11", 3), ("r14/msd", 3), ("r14/nnunet", 3)])
+def test_patients_of_any_layout_are_whole_and_labelled(made, row, n):
+    folder = made(row[:3]) / row[4:]
+    cases = find_cases(folder)
+    assert len(cases) == n and all(case.seg for case in cases)
+    code, codes, _ = checked(folder)
+    assert code == 0 and not any(codes.values())
+    flair, t1 = (cases[0].read(name)[0] for name in ("flair", "t1"))
+    assert flair.shape == t1.shape == (24, 24, 16) and (flair != t1).any()
+
+
+def test_r11_masks_elsewhere_are_scored(made):
+    out = made("r11")
+    code, scores = scored(out.with_name(f"{out.name}_pred"), out)
+    assert code == 0 and dice(scores, "WT") == [1, 1, 1]
+
+
+# --- r13, r16, r18, r27: headers
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "exit_code"),
+    [
+        ("r13/seg", {"fourth-axis"}, 0),
+        ("r13/t1", {"fourth-axis"}, 0),
+        ("r13/five", {"fourth-axis"}, 0),
+        ("r16/data", {"singular-affine"}, 0),
+        ("r18/seg", {"qform-sform"}, 0),
+        ("r18/all", {"qform-sform"}, 0),
+        ("r18/t1", {"qform-sform", "affine-mismatch"}, 1),
+        ("r27/nifti2", set(), 0),
+        ("r27/pair", {"unreadable"}, 1),
+    ],
+)
+def test_headers(made, row, expected, exit_code):
+    code, codes, _ = checked(made(row[:3]) / row[4:])
+    assert code == exit_code
+    assert [found for case_id, found in codes.items() if case_id] == [expected] * 3
+
+
+@pytest.mark.parametrize(("pred", "truth"), [("r13/pred", "r13/ref"), ("r27/pred", "r27/ref")])
+def test_perfect_predictions_stored_otherwise_are_perfect(made, pred, truth):
+    out = made(pred[:3])
+    code, scores = scored(out / "pred", out / "ref")
+    assert code == 0 and dice(scores, "ET") == [1, 1, 1]
+
+
+def test_r16_distances_come_from_the_qform(made):
+    out = made("r16")
+    code, scores = scored(out / "pred", out / "data")
+    assert code == 0
+    for entry in scores["cases"].values():
+        assert entry["WT"]["hd95_mm"] == pytest.approx(5, abs=1) and entry["WT"]["volume_ml_truth"] > 0
+
+
+def test_r18_a_prediction_carries_one_place(made, tmp_path):
+    case = find_cases(made("r18") / "all")[0]
+    packed = pack(case)
+    write_mask(tmp_path / "a.nii.gz", packed.to_volume(packed.labels), read_nifti(case.images["flair"]))
+    header = nib.load(tmp_path / "a.nii.gz").header
+    np.testing.assert_allclose(header.get_qform(), header.get_sform())
+    np.testing.assert_allclose(header.get_sform(), nib.load(case.seg).affine)
+
+
+# --- r17: air that is not 0
+
+
+@pytest.mark.parametrize("name", ["noisy_air", "almost_zero", "defaced", "no_zero", "stripped"])
+def test_r17_air_that_is_not_0_is_named(made, name):
+    codes, said = checked(made("r17") / name)[1:]
+    expected = set() if name == "stripped" else {"no-background"}
+    assert [found for case_id, found in codes.items() if case_id] == [expected] * 3
+    assert ("of the field is not 0" in said) == bool(expected)
+
+
+# --- r28: modalities missing at random
+
+
+def test_r28_missing_modalities_are_background_on_request(made):
+    out = made("r28")
+    with pytest.raises(DataError, match="-p fill_missing true"):
+        find_cases(out)
+    found = survey(out, fill_missing=True)
+    cases = found.complete(skip_incomplete=False)
+    assert [case.missing for case in cases] == [("flair",), ("t1",), ("t1ce",), ("t2",)]
+    for channel, case in enumerate(cases):
+        assert [bool(pack(case).images[:, k].any()) for k in range(4)] == [k != channel for k in range(4)]
+    report = audit(found, cases, workers=1, cache_dir=None)
+    assert report["summary"]["codes"] == {"filled-modality": 4}
+
+
+# --- r29: one patient twice
+
+
+def test_r29_equal_copies_count_once_and_others_stop_one_patient(made):
+    out = made("r29")
+    code, codes, _ = checked(out / "same")
+    assert code == 0 and codes["BraTS-MEN-RT-0002-1"] == {"same-copy"}
+    assert scored(out / "pred", out / "same")[1]["not_scored"] == {}
+    code, codes, said = checked(out / "other_seg")
+    assert code == 1 and codes["BraTS-MEN-RT-0002-1"] == {"two-folders"}
+    assert "patch/BraTS-MEN-RT-0002-1/BraTS-MEN-RT-0002-1-seg.nii.gz and training/" in said
+    code, scores = scored(out / "pred", out / "other_seg")
+    assert code == 1 and list(scores["not_scored"]) == ["BraTS-MEN-RT-0002-1"] and dice(scores, "WT") == [1] * 4
+
+
+# --- x22, x23: other files
+
+
+@pytest.mark.parametrize("name", ["scan", "mask"])
+def test_x22_a_slice_among_volumes_is_a_finding(made, name):
+    code, codes, said = checked(made("x22") / name)
+    assert code == 1
+    assert {case_id for case_id, found in codes.items() if "not-3d" in found} == {"BraTS20_Training_003"}
+    assert "shape (40, 48)" in said
+
+
+def test_x22_a_prediction_that_is_a_slice_stops_one_patient(made):
+    out = made("x22")
+    code, scores = scored(out / "pred", out / "ref")
+    assert code == 1 and list(scores["not_scored"]) == ["BraTS20_Training_003"] and dice(scores, "WT") == [1] * 3
+
+
+def test_x23_unread_formats_are_named(made, capsys):
+    assert main(["check", str(made("x23"))]) == 2
+    printed = capsys.readouterr().out
+    assert "10 .mha files found and not read" in printed and "SimpleITK" in printed
+
+
+# --- a410: derived images
+
+
+@pytest.mark.parametrize("name", ["n4", "adc", "swi", "two"])
+def test_a410_a_derived_image_is_no_segmentation(made, name):
+    folder = made("a410") / name
+    assert [bool(case.seg) for case in find_cases(folder)] == [True, True, True, False]
+    code, codes, _ = checked(folder)
+    assert code == 0 and codes["BraTS20_Validation_003"] == {"no-segmentation"} and codes[""] == {"unused-file"}
