@@ -1,4 +1,4 @@
-"""The real `kaggle` client pushes the suite to a server on loopback, waits for it and fetches what it leaves."""
+"""The real `kaggle` client pushes the suite to a server on loopback, waits for the run and fetches its results."""
 
 import ast
 import base64
@@ -30,7 +30,7 @@ LEFT = {
 @pytest.fixture(autouse=True)
 def quick(machine, monkeypatch):
     monkeypatch.setattr(kaggle_run, "_POLL_S", 0.05)
-    monkeypatch.setattr(sys, "stdin", StringIO())  # nobody is here to answer
+    monkeypatch.setattr(sys, "stdin", StringIO())  # no terminal to answer from
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def left(tmp_path) -> dict[str, bytes]:
     return {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in (tmp_path / "it").rglob("*.*")}
 
 
-def test_a_good_run_is_pushed_watched_and_fetched(kaggle, account, tmp_path, capsys):
+def test_a_successful_run_is_pushed_watched_and_fetched(kaggle, account, tmp_path, capsys):
     kaggle.states = ["QUEUED", "RUNNING", "RUNNING", "COMPLETE"]
     kaggle.output_log = json.dumps([{"stream_name": "stdout", "time": 1, "data": "all is well\n"}])
     assert push(tmp_path, "--yes", "-p", "epochs", "3") == 0
@@ -98,7 +98,7 @@ def test_what_is_pushed_is_a_suite_that_runs(kaggle, account, tmp_path):
     assert plan.values["00_setup"]["modalities"] == "flair,t1ce" and plan.values["00_setup"]["data"] == "kaggle"
 
 
-def test_words_go_to_kaggle_and_files_of_this_machine_do_not():
+def test_names_are_accepted_for_kaggle_and_paths_of_this_machine_are_refused():
     weights = ["-p", "encoder", "monai-segresnet", "-p", "encoder_weights", "none"]
     plan = suite.make_plan(["--on", "kaggle", "--data", "kaggle", *weights])
     assert plan.values["02_train"]["encoder_weights"] == "none"
@@ -107,7 +107,7 @@ def test_words_go_to_kaggle_and_files_of_this_machine_do_not():
             suite.make_plan(["--on", "kaggle", "--data", "kaggle", "-p", key, "here.pt"])
 
 
-def test_files_are_found_from_where_the_command_is_given(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.pt").touch()
     plan = suite.make_plan(["-p", "pretrained", "a.pt", "-p", "checkpoints", "a.pt,not-yet.pt"])
@@ -115,7 +115,7 @@ def test_files_are_found_from_where_the_command_is_given(tmp_path, monkeypatch):
     assert plan.values["03_evaluate"]["checkpoints"] == f"{tmp_path / 'a.pt'},not-yet.pt"
 
 
-def test_nothing_is_uploaded_without_a_yes(kaggle, account, tmp_path, capsys, monkeypatch):
+def test_nothing_is_uploaded_without_consent(kaggle, account, tmp_path, capsys, monkeypatch):
     assert push(tmp_path) == 2
     assert "--yes" in capsys.readouterr().out
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
@@ -126,19 +126,19 @@ def test_nothing_is_uploaded_without_a_yes(kaggle, account, tmp_path, capsys, mo
     assert push(tmp_path) == 0 and len(kaggle.pushed) == 1
 
 
-def test_without_credentials_nothing_is_even_asked(kaggle, tmp_path, capsys):
+def test_without_credentials_no_request_is_made(kaggle, tmp_path, capsys):
     assert push(tmp_path, "--yes") == 1
     assert "needs an account" in capsys.readouterr().out and kaggle.requests == []
 
 
-def test_credentials_that_are_refused(kaggle, account, tmp_path, capsys):
+def test_refused_credentials_are_named(kaggle, account, tmp_path, capsys):
     kaggle.token_status = 401
     assert push(tmp_path, "--yes") == 1
     printed = capsys.readouterr().out
     assert "did not accept the credentials in KAGGLE_API_TOKEN (401)" in printed and kaggle.pushed == []
 
 
-def test_a_push_that_kaggle_refuses(kaggle, account, tmp_path, capsys):
+def test_the_reason_of_a_refused_push_is_shown(kaggle, account, tmp_path, capsys):
     kaggle.push_answer = {"error": "Maximum weekly GPU quota reached", "url": ""}
     assert push(tmp_path, "--yes") == 1
     assert "Maximum weekly GPU quota reached" in capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_a_push_that_kaggle_refuses(kaggle, account, tmp_path, capsys):
     assert "no data set awsaf49/gone" in capsys.readouterr().out
 
 
-def test_a_failed_run_says_where_and_leaves_what_it_has(kaggle, account, tmp_path, capsys):
+def test_a_failed_run_says_where_it_failed_and_its_files_are_fetched(kaggle, account, tmp_path, capsys):
     kaggle.states = ["RUNNING", "ERROR"]
     del kaggle.outputs["it/report/index.html"]
     words = "00_setup: started\n❌ 00_setup failed in code cell 3\n   DataError: no patients\n"
@@ -157,10 +157,10 @@ def test_a_failed_run_says_where_and_leaves_what_it_has(kaggle, account, tmp_pat
     assert "❌ the run ended on Kaggle as ERROR: ❌ 00_setup failed in code cell 3" in printed
     assert (tmp_path / "it" / "manifest.json").exists() and "DataError" in (tmp_path / "it" / "kaggle.log").read_text()
     kaggle.states, kaggle.outputs = ["COMPLETE"], dict(LEFT)
-    assert push(tmp_path, "--yes") == 0 and len(kaggle.pushed) == 2  # a failed run is pushed anew
+    assert push(tmp_path, "--yes") == 0 and len(kaggle.pushed) == 2  # a failed run is pushed again
 
 
-def test_a_connection_that_breaks_is_waited_for(kaggle, account, tmp_path, capsys):
+def test_a_broken_connection_is_retried(kaggle, account, tmp_path, capsys):
     kaggle.states = ["RUNNING", 503, 502, "RUNNING", "COMPLETE"]
     kaggle.cuts = [5, 1 << 20, 1 << 19]  # of the first files
     assert push(tmp_path, "--yes") == 0
@@ -179,11 +179,11 @@ def test_a_connection_that_stays_broken_ends_the_waiting_and_the_same_command_go
     assert "The run goes on: https://kaggle/code/tester/it. The same command" in printed
 
     kaggle.states = ["COMPLETE"]
-    assert push(tmp_path) == 0  # nothing to agree to
+    assert push(tmp_path) == 0  # no consent needed
     assert "pushed before" in capsys.readouterr().out and len(kaggle.pushed) == 1
 
 
-def test_a_credential_lost_on_the_way(kaggle, account, tmp_path, capsys):
+def test_credentials_that_expire_during_the_run(kaggle, account, tmp_path, capsys):
     kaggle.states = ["RUNNING", 401]
     assert push(tmp_path, "--yes") == 1
     printed = capsys.readouterr().out
@@ -201,6 +201,6 @@ def test_a_credential_lost_on_the_way(kaggle, account, tmp_path, capsys):
         (["--only", "03"], "03_evaluate needs 02_train"),
     ],
 )
-def test_what_cannot_be_done_there_is_said_here(tmp_path, capsys, arguments, message):
+def test_options_that_kaggle_cannot_serve_are_refused_before_the_upload(tmp_path, capsys, arguments, message):
     assert push(tmp_path, *arguments) == 2
     assert message in capsys.readouterr().out
