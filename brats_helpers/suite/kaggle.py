@@ -171,7 +171,7 @@ def _agreed(plan: Plan, metadata: dict, files: list[Path], size: int) -> bool:
     if plan.agreed:
         return True
     if not sys.stdin.isatty():
-        warn("nobody is here to agree to that: --yes does")
+        warn("there is no terminal to ask on: agree with --yes")
         return False
     return input("upload? [y/N] ").strip().lower() in ("y", "yes")
 
