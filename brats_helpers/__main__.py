@@ -307,7 +307,7 @@ def _compare(options: argparse.Namespace) -> None:
     for path in (options.a, options.b):
         file = path / "metrics.json" if path.is_dir() else path
         try:
-            metrics.append(json.loads(file.read_text()))
+            metrics.append(json.loads(file.read_text("utf-8")))
             for scores in metrics[-1]["cases"].values():
                 _ = [scores[region][metric] for region in REGIONS for metric in ("dice", "hd95_mm")]
             _ = [metrics[-1][key] for key in ("convention", "rule", "simulated")]

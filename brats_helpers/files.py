@@ -28,7 +28,8 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
     sweep(path.parent)
     with part_folder(path.parent) as folder:
         part = folder / path.name
-        with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        binary = "b" in mode
+        with open(part, mode, encoding=None if binary else "utf-8", newline=None if binary else "") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -117,5 +118,5 @@ def processes() -> str:
     """Stands for all among whom a process number is unique: a machine since its start, or one container of it."""
     facts = [platform.node()]
     with suppress(OSError):  # Linux alone has these
-        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text("utf-8"), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256(str(facts).encode()).hexdigest()[:12]

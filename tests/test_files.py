@@ -1,5 +1,6 @@
 """Files that are whole, whoever else writes and whatever is killed."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import time
 import pytest
 
 from brats_helpers import files
-from brats_helpers.files import part_folder, sweep, whole_file
+from brats_helpers.files import part_folder, sweep, whole_file, whole_folder
+from tests.conftest import ROOT
 
 
 def leave_part(folder, processes=""):
@@ -110,3 +112,41 @@ def test_a_missing_file_gives_the_default_and_a_torn_one_is_named(tmp_path):
     (tmp_path / "torn.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="torn.json is not JSON"):
         files.read_json(tmp_path / "torn.json", {})
+
+
+# --- encodings
+
+
+def in_the_locales_encoding(source):
+    """The lines of calls that read or write text and do not say in which encoding."""
+    for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        named = {keyword.arg for keyword in call.keywords}
+        mode = call.args[1].value if name == "open" and isinstance(call.args[-1], ast.Constant) else "r"
+        text = {
+            "read_text": not call.args,
+            "write_text": len(call.args) < 2,
+            "open": isinstance(call.func, ast.Name) and "b" not in str(mode),
+        }
+        if text.get(name, "text" in named) and "encoding" not in named:
+            yield call.lineno
+
+
+def test_no_text_is_read_or_written_in_the_locales_encoding():
+    sources = {str(path): path.read_text("utf-8") for path in (ROOT / "brats_helpers").rglob("*.py")}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in files.read_json(path)["cells"] if cell["cell_type"] == "code"]
+        sources |= {f"{path}, {cell['id']}": "".join(cell["source"]) for cell in cells}
+    assert {place: lines for place, source in sources.items() if (lines := [*in_the_locales_encoding(source)])} == {}
+
+
+def test_a_folder_takes_its_name_only_when_it_is_complete(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "old").touch()
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "predictions") as folder:
+        (folder / "new").touch()
+        raise RuntimeError
+    assert names(tmp_path / "predictions") == ["old"] and names(tmp_path) == ["predictions"]
+    with whole_folder(tmp_path / "predictions") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path / "predictions") == ["new"] and names(tmp_path) == ["predictions"]

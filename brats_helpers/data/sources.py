@@ -193,7 +193,7 @@ def _alone(target: Path) -> Iterator[None]:
         descriptor = os.open(target.parent / f".{target.name}.lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise DataError(f"{target.parent} cannot be written ({error.strerror}). Choose another data_dir.") from error
-    with open(descriptor) as lock:
+    with open(descriptor, encoding="utf-8") as lock:
         try:
             import fcntl
 

@@ -80,7 +80,7 @@ def score_folders(
 def read_leakage(pred_dir: Path | str) -> set[str]:
     """IDs of the patients that the network that predicted this folder had seen, as `leakage.json` there names them."""
     path = Path(pred_dir) / "leakage.json"
-    return set(json.loads(path.read_text())) if path.exists() else set()
+    return set(json.loads(path.read_text("utf-8"))) if path.exists() else set()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from brats_helpers.files import whole_file
 from brats_helpers.labels import REGIONS, STRUCTURES
 from brats_helpers.scoring.overlap import crop_tumour, members
 from brats_helpers.scoring.rules import RULES, Figures, Spacing, get_rule
@@ -174,7 +175,7 @@ def write_cases_csv(path: Path, metrics: Mapping) -> None:
         for structure, figures in scores.items():
             row |= {f"{structure}_{metric}": value for metric, value in figures.items()}
         rows.append(row | {"convention": metrics["rule"], "simulated": metrics["simulated"]})
-    with open(path, "w", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, rows[0] if rows else ["case"])
         writer.writeheader()
         writer.writerows(rows)

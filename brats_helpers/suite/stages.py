@@ -229,10 +229,9 @@ def _versions(root: Path) -> dict[str, str | None]:
 def revision(root: Path) -> str | None:
     """Return the commit, with `-dirty` where files differ from it; None outside a repository."""
     git = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
-        )
+        answer = subprocess.run(describe, capture_output=True, encoding="utf-8")
     except FileNotFoundError:
         return None
     return answer.stdout.strip() or None

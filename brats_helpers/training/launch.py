@@ -5,7 +5,6 @@ under `accelerate launch` or torchrun trains on several machines that see the sa
 (accelerate's notebook_launcher): that cannot be done once the notebook has touched a GPU, as it has when it chose it.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pandas as pd
 import torch
 
 from brats_helpers.data.cache import Packed, load
-from brats_helpers.files import alive, write_json
+from brats_helpers.files import alive, read_json, write_json
 from brats_helpers.log import FAIL
 from brats_helpers.runs import Run
 from brats_helpers.training.loop import fit, stoppable
@@ -72,8 +71,8 @@ def launch(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "brats_helpers", "train", str(run.folder)]
     said = ""
-    environ = os.environ | {_STARTED_BY: str(os.getpid())}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
+    environ = os.environ | {_STARTED_BY: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environ) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -95,7 +94,7 @@ def train_run(run: Run) -> None:
     """
     if _STARTED_BY in os.environ:
         _end_with(int(os.environ[_STARTED_BY]))
-    job = json.loads(run.need(run.folder / JOB, "02_train with -p processes 2, or more,").read_text())
+    job = read_json(run.need(run.folder / JOB, "02_train with -p processes 2, or more,"))
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process lives
