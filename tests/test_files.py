@@ -122,11 +122,11 @@ def in_the_locales_encoding(source):
     for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         named = {keyword.arg for keyword in call.keywords}
-        mode = call.args[1].value if name == "open" and isinstance(call.args[-1], ast.Constant) else "r"
+        mode = call.args[1].value if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) else "r"
         text = {
             "read_text": not call.args,
             "write_text": len(call.args) < 2,
-            "open": isinstance(call.func, ast.Name) and "b" not in str(mode),
+            "open": isinstance(call.func, ast.Name) and "b" not in str(mode) and "devnull" not in ast.unparse(call),
         }
         if text.get(name, "text" in named) and "encoding" not in named:
             yield call.lineno

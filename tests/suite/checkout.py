@@ -1,4 +1,4 @@
-"""A checkout of the suite's driver with five notebooks of a few lines, and ways to run it."""
+"""Checkouts of the suite's driver with five notebooks of a few lines, and ways to run them."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import nbformat
+
+from tests.conftest import write_tiny_case
 
 HERE = Path(__file__).parents[2]
 
@@ -55,6 +57,46 @@ def fresh_report(run):
 """
 
 
+N = 2
+FOLD_CELLS = {
+    "00_setup": [
+        'run_dir: str = ""  # folder of the run\nfolds: int = 0  # folds to write',
+        "import json\n\nfrom brats_helpers.runs import Run\n\nrun = Run(run_dir)",
+        f"ids = [f'P{{k}}' for k in range({2 * N})]\n"
+        "tests = [ids[k::folds] for k in range(folds)] or [ids[:1]]\n"
+        "rest = [[i for i in ids if i not in test] for test in tests]\n"
+        "parts = [{'train': r[1:], 'val': r[:1], 'test': t} for r, t in zip(rest, tests)]\n"
+        "rest = {'unlabelled': [], 'folds': parts[:folds], 'contents': dict.fromkeys(ids)}\n"
+        "run.splits.write_text(json.dumps(parts[0] | rest))\n"
+        "run.record(simulated=True, seed=0, data='patients', modalities=['t2'], cache_dir='cache')",
+    ],
+    "01_explore": ['run_dir: str = ""  # folder of the run', "1"],
+    "02_train": [
+        'run_dir: str = ""  # folder of the run\nlr: float = 0.5  # learning rate\n'
+        "smooth: bool = False  # some choice\n"
+        'hold: str = ""  # a file to wait for\nfail_in: str = ""  # the fold that fails',
+        "import os\nimport time\nfrom pathlib import Path",
+        "here = Path(run_dir)\n(here / 'trained').open('a').write(f'{os.getppid()} ')\n"
+        "while hold and here.name == '1' and not Path(hold).exists():\n    time.sleep(0.05)\n"
+        "assert here.name != fail_in, 'as asked'\n"
+        "epochs = f'1,0,0,{lr}\\n2,0,0,{3 * lr}\\n3,0,0,0\\n'\n"
+        "(here / 'history.csv').write_text(f'seconds,dice_WT,dice_TC,dice_ET\\n{epochs}')",
+    ],
+    "03_evaluate": [
+        'run_dir: str = ""  # folder of the run\ndevice: str = "cpu"  # device\nflips: bool = False  # mirrored too\n'
+        'labels: str = "2020"  # numbers\nconvention: str = "brats2020"  # rules',
+        "import json\n\nfrom brats_helpers.scoring.scores import collect\nfrom brats_helpers.runs import Run",
+        "run = Run(run_dir)\n"
+        "dice = {i: int(i[1:]) / 10 for i in json.loads(run.splits.read_text())['test']}\n"
+        "cases = {i: {r: {'dice': d, 'hd95_mm': 1.0} for r in ('WT', 'TC', 'ET')} for i, d in dice.items()}\n"
+        "scores = collect(cases, convention=convention, simulated=True, not_scored={}, leakage=[])\n"
+        "run.metrics.write_text(json.dumps(scores))\n"
+        "run.emptied(run.predictions)\nfor i in dice:\n    (run.predictions / f'{i}_seg.nii.gz').write_text(i)",
+    ],
+    "04_advanced": ['run_dir: str = ""  # folder of the run', "1"],
+}
+
+
 def write_notebooks(folder: Path, cells_of: dict[str, list[str]]) -> None:
     """Write one notebook per stage: the first source is its parameters cell, and a heading precedes the last one."""
     folder.mkdir(exist_ok=True)
@@ -81,6 +123,18 @@ def write_checkout(root: Path) -> None:
     kernel = root / "jupyter" / "kernels" / "python3"  # another Python's, which must not be used
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "Other", "language": "python"}')
+
+
+def write_splitting_checkout(root: Path) -> Path:
+    """Write the package, the notebooks of `FOLD_CELLS`, their four patients and a profile."""
+    copy_package(root)
+    write_notebooks(root / "notebooks", FOLD_CELLS)
+    for k in range(2 * N):
+        write_tiny_case(root / "patients", f"P{k}", seed=k, modalities=["t2"])
+    (root / "profiles").mkdir()
+    (root / "profiles" / "demo.yaml").write_text("# a profile\n")
+    (root / "requirements.txt").write_text("papermill\n")
+    return root
 
 
 def copy_package(root: Path) -> None:
