@@ -70,7 +70,11 @@ class Case:
         return next(iter(self.files.values())).parent
 
     def read(self, modality: str) -> tuple[np.ndarray, nib.Nifti1Image]:
-        """Read one modality in LPS order, see `nifti.read_image`."""
+        """Read one modality in LPS order, see `nifti.read_image`. One that is `missing` is 0 everywhere."""
+        if modality in self.missing:
+            voxels, image = self.read(next(iter(self.images)))
+            empty = np.zeros_like(voxels)
+            return empty, type(image)(empty, image.affine, image.header)
         return read_image(self.images[modality], self.channels.get(modality))
 
 

@@ -360,6 +360,8 @@ def test_a_modality_that_the_case_lacks_is_background_in_its_place(tmp_path):
     packed, expected = cache.pack(lacking), cache.pack(whole)
     assert not packed.images[:, 1].any()
     np.testing.assert_array_equal(packed.images[:, [0, 2]], expected.images[:, [0, 2]])
+    voxels, image = lacking.read("t2")
+    assert voxels.shape == image.shape == (4, 4, 2) and not voxels.any()
 
 
 def test_a_case_of_background_alone_is_refused(tmp_path):

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
+from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cache import normalise
 from brats_helpers.data.cases import Case
-from brats_helpers.data.nifti import read_image, read_mask, spacing_mm
+from brats_helpers.data.nifti import read_mask, spacing_mm
 from brats_helpers.files import whole_file
 from brats_helpers.labels import CLASSES
 from brats_helpers.report.plots.style import (
@@ -52,18 +53,30 @@ class Scan:
     @functools.cached_property
     def box(self) -> list[slice]:
         """The brain's box along X, Y, Z."""
-        return around(next(iter(self.volumes.values())) != 0)
+        return around(self.brain)
 
     @functools.cached_property
     def focus(self) -> np.ndarray:
         """Tumour, bool (X, Y, Z); without a mask, or with an empty one, the brain."""
         tumour = None if self.mask is None else self.mask > 0
-        return tumour if tumour is not None and tumour.any() else next(iter(self.volumes.values())) != 0
+        return tumour if tumour is not None and tumour.any() else self.brain
+
+    @property
+    def brain(self) -> np.ndarray:
+        """Where the first modality that is there is not 0, bool (X, Y, Z)."""
+        filled = (volume != 0 for volume in self.volumes.values())
+        return next((brain for brain in filled if brain.any()), np.ones(self.shape, bool))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along X, Y, Z."""
+        return next(iter(self.volumes.values())).shape
 
     def window(self, modality: str) -> tuple[float, float]:
         """Darkest and brightest intensity shown."""
         volume = self.volumes[modality]
-        return tuple(np.percentile(volume[volume != 0], PERCENTILES))
+        brain = volume[volume != 0]
+        return tuple(np.percentile(brain, PERCENTILES)) if brain.size else (0.0, 1.0)
 
     def cut(self, volume: np.ndarray, plane: str, at: int, box: Sequence[slice] | None = None) -> np.ndarray:
         """One slice of a volume within the box, as an image: rows down, columns to the right."""
@@ -80,15 +93,17 @@ class Scan:
 
 
 def around(inside: np.ndarray) -> list[slice]:
-    """The box of the true voxels, with four voxels of margin where the volume has them."""
-    sides = [np.flatnonzero(inside.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    return [slice(max(side[0] - 4, 0), min(side[-1] + 5, n)) for side, n in zip(sides, inside.shape, strict=True)]
+    """The box of the true voxels, with four voxels of margin where the volume has them; all of it if none is true."""
+    if not inside.any():
+        return [slice(0, n) for n in inside.shape]
+    sides = zip(bounding_box(inside), inside.shape, strict=True)
+    return [slice(max(side.start - 4, 0), min(side.stop + 4, n)) for side, n in sides]
 
 
 def load_scan(case: Case, modalities: Sequence[str]) -> Scan:
     volumes = {}
     for name in modalities:
-        image = read_image(case.images[name])[1]
+        image = case.read(name)[1]
         volumes[name], spacing = upright(image)
     mask = upright(nib.Nifti1Image(read_mask(case.seg, case.numbering), image.affine))[0] if case.seg else None
     return Scan(volumes, mask, spacing)
@@ -269,7 +284,7 @@ def cube(inside: np.ndarray) -> list[slice]:
 def nilearn_input(case: Case, modality: str) -> tuple[nib.Nifti1Image, nib.Nifti1Image | None, list[float], tuple]:
     """Image and mask within the brain's box, the tumour's centre in mm, and the window."""
     scan = load_scan(case, [modality])
-    voxels, image = read_image(case.images[modality])
+    voxels, image = case.read(modality)
     box = tuple(around(voxels != 0))
     mask = nib.Nifti1Image(read_mask(case.seg, case.numbering), image.affine) if case.seg else None
     focus = voxels != 0 if mask is None or not np.any(mask.dataobj) else np.asarray(mask.dataobj) > 0

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case
-from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.data.nifti import read_mask
 from brats_helpers.data.numbering import predicted_as
 from brats_helpers.evaluation.uncertainty import entropy
 from brats_helpers.labels import REGIONS
@@ -61,7 +61,7 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
     for row, (rank, case_id) in zip(rows, picks.items(), strict=True):
         case = by_id[case_id]
         scan = load_scan(case, [modality])
-        image = read_image(case.images[modality])[1]
+        image = case.read(modality)[1]
         mask = read_mask(predictions / f"{case_id}_seg.nii.gz", predicted_as(case, metrics))
         predicted = upright(nib.Nifti1Image(mask, image.affine))[0]
         focus = predicted > 0 if predicted.any() and not np.any(scan.mask) else scan.focus

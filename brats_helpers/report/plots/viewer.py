@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 
 from brats_helpers.data.cases import Case
-from brats_helpers.data.nifti import read_image, read_mask
+from brats_helpers.data.nifti import read_mask
 from brats_helpers.labels import CLASSES, USUAL
 from brats_helpers.report.plots.patients import around, fullest, load_scan, nilearn_input, upright
 from brats_helpers.report.plots.style import COLOURS, PRINTED
@@ -56,7 +56,7 @@ def viewer_tiles(case: Case, prediction: Path, numbering: str = USUAL) -> dict[s
         between `window()`'s ends; `labels`, a PNG whose grey values are 64 x predicted + 16 x reference class + 8.
     """
     scan = load_scan(case, tuple(case.images))
-    image = read_image(next(iter(case.images.values())))[1]
+    image = case.read(next(iter(case.images)))[1]
     predicted = upright(nib.Nifti1Image(read_mask(prediction, numbering), image.affine))[0]
     box = around(scan.focus | (predicted > 0) | np.any([volume != 0 for volume in scan.volumes.values()], axis=0))
     focus = scan.focus[tuple(box)]
