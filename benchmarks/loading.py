@@ -484,7 +484,7 @@ def eight_bits(checkpoint: Path, root: Path) -> None:
         error = (rounded - packed.images)[packed.images != 0].std(dtype=np.float64)
         pair = (packed, replace(packed, images=rounded.astype(np.float16)))
         truth = read_mask(case.seg)
-        soft = [predict([network], one, flips=False) for one in pair]
+        soft = [predict([network], one, channels=network.modalities, flips=False) for one in pair]
         maps = [packed.to_volume(one.argmax(axis=1).astype(np.uint8)) for one in soft]
         scores = [score_case(one, truth, spacing_mm=(1.0, 1.0, 1.0), convention="brats2020") for one in maps]
         values = "".join(f"{one[region]['dice']:12.4f}" for region in REGIONS for one in scores)

@@ -189,10 +189,11 @@ def evaluation(place: Path):
     cases = survey(place / "data").cases
     packed = prepare(cases, cache_dir=place / "cache", workers=1)
     (network,) = load_networks([place / "run" / "checkpoints" / "best.pt"], device=torch.device("cpu"))
-    networks = [replace(network, trained_on=frozenset(), chosen_by=frozenset())]  # as if it had seen none of them
+    nobody = frozenset()  # as if it had seen none of them
+    networks = [replace(network, trained_on=nobody, chosen_by=nobody, facts={})]
 
     def job():
-        rules, _ = choose(predict_validation(networks, packed, flips=False), convention="brats2020")
+        rules, _ = choose(predict_validation(networks, cases, packed, flips=False), convention="brats2020")
         how = {"flips": False, "convention": "brats2020", "simulated": True, "rules": rules}
         evaluate(networks, cases, place / "predictions", **how)
 

@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "predict",
         help="segment patients with a trained network",
         description="Segment patients with a trained network: DIR/<case>_seg.nii.gz, in each patient's own geometry."
-        " A network is not asked about patients that it has seen in training, unless --allow-leakage is given.",
+        " Patients that the network has seen in training are skipped, unless --allow-leakage is given. A patient with a"
+        " fault is skipped, too. Exit code 1 if any was skipped.",
     )
     verb.add_argument("cases", metavar="CASE", type=Path, nargs="+", help="a patient's folder, or a folder of them")
     verb.add_argument(
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="predict patients that the network has seen too, and name them in DIR/leakage.json",
     )
+    verb.add_argument("--fill-missing", action="store_true", help="take a modality that a patient lacks as background")
     verb.set_defaults(verb=_predict)
 
     verb = verbs.add_parser(
@@ -236,11 +238,11 @@ def _phantom(options: argparse.Namespace) -> None:
     done(f"{len(cases)} simulated patients in {options.out}")
 
 
-def _predict(options: argparse.Namespace) -> None:
+def _predict(options: argparse.Namespace) -> int:
     from brats_helpers.evaluation.inference import predict_folders
     from brats_helpers.evaluation.postprocess import NO_RULES, read_rules
 
-    written = predict_folders(
+    written, skipped = predict_folders(
         options.checkpoints,
         options.cases,
         options.out,
@@ -250,8 +252,12 @@ def _predict(options: argparse.Namespace) -> None:
         numbering=options.labels,
         soft_dir=options.soft,
         allow_leakage=options.allow_leakage,
+        fill_missing=options.fill_missing,
     )
     done(f"{len(written)} segmentations in {options.out}")
+    if skipped:
+        warn(f"{len(skipped)} skipped: {', '.join(skipped)}")
+    return int(bool(skipped))
 
 
 def _score(options: argparse.Namespace) -> int:

@@ -1,203 +1,151 @@
-"""From scans to a label map: checkpoints, whole volumes, files.
-
-One flow for every network: `predict` gives probabilities over the box of a prepared case, and nothing after it
-asks how they came about.
-"""
+"""From scans on disk to label maps on disk: patients are read, predicted and written in parallel."""
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import nibabel as nib
 import numpy as np
-import torch
-from torch import nn
 
 from brats_helpers.data.cache import Packed, pack
-from brats_helpers.data.cases import Case, find_cases
-from brats_helpers.data.nifti import from_lps, placed_as, read_mask, read_nifti, write_mask
+from brats_helpers.data.cases import Case, survey
+from brats_helpers.data.content import image_hash
+from brats_helpers.data.nifti import from_lps, in_lps, placed_as, read_mask, read_nifti, spacing_mm, write_mask
 from brats_helpers.data.numbering import AUTO, count_numberings, written_as
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.folders import read_leakage, score_files
-from brats_helpers.evaluation.onnx import read_onnx
+from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, load_networks, predict
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
 from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
-from brats_helpers.log import done
-from brats_helpers.machine import choose_device, choose_precision
+from brats_helpers.log import done, warn
+from brats_helpers.machine import choose_device
+from brats_helpers.scoring.overlap import crop_tumour
 from brats_helpers.scoring.rules import region_dice, rule_for
-from brats_helpers.scoring.scores import collect, crop_tumour
-from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint
-from brats_helpers.training.model import rebuild
-from brats_helpers.training.patches import patients
+from brats_helpers.scoring.scores import collect
 
-BATCH_SIZE = {"cpu": 8, "cuda": 32}
-"""Slices predicted at once by a network of slices, by type of device: on a CPU, more no longer fit its caches."""
+__all__ = ["Network", "leaked", "load_network", "load_networks", "predict"]  # and what is defined here
+
 ENOUGH_TO_CHOOSE = 200
 """Validation patients that post-processing is chosen by, at most."""
+_READ_AHEAD = 2  # patients that are read while one is predicted
+
+
+class Prediction(NamedTuple):
+    """One patient's prediction.
+
+    Attributes:
+        case: the patient.
+        packed: the patient prepared from the networks' modalities.
+        soft: probabilities over the box of `packed`, see `networks.predict`.
+        path: the label map written.
+    """
+
+    case: Case
+    packed: Packed
+    soft: np.ndarray
+    path: Path
 
 
 @dataclass(frozen=True)
-class Network:
-    """A trained network as its checkpoint describes it.
+class _Scans:
+    """A patient as read.
 
     Attributes:
-        model: in `eval()`, on its device.
-        settings: the settings of its training, see `train.Settings`.
-        trained_on: IDs of the patients that it learnt from.
-        chosen_by: IDs of the patients that its epoch was chosen by.
-        epoch: the epoch that it is of.
+        case: with its images in the order of the first network's channels.
+        packed: the patient prepared.
+        like: the stored image whose grid the label map gets.
+        spacing_mm: voxel size along X, Y, Z in LPS order.
+        seen: whether a network has seen the patient.
     """
 
-    model: nn.Module
-    settings: dict
-    trained_on: frozenset[str]
-    chosen_by: frozenset[str]
-    epoch: int
-
-    @property
-    def modalities(self) -> list[str]:
-        """What it needs of a patient, in the order of its channels."""
-        return list(self.settings["modalities"])
-
-
-def load_network(checkpoint: Path, *, device: torch.device) -> Network:
-    """Rebuild a network from its checkpoint alone.
-
-    Raises:
-        DataError: there is no such file, or it is no checkpoint of this suite.
-    """
-    model, saved = read_onnx(checkpoint) if checkpoint.suffix == ".onnx" else (None, read_checkpoint(checkpoint))
-    if "epoch" not in saved:
-        raise CheckpointError(f"{checkpoint} is for resuming a training, not for predicting: give best.pt beside it.")
-    try:
-        model = model or rebuild(saved)
-        seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint} is no checkpoint to predict with ({what}).") from error
-    model = model.to(device).eval()
-    return Network(model, saved["settings"], *seen, epoch)
-
-
-def load_networks(checkpoints: Sequence[Path], *, device: torch.device) -> list[Network]:
-    """Networks to be averaged: folds or seeds of one training, or other encoders, of the same modalities.
-
-    Raises:
-        DataError: see `load_network`; or they need other modalities, or the same in another order.
-    """
-    networks = [load_network(path, device=device) for path in checkpoints]
-    for path, network in zip(checkpoints, networks, strict=True):
-        if network.modalities != networks[0].modalities:
-            raise DataError(
-                f"{path} reads {', '.join(network.modalities)}, but {checkpoints[0]}"
-                f" {', '.join(networks[0].modalities)}; only networks of the same modalities can be averaged."
-            )
-    return networks
-
-
-def leaked(networks: Sequence[Network], cases: Iterable[Case]) -> list[str]:
-    """IDs of the patients that one of the networks was trained on or chosen by.
-
-    A patient is known by its ID alone: one that comes back under another name is not found out.
-    """
-    seen = frozenset().union(*(network.trained_on | network.chosen_by for network in networks))
-    return sorted(case.id for case in cases if case.id in seen)
-
-
-def predict(networks: Sequence[Network], case: Packed, *, flips: bool) -> np.ndarray:
-    """Probabilities of the four classes over the box of a prepared case, averaged over networks.
-
-    Args:
-        networks: see `load_networks`; each runs on its own device, in the precision the device gains from.
-        case: prepared from the networks' modalities.
-        flips: average with the predictions of the slices mirrored left and right.
-
-    Returns:
-        float32 (slices, 4, height, width); background 1 where a slice holds no brain.
-    """
-    mean = _predict_one(networks[0], case, flips)
-    for network in networks[1:]:
-        mean += _predict_one(network, case, flips)
-    mean /= len(networks)
-    return mean
-
-
-@torch.inference_mode()
-def _predict_one(network: Network, case: Packed, flips: bool) -> np.ndarray:
-    """`predict` for one network: every slice with brain, in the batches that it takes, each padded about its middle."""
-    device = next(network.model.parameters()).device
-    precision = choose_precision(device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    depth, _, height, width = case.images.shape
-    probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
-    probabilities[:, 0] = 1
-    seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
-    for batch in patients([case], **seen, batch_size=BATCH_SIZE[device.type], workers=0, device=device):
-        images = batch.images.to(device)
-        y, x = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-        with torch.autocast(device.type, dtype, enabled=precision != "no"):
-            soft = network.model(images).float().softmax(dim=1)
-            if flips:
-                mirrored = network.model(images.flip(-1)).float().softmax(dim=1).flip(-1)
-                soft = (soft + mirrored) / 2
-        probabilities[batch.index[:, 1].cpu().numpy()] = soft[:, :, y : y + height, x : x + width].cpu().numpy()
-    return probabilities
+    case: Case
+    packed: Packed
+    like: nib.Nifti1Image
+    spacing_mm: tuple[float, ...]
+    seen: bool
 
 
 def predict_validation(
-    networks: Sequence[Network], cases: Sequence[Packed], *, flips: bool
+    networks: Sequence[Network], cases: Sequence[Case], prepared: Sequence[Packed], *, flips: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Predict the patients that thresholds may be chosen by: those that none of the networks was trained on.
 
     Args:
-        networks, flips: see `predict`.
-        cases: prepared validation patients, with their labels.
+        networks, flips: see `networks.predict`.
+        cases: validation patients.
+        prepared: the same patients, prepared from the modalities of `cases`, with their labels.
 
     Returns:
         Per patient (prediction, reference): class indices, uint8 (slices, height, width), of the part of the box that
-        either calls tumour: nothing else counts for rules and Dice. All are kept in memory, so it is the first
+        either calls tumour; nothing else counts for rules and Dice. All are kept in memory, so these are the first
         `ENOUGH_TO_CHOOSE` patients at most.
     """
     trained_on = frozenset().union(*(network.trained_on for network in networks))
-    return [
-        crop_tumour(_classes(predict(networks, case, flips=flips)), np.asarray(case.labels))
-        for case in [case for case in cases if case.id not in trained_on][:ENOUGH_TO_CHOOSE]
-    ]
+    pairs = []
+    for case, packed in zip(cases, prepared, strict=True):
+        if case.id in trained_on or len(pairs) == ENOUGH_TO_CHOOSE:
+            continue
+        spacing = _stored(case)[1]
+        soft = predict(networks, packed, channels=case.modalities, flips=flips, spacing_mm=spacing)
+        pairs.append(crop_tumour(_classes(soft), np.asarray(packed.labels)))
+    return pairs
 
 
 def evaluate(
-    networks: Sequence[Network], cases: Sequence[Case], folder: Path, *, convention: str, simulated: bool, **how
+    networks: Sequence[Network],
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    convention: str,
+    simulated: bool,
+    allow_leakage: bool = False,
+    hashes: Mapping[str, Collection[str]] | None = None,
+    **how,
 ) -> dict[str, object]:
-    """Predict patients, write the files, and score them as written: what anybody would get from them.
+    """Predict patients, write the files, and score them as written: the figures that anybody would get from them.
 
     Args:
         networks, cases, folder, how: see `predict_files`.
-        convention: see `metrics.CONVENTIONS`.
+        convention: see `scoring.rules.CONVENTIONS`.
         simulated: whether these are simulated patients.
+        allow_leakage: score patients that a network has seen.
+        hashes: see `networks.leaked`.
 
     Returns:
-        See `metrics.collect`; unlabelled patients are predicted and named under `not_scored`. Besides,
-        `postprocess`: what the rules changed in `test`, see `postprocess.gain`; `uncertainty`: see
-        `uncertainty.collect`, and over how many `checkpoints`, with `flips` or without.
+        See `scoring.scores.collect`; patients without a reference or with a fault are named under `not_scored`.
+        Also `postprocess`: what the rules changed in `test`, see `postprocess.gain`; and `uncertainty`: see
+        `uncertainty.collect`, with the number of `checkpoints` and whether there were `flips`.
 
     Raises:
-        DataError: see `predict_files`.
+        DataError: a network has seen a patient, or a patient lacks a modality; nothing is predicted then.
     """
+    cases = in_order(networks, cases)
+    seen = leaked(networks, cases, hashes=hashes)
+    if seen and not allow_leakage:
+        raise DataError(said_of(seen))
     convention = rule_for(convention, cases=[case.id for case in cases]).name
-    scores, raw, doubts = {}, [], {}
     asked = how.get("numbering", AUTO)
-    for case, packed, soft, path in predict_files(networks, cases, folder, **how):
+    scores, raw, doubts, faults = {}, [], {}, {}
+    for case, packed, soft, path in predict_files(networks, cases, folder, seen=seen, skipped=faults, **how):
         if case.seg:
-            numberings = written_as(case, asked), case.numbering
-            scores[case.id] = score_files(path, case.seg, convention=convention, numberings=numberings)
+            try:
+                numberings = written_as(case, asked), case.numbering
+                scores[case.id] = score_files(path, case.seg, convention=convention, numberings=numberings)
+            except DataError as error:
+                faults[case.id] = str(error)
+                continue
             truth = read_mask(case.seg, case.numbering)
             raw.append(region_dice(packed.to_volume(_classes(soft)), truth, convention=convention))
             doubts[case.id] = uncertainty.examine(soft, packed.to_box(truth), packed.brain)
-    not_scored = {case.id: "unlabelled" for case in cases if not case.seg}
-    leakage = [case_id for case_id in leaked(networks, cases) if case_id in scores]
+    not_scored = {case.id: "unlabelled" for case in cases if not case.seg} | faults
+    leakage = [case_id for case_id in seen if case_id in scores]
     metrics = collect(scores, convention=convention, simulated=simulated, not_scored=not_scored, leakage=leakage)
     after = [{region: figures[region]["dice"] for region in REGIONS} for figures in scores.values()]
     averaged = {"checkpoints": len(networks), "flips": how["flips"]}
@@ -217,25 +165,30 @@ def predict_files(
     rules: Rules = NO_RULES,
     numbering: str = AUTO,
     soft_dir: Path | None = None,
+    seen: Mapping[str, str] | None = None,
     allow_leakage: bool = False,
-) -> Iterator[tuple[Case, Packed, np.ndarray, Path]]:
-    """Predict patients one by one and write `<case>_seg.nii.gz`. A segmentation that is there is not looked at.
+    skipped: dict[str, str] | None = None,
+) -> Iterator[Prediction]:
+    """Predict patients and write `<case>_seg.nii.gz`. An existing segmentation is not looked at.
 
     Args:
-        networks, flips: see `predict`.
-        cases: patients, labelled or not, that none of the networks has seen.
-        folder: where the label maps go, in the geometry of each patient's own first modality.
-        rules: applied to what the networks answer.
+        networks, flips: see `networks.predict`.
+        cases: patients, labelled or not.
+        folder: where the label maps go, each in the grid of the patient's first modality as stored.
+        rules: applied to the networks' label map.
         numbering: of the labels written, see `labels.NUMBERINGS`; `auto`: that of each patient.
-        soft_dir: where the probabilities go as well, see `write_soft`; None writes none.
-        allow_leakage: go on with patients that a network has seen, and name them in `leakage.json` of `folder`.
+        soft_dir: where to write the probabilities as well, see `write_soft`; None writes none.
+        seen: patients that a network has seen and that are predicted nevertheless, as `networks.leaked` returns
+            them; `leakage.json` in `folder` names them. None looks for them.
+        allow_leakage: predict patients that a network has seen, if `seen` is None.
+        skipped: filled with the reason for each patient that is not predicted. If None, a fault raises.
 
-    Returns:
-        One at a time: the case, the case prepared, its probabilities (see `predict`), the file written.
+    Yields:
+        Predictions in the order of `cases`.
 
     Raises:
-        DataError: a network has seen a patient, or `folder` is a patient's own; nothing is predicted then. Or a patient
-            cannot be prepared, see `cache.pack`.
+        DataError: `folder` is a patient's own. If `skipped` is None also: a network has seen a patient, a patient
+            lacks a modality, or its files have a fault, see `cache.pack`.
     """
     for case in cases:
         if case.folder.resolve() == folder.resolve():
@@ -243,42 +196,121 @@ def predict_files(
                 f"{case.id}: the predictions would go to {folder}, where the patient's own files lie, and could take"
                 " the place of its segmentation. Choose another folder."
             )
-    seen = leaked(networks, cases)
-    if seen and not allow_leakage:
-        raise DataError(
-            f"the network has seen {', '.join(seen)} in training: scores there would mean nothing. Leave them out, or"
-            " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true). Patients are told"
-            " by their IDs: where these are others that have the same, rename them."
-        )
-    _note_leakage(folder, {case.id for case in cases}, set(seen))
-    for case in cases:
-        packed = pack(replace(case, seg=None))
-        soft = predict(networks, packed, flips=flips)
-        like = read_nifti(next(iter(case.images.values())))
-        path = folder / f"{case.id}_seg.nii.gz"
-        write_mask(path, packed.to_volume(rules(_classes(soft))), like, numbering=written_as(case, numbering))
-        if soft_dir:
-            write_soft(soft_dir / f"{case.id}_soft.nii.gz", packed, soft, like)
-        done(f"{case.id}: {path}{'' if case.seg else ' (unlabelled)'}")
-        yield case, packed, soft, path
+    if skipped is None and seen is None:
+        seen = leaked(networks, in_order(networks, cases))
+        if seen and not allow_leakage:
+            raise DataError(said_of(seen))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def read(case: Case) -> _Scans:
+        return _read(networks, case, seen, allow_leakage=allow_leakage)
+
+    def write(scans: _Scans, soft: np.ndarray) -> Path:
+        return _write(networks, scans, soft, folder, rules=rules, numbering=numbering, soft_dir=soft_dir)
+
+    def skip(case: Case, error: Exception) -> None:
+        if skipped is None:
+            raise error
+        skipped[case.id] = str(error)
+        warn(f"{case.id} is skipped: {error}")
+
+    def predicted(reader: Executor, writer: Executor) -> Iterator[tuple[_Scans, np.ndarray, Future]]:
+        for case, reading in _behind(((case, reader.submit(read, case)) for case in cases), _READ_AHEAD):
+            try:
+                scans = reading.result()
+            except (DataError, ValueError, OSError) as error:
+                skip(case, error)
+                continue
+            how = {"channels": scans.case.modalities, "spacing_mm": scans.spacing_mm}
+            soft = predict(networks, scans.packed, flips=flips, **how)
+            yield scans, soft, writer.submit(write, scans, soft)
+
+    with ThreadPoolExecutor(_READ_AHEAD) as reader, ThreadPoolExecutor(1) as writer:
+        for scans, soft, writing in _behind(predicted(reader, writer), 1):
+            try:
+                path = writing.result()
+            except (DataError, ValueError) as error:
+                skip(scans.case, error)
+                continue
+            done(f"{scans.case.id}: {path}{'' if scans.case.seg else ' (unlabelled)'}")
+            yield Prediction(scans.case, scans.packed, soft, path)
+
+
+Item = TypeVar("Item")
+
+
+def _behind(items: Iterable[Item], n: int) -> Iterator[Item]:
+    """The same items, each handed out when `n` more have been fetched."""
+    held: deque[Item] = deque()
+    for item in items:
+        held.append(item)
+        if len(held) > n:
+            yield held.popleft()
+    yield from held
+
+
+def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | None, *, allow_leakage: bool) -> _Scans:
+    (case,) = in_order(networks, [case])
+    why = (leaked(networks, [case]) if seen is None else seen).get(case.id)
+    if why and seen is None and not allow_leakage:
+        raise DataError(said_of({case.id: why}))
+    return _Scans(case, pack(replace(case, seg=None)), *_stored(case), bool(why))
+
+
+def _stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:
+    """A case's first image as stored, and the voxel size in mm along X, Y, Z in LPS order."""
+    name, path = next(iter(case.images.items()))
+    image = read_nifti(path)
+    return image, spacing_mm(in_lps(image, path, channel=case.channels.get(name)))
+
+
+def _write(
+    networks: Sequence[Network],
+    scans: _Scans,
+    soft: np.ndarray,
+    folder: Path,
+    *,
+    rules: Rules,
+    numbering: str,
+    soft_dir: Path | None,
+) -> Path:
+    case_id, packed = scans.case.id, scans.packed
+    if resampling := [network for network in networks if network.resamples(scans.spacing_mm)]:
+        own, known = (" x ".join(f"{mm:.3g}" for mm in sizes) for sizes in (scans.spacing_mm, resampling[0].spacing_mm))
+        warn(f"{case_id}: voxels of {own} mm, resampled to the network's {known} mm and back")
+        rules = rules.for_voxels(prod(scans.spacing_mm) / prod(resampling[0].spacing_mm))
+    _note_leakage(folder, case_id, scans.seen)
+    path = folder / f"{case_id}_seg.nii.gz"
+    write_mask(path, packed.to_volume(rules(_classes(soft))), scans.like, numbering=written_as(scans.case, numbering))
+    if soft_dir:
+        write_soft(soft_dir / f"{case_id}_soft.nii.gz", packed, soft, scans.like)
+    return path
 
 
 def _classes(soft: np.ndarray) -> np.ndarray:
     return soft.argmax(axis=1).astype(np.uint8)
 
 
-def _note_leakage(folder: Path, predicted: set[str], seen: set[str]) -> None:
-    """Keep `leakage.json` of a folder of predictions true, for those that are about to be written."""
-    folder.mkdir(parents=True, exist_ok=True)
+def said_of(seen: Mapping[str, str]) -> str:
+    """Say why patients that a network has seen are not predicted."""
+    patients = "; ".join(f"{case_id} {why}" for case_id, why in seen.items())
+    return (
+        f"leakage: the network knows {patients}. Scores there would say nothing about new patients. Leave them out, or"
+        " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true)."
+    )
+
+
+def _note_leakage(folder: Path, case_id: str, seen: bool) -> None:
+    """Keep `leakage.json` of a folder of predictions true for a patient about to be written."""
     before = read_leakage(folder)
-    if before or seen:
-        write_json(folder / "leakage.json", sorted(before - predicted | seen))
+    if (case_id in before) != seen:
+        write_json(folder / "leakage.json", sorted(before ^ {case_id}))
 
 
 def write_soft(path: Path, packed: Packed, soft: np.ndarray, like: nib.Nifti1Image) -> None:
     """Write probabilities as one NIfTI of four axes (X, Y, Z, class), in the patient's geometry.
 
-    They are stored in 255 steps: NIfTI has no float16, and any viewer reads this; it is off by 0.002 at most.
+    They are stored in 255 steps, which is off by 0.002 at most: NIfTI has no float16, and any viewer reads this.
     """
     volumes = [packed.to_volume(soft[:, index]) for index in range(len(CLASSES))]
     volumes[0] = 1 - sum(volumes[1:])  # also outside the box
@@ -289,10 +321,10 @@ def write_soft(path: Path, packed: Packed, soft: np.ndarray, like: nib.Nifti1Ima
 
 
 def write_submission(folder: Path, predictions: Mapping[str, Path]) -> Path:
-    """Copy label maps to `folder` as `<case>.nii.gz`, and pack them flat into `<folder>.zip`, as BraTS takes them.
+    """Copy label maps to `folder` as `<case>.nii.gz` and pack them into `<folder>.zip`, as the challenge takes them.
 
-    The upload of BraTS 2020 (CBICA's portal) and 2021 (Synapse) asked for this: one archive without folders, each
-    file called after the patient's folder, in the geometry of the scans.
+    The uploads of BraTS 2020 (CBICA's portal) and 2021 (Synapse) asked for one archive without folders, each file
+    named after the patient's folder, in the geometry of the scans.
 
     Args:
         folder: made where it does not exist.
@@ -310,24 +342,70 @@ def write_submission(folder: Path, predictions: Mapping[str, Path]) -> Path:
 
 
 def predict_folders(
-    checkpoints: Sequence[Path], folders: Iterable[Path], out: Path, *, device: str, **how
-) -> list[Path]:
-    """Predict every patient below `folders`, for the verb `predict`.
+    checkpoints: Sequence[Path], folders: Iterable[Path], out: Path, *, device: str, fill_missing: bool = False, **how
+) -> tuple[list[Path], dict[str, str]]:
+    """Predict every patient below `folders`, for the verb `predict`. A patient with a fault is skipped.
 
     Args:
         checkpoints: `best.pt` of one run, or of several to be averaged.
         folders: patients' folders, or folders of patients; only the networks' modalities are read.
         out: where `<case>_seg.nii.gz` go; made where it does not exist.
         device: `auto`, `cpu` or `cuda`.
+        fill_missing: take a modality that a patient lacks as background.
         how: see `predict_files`.
 
     Returns:
-        The files written.
+        The files written, and by ID or folder the reason why a patient was skipped.
+
+    Raises:
+        DataError: a checkpoint cannot be used, or there is no patient to predict.
     """
     networks = load_networks(checkpoints, device=choose_device(device))
+    cases, skipped = _find(folders, networks[0].modalities, fill_missing=fill_missing)
+    for name, reason in skipped.items():
+        warn(f"{name} is skipped: {reason}")
+    if not cases:
+        raise DataError("no patient to predict." + "".join(f"\n{name}: {text}" for name, text in skipped.items()))
+    written = [one.path for one in predict_files(networks, cases, out, skipped=skipped, **how)]
+    return written, skipped
+
+
+def _find(
+    folders: Iterable[Path], modalities: Sequence[str], *, fill_missing: bool
+) -> tuple[list[Case], dict[str, str]]:
+    """All patients below `folders` whose names leave no error, and the reasons for the others; warnings are printed."""
     cases: dict[str, Case] = {}
-    for case in (case for folder in folders for case in find_cases(folder, networks[0].modalities)):
-        if case.id in cases:
-            raise DataError(f"{case.id} lies in {cases[case.id].folder} and in {case.folder}; predict one at a time.")
-        cases[case.id] = case
-    return [path for *_, path in predict_files(networks, list(cases.values()), out, **how)]
+    skipped: dict[str, str] = {}
+    for folder in folders:
+        try:
+            found = survey(folder, modalities, fill_missing=fill_missing)
+        except DataError as error:
+            skipped[str(folder)] = str(error)
+            continue
+        faulty = found.faulty()
+        skipped |= faulty if found.cases else {str(folder): found.nothing()}
+        for case_id, findings in found.findings.items():
+            for finding in findings:
+                if finding.severity == "warning" and case_id not in faulty:
+                    warn(": ".join(text for text in (case_id, finding.file, finding.message) if text))
+        for case in found.cases:
+            if case.id in faulty:
+                continue
+            if case.id not in cases:
+                cases[case.id] = case
+            elif not _same_scans(case, cases[case.id]):
+                skipped[case.id] = (
+                    f"lies in {cases[case.id].folder} and in {case.folder} with other scans; predict one at a time."
+                )
+    return [case for case_id, case in cases.items() if case_id not in skipped], skipped
+
+
+def _same_scans(one: Case, other: Case) -> bool:
+    """Whether two cases of one ID have the same images, voxel for voxel."""
+    if one.images.keys() != other.images.keys():
+        return False
+    for name in one.images:
+        first, second = (image_hash(case.images[name], channel=case.channels.get(name)) for case in (one, other))
+        if first != second:
+            return False
+    return True

@@ -60,6 +60,11 @@ class Rules:
                 tumour[enhancing] = NCR
         return classes
 
+    def for_voxels(self, volume: float) -> "Rules":
+        """The same rules for voxels `volume` times as large as those the thresholds were chosen on."""
+        sizes = {name: round(getattr(self, name) / volume) for name in ("component_voxels", "et_voxels")}
+        return replace(self, **sizes)
+
 
 NO_RULES = Rules(component_voxels=0, fill_holes=False, et_voxels=0)
 

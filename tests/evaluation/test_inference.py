@@ -1,26 +1,31 @@
-"""From a checkpoint and scans to files: geometry, labels, whole volumes."""
+"""From scans on disk to label maps on disk."""
 
 import dataclasses
 import shutil
 import zipfile
 
 import nibabel as nib
+import nibabel.processing
 import numpy as np
 import pytest
 import torch
 
+from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
+from brats_helpers.data.content import image_hash
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation import inference
 from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.evaluation.networks import Network
 from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.labels import DataError
+from brats_helpers.scoring.overlap import dice
 from brats_helpers.scoring.scores import score_case
-from brats_helpers.training.dataset import Slices
 from brats_helpers.training.loop import fit
 from tests.conftest import write_tiny_case
-from tests.tiny_training import HOW, SETTINGS, fit_tiny
+from tests.evaluation.echo import echo, with_classes_as_images
+from tests.tiny_training import HOW, SETTINGS
 
 CPU = torch.device("cpu")
 
@@ -31,15 +36,6 @@ def checkpoint(tiny_patients, tmp_path_factory):
     packed = [pack(case) for case in find_cases(tiny_patients)]
     fit(SETTINGS, packed[:3], packed[3:], folder, **HOW)
     return folder / "checkpoints" / "best.pt"
-
-
-def test_a_checkpoint_alone_rebuilds_the_network(checkpoint):
-    network = inference.load_network(checkpoint, device=CPU)
-    assert network.modalities == ["flair", "t1", "t1ce", "t2"]
-    assert network.trained_on == {"Tiny_0", "Tiny_1", "Tiny_2"} and network.chosen_by == {"Tiny_3"}
-    saved = torch.load(checkpoint, weights_only=True)["model"]
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in network.model.state_dict().items())
-    assert not network.model.training
 
 
 def test_predictions_lie_in_the_patients_own_geometry(checkpoint, tmp_path):
@@ -53,106 +49,122 @@ def test_predictions_lie_in_the_patients_own_geometry(checkpoint, tmp_path):
     assert read_mask(tmp_path / "out" / "New_seg.nii.gz").any()
 
 
-class _Echo(torch.nn.Module):
-    """Answers, for every voxel, the class that its first channel says, with a probability that grows with `logit`."""
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "ASL"])
+def test_the_label_map_does_not_depend_on_the_stored_orientation(checkpoint, tmp_path, codes):
+    source = write_tiny_case(tmp_path / "lps", "New", seed=9, labelled=False)
+    turned = tmp_path / codes / "New"
+    turned.mkdir(parents=True)
+    for path in source.iterdir():
+        nib.save(reoriented(nib.load(path), codes), turned / path.name)
+    for folder, out in ((source, "a"), (turned, "b")):
+        inference.predict_folders([checkpoint], [folder], tmp_path / out, device="cpu", flips=True)
+    one, other = (nib.load(tmp_path / out / "New_seg.nii.gz") for out in "ab")
+    assert nib.aff2axcodes(other.affine) == tuple(codes)
+    np.testing.assert_array_equal(reoriented(other, "LPS").dataobj, one.dataobj)
 
-    def __init__(self, logit=30.0):
+
+def reoriented(image, codes):
+    ends = (nib.orientations.axcodes2ornt("".join(axes)) for axes in (nib.aff2axcodes(image.affine), codes))
+    return image.as_reoriented(nib.orientations.ornt_transform(*ends))
+
+
+class Bright(torch.nn.Module):
+    """Calls oedema what is brighter on FLAIR than the mean of the brain by one standard deviation."""
+
+    def __init__(self):
         super().__init__()
-        self.logit = torch.nn.Parameter(torch.tensor(logit))
+        self.slope = torch.nn.Parameter(torch.tensor(20.0))
 
     def forward(self, images):
-        says = images[:, 0].round().long().clamp(0, 3)
-        return self.logit * torch.nn.functional.one_hot(says, 4).movedim(-1, 1).float()
+        logits = torch.zeros(len(images), 4, *images.shape[2:])
+        logits[:, 2] = self.slope * (images[:, 0] - 1)
+        return logits
 
 
-def echo(logit=30.0, trained_on=()):
-    settings = {"modalities": ("flair", "t1", "t1ce", "t2"), "context_slices": 0, "patch_size": 0}
-    return inference.Network(_Echo(logit), settings, frozenset(trained_on), frozenset(), 1)
+@pytest.mark.parametrize("spacing", [(0.8, 0.8, 2.0), (0.5, 0.5, 0.5)])
+def test_other_voxel_sizes_are_resampled_to_the_networks_and_back(tmp_path, spacing, capsys):
+    source = write_tiny_case(tmp_path / "original", "New", seed=9, labelled=False)
+    finer = tmp_path / "finer" / "New"
+    finer.mkdir(parents=True)
+    for path in source.iterdir():
+        image = nibabel.processing.resample_to_output(nib.load(path), spacing, order=1)
+        image.set_data_dtype(np.int16)
+        nib.save(image, finer / path.name)
+    settings = {"modalities": ("flair",), "context_slices": 0, "patch_size": 0}
+    network = Network(Bright(), settings, frozenset(), frozenset(), 1, {"spacing_mm": [1.0, 1.0, 1.0]})
+    maps = []
+    for folder in (source, finer):
+        (one,) = inference.predict_files(
+            [network], find_cases(folder, ["flair"]), tmp_path / folder.parent.name, flips=False
+        )
+        maps.append(nib.load(one.path))
+        assert maps[-1].shape == nib.load(folder / "New_flair.nii.gz").shape
+    sizes = " x ".join(f"{mm:g}" for mm in spacing)
+    said = f"New: voxels of {sizes} mm, resampled to the network's 1 x 1 x 1 mm and back"
+    assert [line[3:] for line in capsys.readouterr().out.splitlines() if "resampled" in line] == [said]
+    back = nibabel.processing.resample_from_to(maps[1], maps[0], order=0)
+    assert set(np.unique(maps[1].dataobj)) == {0, 2}
+    # The tumour is about 14 voxels wide, and slices of 2 mm blur its ends.
+    assert dice(np.asarray(maps[0].dataobj) > 0, np.asarray(back.dataobj) > 0) > 0.85
 
 
-def with_classes_as_images(case):
-    packed = pack(case)
-    return dataclasses.replace(packed, images=np.repeat(packed.labels[:, None].astype(np.float16), 4, axis=1))
+def test_channels_follow_the_networks_order(checkpoint, tmp_path):
+    (case,) = find_cases(write_tiny_case(tmp_path, "New", seed=9))
+    turned = dataclasses.replace(case, images=dict(reversed(case.images.items())))
+    networks = [inference.load_network(checkpoint, device=CPU)]
+    for name, each in (("a", case), ("b", turned)):
+        inference.evaluate(networks, [each], tmp_path / name, **RULES)
+    one, other = (read_mask(tmp_path / name / "New_seg.nii.gz") for name in "ab")
+    np.testing.assert_array_equal(one, other)
+    (pair,) = inference.predict_validation(networks, [case], [pack(case)], flips=False)
+    (again,) = inference.predict_validation(networks, [turned], [pack(turned)], flips=False)
+    np.testing.assert_array_equal(pair[0], again[0])
 
 
-@pytest.mark.parametrize("flips", [False, True])
-def test_every_voxel_comes_back_where_it_was(tiny_patients, flips):
-    """Image values that are class numbers, through a network that echoes them, give the very mask."""
-    packed = with_classes_as_images(find_cases(tiny_patients)[0])
-    classes = packed.to_volume(inference.predict([echo()], packed, flips=flips).argmax(axis=1))
-    np.testing.assert_array_equal(classes, packed.to_volume(packed.labels))
-    assert classes.shape == (48, 56, 20)
+def test_a_run_that_lacks_a_modality_is_refused_before_anything_is_predicted(checkpoint, tmp_path):
+    cases = [find_cases(write_tiny_case(tmp_path, f"New_{k}", seed=k))[0] for k in range(2)]
+    cases[1] = dataclasses.replace(cases[1], images={"flair": cases[1].images["flair"]})
+    with pytest.raises(DataError, match="New_1: the network reads flair, t1, t1ce, t2, but there is no t1, t1ce, t2"):
+        inference.evaluate([inference.load_network(checkpoint, device=CPU)], cases, tmp_path / "out", **RULES)
+    assert not (tmp_path / "out").exists()
 
 
-class _OnGpu(torch.Tensor):
-    """As a tensor of a GPU: numpy cannot have it."""
-
-    def numpy(self):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
-
-
-def test_batches_may_be_made_on_a_gpu(tiny_patients, monkeypatch):
-    """As those of slices that it keeps are, their index included."""
-    packed = with_classes_as_images(find_cases(tiny_patients)[0])
-    before = inference.predict([echo()], packed, flips=False)
-    gather = Slices.__getitems__
-
-    def on_gpu(slices, items):
-        batch = gather(slices, items)
-        return batch._replace(index=batch.index.as_subclass(_OnGpu))
-
-    monkeypatch.setattr(Slices, "__getitems__", on_gpu)
-    np.testing.assert_array_equal(inference.predict([echo()], packed, flips=False), before)
+def test_a_faulty_patient_is_skipped_with_its_reason_and_the_rest_predicted(checkpoint, tmp_path, capsys):
+    for k, name in enumerate(["A", "Broken", "Flat", "Lacking", "Z"]):
+        write_tiny_case(tmp_path / "in", name, seed=k)
+    (tmp_path / "in" / "Broken" / "Broken_t1.nii.gz").write_bytes(b"no gzip")
+    (tmp_path / "in" / "Lacking" / "Lacking_t2.nii.gz").unlink()
+    flat = tmp_path / "in" / "Flat" / "Flat_t2.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((5, 5), np.int16), np.eye(4)), flat)
+    argv = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--device", "cpu"]) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A_seg.nii.gz", "Z_seg.nii.gz"]
+    said = capsys.readouterr().out
+    for name, word in (("Broken", "Broken_t1.nii.gz"), ("Flat", "Flat_t2.nii.gz"), ("Lacking", "Lacking_t2.nii")):
+        assert any(line.startswith(f"⚠️ {name} is skipped") and word in line for line in said.splitlines()), said
+    assert "3 skipped: " in said
 
 
-def test_probabilities_are_averaged_over_networks(tiny_patients):
-    packed = with_classes_as_images(find_cases(tiny_patients)[0])
-    # A logit of log 9 against three of 0 is a probability of 9/12, one of 0 a quarter each; half-way is 1/2.
-    networks = [echo(float(np.log(9))), echo(0.0)]
-    soft = inference.predict(networks, packed, flips=False)
-    on_brain = packed.counts.sum(axis=1) > 0
-    said = np.take_along_axis(soft, packed.labels[:, None].astype(np.int64), axis=1)[on_brain]
-    np.testing.assert_allclose(said, (9 / 12 + 1 / 4) / 2, atol=2e-3)
-    np.testing.assert_allclose(soft.sum(axis=1), 1, atol=1e-3)
+def test_a_patient_that_cannot_be_scored_does_not_stop_the_others(checkpoint, tmp_path):
+    cases = [find_cases(write_tiny_case(tmp_path, f"New_{k}", seed=k))[0] for k in range(3)]
+    cases[0].images["t1"].write_bytes(b"no gzip")
+    cases[1].seg.write_bytes(b"no gzip")
+    metrics = inference.evaluate([inference.load_network(checkpoint, device=CPU)], cases, tmp_path / "out", **RULES)
+    assert list(metrics["cases"]) == ["New_2"] and list(metrics["not_scored"]) == ["New_0", "New_1"]
+    assert "New_0_t1.nii.gz" in metrics["not_scored"]["New_0"]
 
 
-def test_only_networks_of_the_same_modalities_are_averaged(checkpoint, tmp_path):
-    saved = torch.load(checkpoint, weights_only=True)
-    saved["settings"]["modalities"] = ("t1", "flair", "t1ce", "t2")
-    torch.save(saved, tmp_path / "other.pt")
-    with pytest.raises(DataError, match="other.pt reads t1, flair, t1ce, t2, but .*best.pt flair, t1, t1ce, t2"):
-        inference.load_networks([checkpoint, tmp_path / "other.pt"], device=CPU)
-
-
-def test_another_architecture_may_be_averaged(checkpoint, tiny_patients, tmp_path):
-    packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit_tiny(packed, tmp_path, encoder="tu-mobilenetv3_small_050", context_slices=1, epochs=1)
-    networks = inference.load_networks([checkpoint, tmp_path / "checkpoints" / "best.pt"], device=CPU)
-    both, one, other = (inference.predict(each, packed[0], flips=False) for each in (networks, *zip(networks)))
-    np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
-    assert abs(one - other).max() > 0.01
-
-
-def test_probabilities_sum_to_one_and_empty_slices_are_background(checkpoint, tiny_patients):
-    packed = pack(find_cases(tiny_patients)[0])
-    packed.counts[0] = 0
-    soft = inference.predict([inference.load_network(checkpoint, device=CPU)], packed, flips=True)
-    np.testing.assert_allclose(soft.sum(axis=1), 1, atol=1e-3)
-    assert (soft[0, 0] == 1).all()
-
-
-def test_what_is_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(DataError, match="no checkpoint at"):
-        inference.load_network(tmp_path / "best.pt", device=CPU)
-    (tmp_path / "text.pt").write_text('{"a": 1}')
-    with pytest.raises(DataError, match="text.pt is no checkpoint"):
-        inference.load_network(tmp_path / "text.pt", device=CPU)
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(DataError, match="other.pt is no checkpoint"):
-        inference.load_network(tmp_path / "other.pt", device=CPU)
+def test_patients_that_the_network_has_seen_are_skipped_under_any_name(checkpoint, tiny_patients, tmp_path, capsys):
+    out = tmp_path / "out"
+    write_tiny_case(tmp_path / "in", "New", seed=9)
+    shutil.copytree(tiny_patients / "Tiny_0", tmp_path / "in" / "Tiny_0")
+    written, skipped = inference.predict_folders([checkpoint], [tmp_path / "in"], out, device="cpu", flips=False)
+    assert [path.name for path in written] == ["New_seg.nii.gz"]
+    assert list(skipped) == ["Tiny_0"] and skipped["Tiny_0"].startswith("leakage: ")
+    renamed = find_cases(write_tiny_case(tmp_path / "again", "Other", seed=0))
+    known = {"Tiny_0": {"group": "Tiny_0", "images": [image_hash(renamed[0].images["t1"])]}}
+    with pytest.raises(DataError, match="Other has a scan that is voxel for voxel one of Tiny_0"):
+        list(inference.predict_files([echo(patients=known)], renamed, out, flips=False))
 
 
 def test_a_patient_without_the_networks_modalities_is_refused(checkpoint, tmp_path):
@@ -220,12 +232,9 @@ def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patien
     network = inference.load_network(checkpoint, device=CPU)
     new = find_cases(write_tiny_case(tmp_path, "New", seed=9))
     for seen, name in ((find_cases(tiny_patients)[:1], "Tiny_0"), (find_cases(tiny_patients)[3:], "Tiny_3")):
-        with pytest.raises(DataError, match=f"has seen {name} in training: .*allow_leakage"):
+        with pytest.raises(DataError, match=f"the network knows {name} has the ID .*allow_leakage"):
             inference.evaluate([network], new + seen, tmp_path / "out", **RULES)
     assert not (tmp_path / "out").exists()
-    # Of several networks it is enough that one has seen the patient.
-    assert inference.leaked([echo(trained_on=["New"]), network], new) == ["New"]
-    assert inference.leaked([echo(), network], new) == []
 
 
 def test_allowed_leakage_is_named_wherever_the_predictions_go(checkpoint, tiny_patients, tmp_path):
@@ -258,15 +267,16 @@ def test_predictions_never_take_the_place_of_a_reference(checkpoint, tmp_path):
 
 
 def test_thresholds_are_not_chosen_by_patients_that_one_of_the_networks_learnt_from(tiny_patients, monkeypatch):
-    cases = [with_classes_as_images(case) for case in find_cases(tiny_patients)[:2]]
+    listed = find_cases(tiny_patients)[:2]
+    cases = [with_classes_as_images(case) for case in listed]
     networks = [echo(), echo(trained_on=["Tiny_0"])]
-    ((pred, truth),) = inference.predict_validation(networks, cases, flips=False)
+    ((pred, truth),) = inference.predict_validation(networks, listed, cases, flips=False)
     np.testing.assert_array_equal(pred, truth)
     assert list(np.bincount(truth.ravel())[1:]) == list(np.bincount(cases[1].labels.ravel())[1:])
     assert truth.size < cases[1].labels.size  # all patients are in memory at once: only the part with tumour
-    assert len(inference.predict_validation([echo()], cases, flips=False)) == 2
+    assert len(inference.predict_validation([echo()], listed, cases, flips=False)) == 2
     monkeypatch.setattr(inference, "ENOUGH_TO_CHOOSE", 1)
-    assert len(inference.predict_validation([echo()], cases, flips=False)) == 1
+    assert len(inference.predict_validation([echo()], listed, cases, flips=False)) == 1
 
 
 def test_a_submission_is_one_flat_archive_of_files_called_after_the_patients(tmp_path):
@@ -308,7 +318,12 @@ def test_the_segmentation_is_not_looked_at(checkpoint, tiny_patients, tmp_path):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_the_same_name_twice_is_refused(checkpoint, tmp_path):
-    folders = [write_tiny_case(tmp_path / place, "P", seed=1) for place in "ab"]
-    with pytest.raises(DataError, match="P lies in .*a.* and in .*b"):
-        inference.predict_folders([checkpoint], folders, tmp_path / "out", device="cpu", flips=False)
+def test_two_patients_of_one_name_are_left_out_and_copies_count_once(checkpoint, tmp_path):
+    folders = [write_tiny_case(tmp_path / place, "P", seed=seed) for place, seed in (("a", 1), ("b", 1), ("c", 2))]
+    new = write_tiny_case(tmp_path, "New", seed=9)
+    how = {"device": "cpu", "flips": False}
+    written, skipped = inference.predict_folders([checkpoint], [*folders[:2], new], tmp_path / "out", **how)
+    assert [path.name for path in written] == ["P_seg.nii.gz", "New_seg.nii.gz"] and not skipped
+    written, skipped = inference.predict_folders([checkpoint], [*folders, new], tmp_path / "other", **how)
+    assert [path.name for path in written] == ["New_seg.nii.gz"]
+    assert f"{folders[0]} and in {folders[2]}" in skipped["P"]

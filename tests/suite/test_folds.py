@@ -290,7 +290,8 @@ def test_the_unlabelled_are_predicted_by_all_folds_together(tmp_path):
     assert list(metrics["cases"]) == ["Tiny_0", "Tiny_3"] and metrics["not_scored"] == {"Tiny_4": "unlabelled"}
     assert {path.name for path in run.predictions.iterdir()} == {f"Tiny_{k}_seg.nii.gz" for k in (0, 3, 4)}
     (case,) = load_parts(run)["unlabelled"]
-    soft = [predict([load_network(own.best, device=HOW["device"])], pack(case), flips=False) for own in members]
+    networks = [load_network(own.best, device=HOW["device"]) for own in members]
+    soft = [predict([one], pack(case), channels=one.modalities, flips=False) for one in networks]
     classes = np.mean(soft, axis=0).argmax(axis=1).astype(np.uint8)
     # Of the folds' rules 0 and 10, 0 and 5 voxels the lower ones: none.
     assert np.array_equal(read_mask(run.predictions / "Tiny_4_seg.nii.gz"), pack(case).to_volume(classes))

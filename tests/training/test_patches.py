@@ -173,7 +173,7 @@ def test_validation_gives_the_score_of_the_whole_predicted_volume(prepared):
     whole = inference.Network(network.eval(), dataclasses.asdict(CUBES), frozenset(), frozenset(), 1)
     expected = []
     for case in prepared:
-        soft = inference.predict([whole], case, flips=False)
+        soft = inference.predict([whole], case, channels=whole.modalities, flips=False)
         pred, truth = (case.to_volume(box) for box in (soft.argmax(axis=1).astype(np.uint8), np.asarray(case.labels)))
         expected.append(region_dice(pred, truth, convention="brats2020"))
     for region in ("WT", "TC", "ET"):

@@ -1,0 +1,252 @@
+"""Trained networks: rebuilt from their checkpoints, asked about prepared patients."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from brats_helpers.data.cache import Packed, slice_boxes
+from brats_helpers.data.cases import Case
+from brats_helpers.data.identity import seen_before
+from brats_helpers.evaluation.onnx import read_onnx
+from brats_helpers.evaluation.resample import differs, resample_back, resample_images
+from brats_helpers.labels import CLASSES, DataError
+from brats_helpers.machine import choose_precision
+from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint
+from brats_helpers.training.model import SIDE_MULTIPLE, rebuild
+
+PIXELS = {"cpu": 8 * 192 * 160, "cuda": 64 * 192 * 160}
+"""Pixels that a network of slices predicts at once, by type of device. On a CPU, more do not fit its caches."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network as its checkpoint describes it.
+
+    Attributes:
+        model: in `eval()`, on its device.
+        settings: the settings of its training, see `training.settings.Settings`.
+        trained_on: IDs of the patients that it was trained on.
+        chosen_by: IDs of the patients that its epoch was chosen by.
+        epoch: the epoch that was kept.
+        facts: what its checkpoint says about its patients, see `data.patients.facts_of`.
+    """
+
+    model: nn.Module
+    settings: dict
+    trained_on: frozenset[str]
+    chosen_by: frozenset[str]
+    epoch: int
+    facts: Mapping = field(default_factory=dict)
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities that it needs, in the order of its channels."""
+        return list(self.settings["modalities"])
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...] | None:
+        """The voxel size along X, Y, Z that it was trained at; None if its checkpoint does not say."""
+        spacing = self.facts.get("spacing_mm")
+        return tuple(spacing) if spacing else None
+
+    def resamples(self, spacing_mm: Sequence[float] | None) -> bool:
+        """Whether a patient with these voxels is resampled for this network."""
+        return bool(spacing_mm and self.spacing_mm and differs(spacing_mm, self.spacing_mm))
+
+
+def load_network(checkpoint: Path, *, device: torch.device) -> Network:
+    """Rebuild a network from its checkpoint alone.
+
+    Raises:
+        DataError: there is no such file, or it is no checkpoint of this suite.
+    """
+    model, saved = read_onnx(checkpoint) if checkpoint.suffix == ".onnx" else (None, read_checkpoint(checkpoint))
+    if "epoch" not in saved:
+        raise CheckpointError(f"{checkpoint} is for resuming a training, not for predicting: give best.pt beside it.")
+    try:
+        model = model or rebuild(saved)
+        seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint} is no checkpoint to predict with ({what}).") from error
+    return Network(model.to(device).eval(), saved["settings"], *seen, epoch, saved.get("facts") or {})
+
+
+def load_networks(checkpoints: Sequence[Path], *, device: torch.device) -> list[Network]:
+    """Rebuild networks whose probabilities are to be averaged: folds or seeds of one training, or other encoders.
+
+    Their modalities may come in any order, as each network reads its channels by name.
+
+    Raises:
+        DataError: see `load_network`; or the networks need different modalities.
+    """
+    networks = [load_network(path, device=device) for path in checkpoints]
+    for path, network in zip(checkpoints, networks, strict=True):
+        if {*network.modalities} != {*networks[0].modalities}:
+            raise DataError(
+                f"{path} reads {', '.join(network.modalities)}, but {checkpoints[0]}"
+                f" {', '.join(networks[0].modalities)}; only networks of the same modalities can be averaged."
+            )
+    return networks
+
+
+def in_order(networks: Sequence[Network], cases: Iterable[Case]) -> list[Case]:
+    """Return the cases with the networks' modalities alone, in the order of the first network's channels.
+
+    Raises:
+        DataError: a patient lacks one of these modalities, which was not to be taken as background.
+    """
+    wanted, ordered = networks[0].modalities, []
+    for case in cases:
+        if lacking := [name for name in wanted if name not in case.modalities]:
+            raise DataError(
+                f"{case.id}: the network reads {', '.join(wanted)}, but there is no {', '.join(lacking)} (found:"
+                f" {', '.join(case.modalities)}). Choose a network of these modalities, or run 00_setup with"
+                f" -p modalities {','.join(wanted)}."
+            )
+        images = {name: case.images[name] for name in wanted if name in case.images}
+        if not images:
+            raise DataError(f"{case.id}: there is none of {', '.join(wanted)}, which the network reads.")
+        ordered.append(replace(case, images=images, modalities=tuple(wanted)))
+    return ordered
+
+
+def leaked(
+    networks: Sequence[Network], cases: Iterable[Case], *, hashes: Mapping[str, Collection[str]] | None = None
+) -> dict[str, str]:
+    """Find the patients that one of the networks was trained on or chosen by: by ID, by person, by the scans' content.
+
+    Args:
+        networks: one or more.
+        cases: those in question.
+        hashes: see `identity.seen_before`.
+
+    Returns:
+        By ID, why, in words that continue a sentence about the patient.
+    """
+    cases, seen = list(cases), {}
+    for network in networks:
+        by_id = dict.fromkeys(network.trained_on | network.chosen_by, {})
+        facts = network.facts | {"patients": by_id | network.facts.get("patients", {})}
+        seen = seen_before(facts, cases, hashes=hashes) | seen
+    return dict(sorted(seen.items()))
+
+
+def predict(
+    networks: Sequence[Network],
+    case: Packed,
+    *,
+    channels: Sequence[str],
+    flips: bool,
+    spacing_mm: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Probabilities of the four classes over the box of a prepared case, averaged over networks.
+
+    Args:
+        networks: see `load_networks`; each runs on its own device, in the precision that suits the device.
+        case: a prepared case.
+        channels: the modalities of its channels. Each network takes them in its own order.
+        flips: average with the predictions of the slices mirrored left and right.
+        spacing_mm: voxel size along X, Y, Z. A network trained at another one sees the case resampled; its
+            probabilities are interpolated back, each class by itself. None resamples nothing.
+
+    Returns:
+        float32 (slices, 4, height, width); background 1 outside the bounding box of each slice's brain.
+    """
+    total = None
+    for network in networks:
+        order = [channels.index(name) for name in network.modalities]
+        images = case.images if order == [*range(case.images.shape[1])] else case.images[:, order]
+        if network.resamples(spacing_mm):
+            shape = (len(images), *images.shape[2:])
+            images = resample_images(images, spacing_mm, network.spacing_mm)
+            boxes = slice_boxes((images != 0).any(axis=1))
+            soft = resample_back(_ask(network, images, boxes, flips), shape, spacing_mm, network.spacing_mm)
+        else:
+            soft = _ask(network, images, case.boxes, flips)
+        total = soft if total is None else total + soft
+    return total if len(networks) == 1 else total / len(networks)
+
+
+@torch.inference_mode()
+def _ask(network: Network, images: np.ndarray, boxes: np.ndarray, flips: bool) -> np.ndarray:
+    """Probabilities of one network over images, float16 (slices, channels, height, width), in its own order."""
+    device = next(network.model.parameters()).device
+    precision = choose_precision(device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    depth, _, height, width = images.shape
+    probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
+    probabilities[:, 0] = 1
+    if network.settings["patch_size"]:
+        batches = _whole(images)
+    else:
+        batches = _batches(images, boxes, reach=network.settings["context_slices"], pixels=PIXELS[device.type])
+    for batch, places in batches:
+        batch = batch.to(device).float()
+        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+            soft = network.model(batch).float().softmax(dim=1)
+            if flips:
+                soft = (soft + network.model(batch.flip(-1)).float().softmax(dim=1).flip(-1)) / 2
+        for answer, (z, rows, columns, inner) in zip(soft.cpu().numpy(), places, strict=True):
+            probabilities[z, :, rows, columns] = answer[(slice(None), *inner)]
+    return probabilities
+
+
+Place = tuple[int, slice, slice, tuple[slice, slice]]
+"""A slice's index, its rows and columns, and where these lie in the batch."""
+
+
+def _whole(images: np.ndarray) -> Iterator[tuple[torch.Tensor, list[Place]]]:
+    """All slices of a patient at once, as a network of patches takes them."""
+    everything = slice(None), slice(None)
+    yield torch.from_numpy(np.array(images)), [(z, *everything, everything) for z in range(len(images))]
+
+
+def _batches(
+    images: np.ndarray, boxes: np.ndarray, *, reach: int, pixels: int
+) -> Iterator[tuple[torch.Tensor, list[Place]]]:
+    """Slices with brain in batches of one size, each in the middle of the smallest multiples of 32 that hold its brain.
+
+    What a slice is padded with depends on the slice alone, so its prediction does not depend on the other slices.
+
+    Args:
+        images: see `_ask`.
+        boxes: see `Packed.boxes`.
+        reach: neighbours on each side that come as further channels; the box holds their brain, too.
+        pixels: of a batch, about.
+
+    Returns:
+        Batches, float16 (slices, channels, height, width), and the place of each slice.
+    """
+    by_size: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+    for z in np.flatnonzero(boxes[:, 1]).tolist():
+        near = boxes[max(z - reach, 0) : z + reach + 1]
+        near = near[near[:, 1] > 0]
+        box = np.array([near[:, 0].min(), near[:, 1].max(), near[:, 2].min(), near[:, 3].max()])
+        size = tuple(int(-(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) for side in box[1::2] - box[::2])
+        by_size.setdefault(size, []).append((z, box))
+    for size, listed in by_size.items():
+        at_once = max(1, pixels // (size[0] * size[1]))
+        for start in range(0, len(listed), at_once):
+            yield _gather(images, listed[start : start + at_once], size, reach)
+
+
+def _gather(
+    images: np.ndarray, listed: Sequence[tuple[int, np.ndarray]], size: tuple[int, int], reach: int
+) -> tuple[torch.Tensor, list[Place]]:
+    """One batch: slices by index and box, each with its neighbours, centred in `size`."""
+    batch = np.zeros((len(listed), 2 * reach + 1, images.shape[1], *size), np.float16)
+    places = []
+    for row, (z, box) in enumerate(listed):
+        top, end, left, right = box.tolist()
+        y, x = (size[0] - end + top) // 2, (size[1] - right + left) // 2
+        low, high = max(z - reach, 0), min(z + reach + 1, len(images))
+        middle = batch[row, low - z + reach : high - z + reach, :, y : y + end - top, x : x + right - left]
+        middle[:] = images[low:high, :, top:end, left:right]
+        inner = slice(y, y + end - top), slice(x, x + right - left)
+        places.append((z, slice(top, end), slice(left, right), inner))
+    return torch.from_numpy(batch).flatten(1, 2), places
