@@ -19,7 +19,7 @@ from brats_helpers.evaluation import inference
 from brats_helpers.evaluation.folders import score_folders
 from brats_helpers.evaluation.networks import Network
 from brats_helpers.evaluation.postprocess import NO_RULES
-from brats_helpers.labels import DataError
+from brats_helpers.labels import MODALITIES, DataError
 from brats_helpers.scoring.overlap import dice
 from brats_helpers.scoring.scores import score_case
 from brats_helpers.training.loop import fit
@@ -109,8 +109,8 @@ def test_other_voxel_sizes_are_resampled_to_the_networks_and_back(tmp_path, spac
 
 
 def test_channels_follow_the_networks_order(checkpoint, tmp_path):
-    (case,) = find_cases(write_tiny_case(tmp_path, "New", seed=9))
-    turned = dataclasses.replace(case, images=dict(reversed(case.images.items())))
+    source = write_tiny_case(tmp_path, "New", seed=9)
+    (case,), (turned,) = find_cases(source), find_cases(source, MODALITIES[::-1])
     networks = [inference.load_network(checkpoint, device=CPU)]
     for name, each in (("a", case), ("b", turned)):
         inference.evaluate(networks, [each], tmp_path / name, **RULES)
@@ -122,10 +122,11 @@ def test_channels_follow_the_networks_order(checkpoint, tmp_path):
 
 
 def test_a_run_that_lacks_a_modality_is_refused_before_anything_is_predicted(checkpoint, tmp_path):
-    cases = [find_cases(write_tiny_case(tmp_path, f"New_{k}", seed=k))[0] for k in range(2)]
-    cases[1] = dataclasses.replace(cases[1], images={"flair": cases[1].images["flair"]})
+    (whole,) = find_cases(write_tiny_case(tmp_path, "New_0", seed=0))
+    (lacking,) = find_cases(write_tiny_case(tmp_path, "New_1", seed=1), ["flair"])
+    networks = [inference.load_network(checkpoint, device=CPU)]
     with pytest.raises(DataError, match="New_1: the network reads flair, t1, t1ce, t2, but there is no t1, t1ce, t2"):
-        inference.evaluate([inference.load_network(checkpoint, device=CPU)], cases, tmp_path / "out", **RULES)
+        inference.evaluate(networks, [whole, lacking], tmp_path / "out", **RULES)
     assert not (tmp_path / "out").exists()
 
 
