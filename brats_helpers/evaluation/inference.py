@@ -92,7 +92,7 @@ def predict_validation(
     for case, packed in zip(cases, prepared, strict=True):
         if case.id in trained_on or len(pairs) == ENOUGH_TO_CHOOSE:
             continue
-        spacing = _stored(case)[1]
+        spacing = stored(case)[1]
         soft = predict(networks, packed, channels=case.modalities, flips=flips, spacing_mm=spacing)
         pairs.append(crop_tumour(_classes(soft), np.asarray(packed.labels)))
     return pairs
@@ -254,10 +254,10 @@ def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | Non
     why = (leaked(networks, [case]) if seen is None else seen).get(case.id)
     if why and seen is None and not allow_leakage:
         raise DataError(said_of({case.id: why}))
-    return _Scans(case, pack(replace(case, seg=None)), *_stored(case), bool(why))
+    return _Scans(case, pack(replace(case, seg=None)), *stored(case), bool(why))
 
 
-def _stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:
+def stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:
     """A case's first image as stored, and the voxel size in mm along X, Y, Z in LPS order."""
     name, path = next(iter(case.images.items()))
     image = read_nifti(path)
@@ -404,8 +404,4 @@ def _same_scans(one: Case, other: Case) -> bool:
     """Whether two cases of one ID have the same images, voxel for voxel."""
     if one.images.keys() != other.images.keys():
         return False
-    for name in one.images:
-        first, second = (image_hash(case.images[name], channel=case.channels.get(name)) for case in (one, other))
-        if first != second:
-            return False
-    return True
+    return all(image_hash(one.read(name)[0]) == image_hash(other.read(name)[0]) for name in one.images)

@@ -163,7 +163,7 @@ def test_patients_that_the_network_has_seen_are_skipped_under_any_name(checkpoin
     assert [path.name for path in written] == ["New_seg.nii.gz"]
     assert list(skipped) == ["Tiny_0"] and skipped["Tiny_0"].startswith("leakage: ")
     renamed = find_cases(write_tiny_case(tmp_path / "again", "Other", seed=0))
-    known = {"Tiny_0": {"group": "Tiny_0", "images": [image_hash(renamed[0].images["t1"])]}}
+    known = {"Tiny_0": {"group": "Tiny_0", "images": [image_hash(renamed[0].read("t1")[0])]}}
     with pytest.raises(DataError, match="Other has a scan that is voxel for voxel one of Tiny_0"):
         list(inference.predict_files([echo(patients=known)], renamed, out, flips=False))
 

@@ -213,7 +213,7 @@ def test_patients_are_recognised_by_id_by_person_and_by_the_scans(tiny_patients,
     assert list(leaked([echo(trained_on=["New"]), echo()], new)) == ["New"]  # one of several networks is enough
     assert leaked([echo()], new) == {}
     (renamed,) = find_cases(write_tiny_case(tmp_path / "again", "Other", seed=0))  # the scans of Tiny_0
-    known = {"Tiny_0": {"content": None, "group": "Tiny_0", "images": [image_hash(renamed.images["t1"])]}}
+    known = {"Tiny_0": {"content": None, "group": "Tiny_0", "images": [image_hash(renamed.read("t1")[0])]}}
     assert "voxel for voxel" in leaked([echo(patients=known)], [renamed])["Other"]
     visit = find_cases(write_tiny_case(tmp_path / "visit", "BraTS-GLI-00001-001", seed=5))
     assert list(leaked([echo(trained_on=["BraTS-GLI-00001-000"])], visit)) == ["BraTS-GLI-00001-001"]
