@@ -189,7 +189,7 @@ def test_the_verb_predicts_into_the_patients_geometry_with_either_kind_or_both(t
     source = write_tiny_case(tmp_path / "new", "New", seed=9)
     case = find_cases(source, ["flair", "t1ce"])[0]
     one, other, both = (
-        inference.predict(inference.load_networks(files, device=CPU), pack(case), flips=True)
+        inference.predict(inference.load_networks(files, device=CPU), pack(case), channels=case.modalities, flips=True)
         for files in ([cubes], [slices], [cubes, slices])
     )
     np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
