@@ -293,9 +293,9 @@ def _classes(soft: np.ndarray) -> np.ndarray:
 
 def said_of(seen: Mapping[str, str]) -> str:
     """Say why patients that a network has seen are not predicted."""
-    patients = "; ".join(f"{case_id} {why}" for case_id, why in seen.items())
+    reasons = "; ".join(f"{case_id} {why}" for case_id, why in seen.items())
     return (
-        f"leakage: the network knows {patients}. Scores there would say nothing about new patients. Leave them out, or"
+        f"leakage: the network has seen {', '.join(seen)} in training ({reasons}). Leave them out, or"
         " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true)."
     )
 

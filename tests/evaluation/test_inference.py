@@ -233,7 +233,7 @@ def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patien
     network = inference.load_network(checkpoint, device=CPU)
     new = find_cases(write_tiny_case(tmp_path, "New", seed=9))
     for seen, name in ((find_cases(tiny_patients)[:1], "Tiny_0"), (find_cases(tiny_patients)[3:], "Tiny_3")):
-        with pytest.raises(DataError, match=f"the network knows {name} has the ID .*allow_leakage"):
+        with pytest.raises(DataError, match=f"has seen {name} in training .*allow_leakage"):
             inference.evaluate([network], new + seen, tmp_path / "out", **RULES)
     assert not (tmp_path / "out").exists()
 
