@@ -1,7 +1,6 @@
 """The command line: `python -m brats_helpers VERB ...`; `--help` lists the verbs."""
 
 import argparse
-import json
 import os
 import sys
 from itertools import groupby
@@ -44,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs.add_parser("run", help="run the notebooks in order, as ./run_all.sh does", add_help=False)
 
+    for add in (_add_train, _add_check, _add_phantom, _add_predict, _add_score, _add_compare, _add_export, _add_report):
+        add(verbs)
+    return parser
+
+
+def _add_train(verbs) -> None:
     verb = verbs.add_parser(
         "train",
         help="train a run that notebook 02 began, in several processes",
@@ -52,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
     verb.set_defaults(verb=_train)
 
+
+def _add_check(verbs) -> None:
     verb = verbs.add_parser(
         "check",
         help="look for faults in a folder of patients",
@@ -65,12 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
     verb.set_defaults(verb=_check)
 
+
+def _add_phantom(verbs) -> None:
     verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
     verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
     verb.add_argument("--cases", metavar="N", type=int, required=True, help="how many patients")
     verb.add_argument("--seed", metavar="S", type=int, default=0, help="the same seed, the same patients; default: 0")
     verb.set_defaults(verb=_phantom)
 
+
+def _add_predict(verbs) -> None:
     verb = verbs.add_parser(
         "predict",
         help="segment patients with a trained network",
@@ -107,11 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--allow-leakage",
         action="store_true",
-        help="predict patients that the network has seen too, and name them in DIR/leakage.json",
+        help="predict patients that the network has seen, too, and name them in DIR/leakage.json",
     )
     verb.add_argument("--fill-missing", action="store_true", help="take a modality that a patient lacks as background")
     verb.set_defaults(verb=_predict)
 
+
+def _add_score(verbs) -> None:
     verb = verbs.add_parser(
         "score",
         help="score segmentations against references",
@@ -152,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(verb=_score)
 
+
+def _add_compare(verbs) -> None:
     verb = verbs.add_parser(
         "compare",
         help="compare two runs patient by patient",
@@ -163,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, every structure and metric")
     verb.set_defaults(verb=_compare)
 
+
+def _add_export(verbs) -> None:
     verb = verbs.add_parser(
         "export",
         help="hand a run's network on, as one file",
@@ -175,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--onnx", action="store_true", help="write ONNX, for use without torch and without this suite")
     verb.set_defaults(verb=_export)
 
+
+def _add_report(verbs) -> None:
     verb = verbs.add_parser(
         "report",
         help="write a run's report again",
@@ -182,13 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
     verb.set_defaults(verb=_report)
-    return parser
 
 
 def _train(options: argparse.Namespace) -> None:
-    from brats_helpers.runs import Run
+    from brats_helpers.runs import Run, RunError
     from brats_helpers.training.launch import train_run
 
+    if not options.run.is_dir():
+        raise RunError(f"{options.run} is no folder. Give the folder of a run that notebook 02 began, runs/NAME.")
     train_run(Run(options.run))
 
 
@@ -306,26 +326,10 @@ def _score(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> None:
     from brats_helpers.files import write_json
-    from brats_helpers.labels import REGIONS, DataError
+    from brats_helpers.labels import REGIONS
     from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare
 
-    metrics = []
-    for path in (options.a, options.b):
-        file = path / "metrics.json" if path.is_dir() else path
-        try:
-            metrics.append(json.loads(file.read_text("utf-8")))
-            for scores in metrics[-1]["cases"].values():
-                _ = [scores[region][metric] for region in REGIONS for metric in ("dice", "hd95_mm")]
-            _ = [metrics[-1][key] for key in ("convention", "rule", "simulated")]
-        except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise DataError(f"{file} holds no metrics ({error}). Run 03_evaluate first, or score --json.") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise DataError(
-                f"{file} is not in the form of metrics.json ({what}). Run 03_evaluate first, or score --json."
-            ) from error
-        if metrics[-1].get("leakage"):
-            warn(f"{path}: its network had seen {', '.join(metrics[-1]['leakage'])}")
+    metrics = [_read_metrics(path) for path in (options.a, options.b)]
     result = compare(*metrics)
     for path, other, only in ((options.a, options.b, "only_a"), (options.b, options.a, "only_b")):
         if result[only]:
@@ -342,6 +346,29 @@ def _compare(options: argparse.Namespace) -> None:
     if options.json:
         write_json(options.json, result)
         done(str(options.json))
+
+
+def _read_metrics(path: Path) -> dict:
+    """Read the metrics of a run's folder or file, in the form of metrics.json."""
+    from brats_helpers.files import read_json
+    from brats_helpers.labels import REGIONS, DataError
+
+    file = path / "metrics.json" if path.is_dir() else path
+    try:
+        metrics = read_json(file)
+        for scores in metrics["cases"].values():
+            _ = [scores[region][metric] for region in REGIONS for metric in ("dice", "hd95_mm")]
+        _ = [metrics[key] for key in ("convention", "rule", "simulated")]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} holds no metrics ({error}). Run 03_evaluate first, or score --json.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{file} is not in the form of metrics.json ({what}). Run 03_evaluate first, or score --json."
+        ) from error
+    if metrics.get("leakage"):
+        warn(f"{path}: its network had seen {', '.join(metrics['leakage'])}")
+    return metrics
 
 
 def _difference(found: dict) -> str:

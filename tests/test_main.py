@@ -222,3 +222,9 @@ def test_score_knows_every_convention(tmp_path, capsys):
         assert main(["score", str(tmp_path), str(tmp_path), "--convention", convention]) == 1  # nothing to score
     with pytest.raises(SystemExit, match="2"):
         main(["score", str(tmp_path), str(tmp_path), "--convention", "brats2032"])
+
+
+@pytest.mark.parametrize("verb", ["train", "report"])
+def test_a_run_that_does_not_exist_is_named_and_not_made(tmp_path, capsys, verb):
+    assert main([verb, str(tmp_path / "typo")]) == 1
+    assert f"❌ {tmp_path / 'typo'} is no" in capsys.readouterr().out and not (tmp_path / "typo").exists()
