@@ -13,6 +13,15 @@ REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 """The challenge's regions as sets of class indices; they overlap."""
 STRUCTURES = REGIONS | {"NCR": (1,), "ED": (2,)}
 """What is scored, as sets of class indices: the regions, and the labels that are no region (the label ET is one)."""
+COLOURS = {
+    "background": "#8C8C8C",
+    "NCR": "#009E73",
+    "ED": "#56B4E9",
+    "ET": "#E69F00",
+    "WT": "#0072B2",
+    "TC": "#CC79A7",
+}
+"""The one colour of each class and region (Okabe and Ito's palette, made for colour-blind readers)."""
 
 
 class DataError(Exception):

@@ -30,8 +30,9 @@ from brats_helpers.data.cases import Case
 from brats_helpers.data.numbering import predicted_as
 from brats_helpers.data.splits import PARTS
 from brats_helpers.evaluation.card import model_card
+from brats_helpers.evaluation.colours import write_colour_tables
 from brats_helpers.files import whole_file
-from brats_helpers.labels import REGIONS, STRUCTURES, DataError
+from brats_helpers.labels import NUMBERINGS, REGIONS, STRUCTURES, USUAL, DataError
 from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
@@ -90,6 +91,9 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     lines = validate(run, reviewed)
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
     _write_card(run)
+    if run.predictions.exists():
+        numbering = manifest.get("labels")
+        write_colour_tables(run.folder, numbering if numbering in NUMBERINGS else USUAL)
 
     pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}

@@ -124,7 +124,9 @@ def fault(kind, random, folder, files, others):
             path.unlink()
         case "halves":
             path = files["seg"]
-            nib.save(nib.Nifti1Image(np.asarray(nib.load(path, mmap=False).dataobj, np.float32) * 0.37, image.affine), path)
+            nib.save(
+                nib.Nifti1Image(np.asarray(nib.load(path, mmap=False).dataobj, np.float32) * 0.37, image.affine), path
+            )
         case "label 9":
             path = files["seg"]
             labels = np.array(nib.load(path, mmap=False).dataobj)

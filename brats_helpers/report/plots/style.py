@@ -13,18 +13,9 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from brats_helpers.files import read_json, whole_file, write_json
-from brats_helpers.labels import CLASSES
+from brats_helpers.labels import CLASSES, COLOURS
 from brats_helpers.runs import FIGURE_REGISTER
 
-COLOURS = {
-    "background": "#8C8C8C",
-    "NCR": "#009E73",
-    "ED": "#56B4E9",
-    "ET": "#E69F00",
-    "WT": "#0072B2",
-    "TC": "#CC79A7",
-}
-"""The one colour of each class and region (Okabe and Ito's palette, made for colour-blind readers)."""
 DASHES = {"background": "-", "NCR": "-.", "ED": "--", "ET": "-", "WT": "--", "TC": "-."}
 MARKERS = {"background": ".", "NCR": "^", "ED": "s", "ET": "o", "WT": "s", "TC": "^"}
 MEANINGS = {
