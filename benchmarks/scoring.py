@@ -1,8 +1,8 @@
 """Time the scoring of one full-size patient on one core, beside medpy, MONAI and surface-distance.
 
-Each tool gets a prediction and a reference of 240 x 240 x 155 voxels and gives Dice and HD95 of WT, TC and ET. The
-peers get ready-made masks of the regions, for which they are not charged. brats_helpers starts from the label maps,
-and its figure is for everything it scores: five structures, seven figures each.
+Each tool gets a prediction and a reference of 240 x 240 x 155 voxels and computes Dice and HD95 of WT, TC and ET. The
+peers get ready-made masks of the regions, whose making is not timed. brats_helpers starts from the label maps, and its
+time is that of everything it scores: five structures with a dozen figures each, surface Dice and lesion F1 among them.
 
 Needs the peers: pip install '.[test]'
 """
@@ -27,7 +27,7 @@ from scipy import ndimage
 from brats_helpers.data.cases import find_segs
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.labels import REGIONS
-from brats_helpers.scoring.rules import CONVENTIONS
+from brats_helpers.scoring.rules import YEARS
 from brats_helpers.scoring.scores import score_case
 
 MM = (1.0, 1.0, 1.0)
@@ -107,7 +107,7 @@ def perturbed(truth: np.ndarray) -> np.ndarray:
 
 
 def measure(pred: np.ndarray, truth: np.ndarray, *, repeats: int) -> dict[str, dict]:
-    """Milliseconds and figures of each tool. The tools take turns, so that a busy moment of the machine hits all."""
+    """Milliseconds and figures of each tool. The tools take turns, so that a busy moment of the machine affects all."""
     import torch
     from medpy.metric.binary import dc, hd95
     from monai.metrics import compute_dice, compute_hausdorff_distance
@@ -127,7 +127,7 @@ def measure(pred: np.ndarray, truth: np.ndarray, *, repeats: int) -> dict[str, d
         return surface_distance.compute_robust_hausdorff(surface_distance.compute_surface_distances(t, p, MM), 95)
 
     tools = {
-        **{f"brats_helpers {name}, everything": {"together": lambda name=name: ours(name)} for name in CONVENTIONS},
+        **{f"brats_helpers {name}, everything": {"together": lambda name=name: ours(name)} for name in YEARS},
         "medpy": {
             "dice": lambda: [dc(p, t) for p, t in masks.values()],
             "hd95": lambda: [hd95(p, t, voxelspacing=MM) for p, t in masks.values()],

@@ -39,6 +39,7 @@ from brats_helpers.report.review import CAUSES, Review, review
 from brats_helpers.report.validation import Mark, tally, validate, write_markdown
 from brats_helpers.report.validation.training import best_epoch, predicted_and_measured
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
+from brats_helpers.scoring.overlap import mean_dice_of_case
 from brats_helpers.scoring.statistics import ENOUGH
 
 _PAGES = Path(__file__).with_name("pages")
@@ -51,6 +52,8 @@ _TERMS = {
     "ED": "oedema",
     "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
     "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
+    "surface Dice": "share of both surfaces within a tolerance of each other, from 0 to 1; higher is better",
+    "lesion F1": "2 TP / (2 TP + FP + FN) over lesions; missed and false lesions lower it, however small they are",
     "95 % interval": "range that likely holds the mean over many such patients, for this one training",
     "lesion-wise": "every lesion counts the same; a missed or false lesion counts as 0, so stray components cost most",
     "best, median, worst": "patients ranked by the mean Dice of WT, TC and ET",
@@ -308,17 +311,14 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def _patients(run: Run, metrics: Mapping) -> list[dict]:
     """The scored patients, the lowest mean Dice first."""
-
-    def dice_sum(item: tuple[str, Mapping]) -> float:
-        return sum(item[1].get(region, {}).get("dice") or 0 for region in REGIONS)
-
+    cases = metrics.get("cases", {})
     return [
         {
             "id": case_id,
             "scores": scores,
             "file": f"{quote(case_id)}_seg.nii.gz" if (run.predictions / f"{case_id}_seg.nii.gz").exists() else None,
         }
-        for case_id, scores in sorted(metrics.get("cases", {}).items(), key=dice_sum)
+        for case_id, scores in sorted(cases.items(), key=lambda item: mean_dice_of_case(item[1]))
     ]
 
 

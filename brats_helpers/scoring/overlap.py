@@ -30,6 +30,16 @@ def mean_dice(by_region: Mapping[str, float | None]) -> float:
     return fmean(counted) if counted else 1.0
 
 
+def mean_dice_of_case(scores: Mapping[str, Mapping[str, float | None]]) -> float:
+    """Mean Dice of WT, TC and ET of one patient of `metrics.json`; see `mean_dice`."""
+    return mean_dice({region: scores.get(region, {}).get("dice") for region in REGIONS})
+
+
+def mean_dice_of_epoch(row: Mapping[str, float]) -> float:
+    """Mean validation Dice of WT, TC and ET in one row of `history.csv`, which the best epoch is chosen by."""
+    return mean_dice({region: row[f"dice_{region}"] for region in REGIONS})
+
+
 def dice_scores(table: np.ndarray) -> dict[str, float]:
     """Dice of each of `STRUCTURES` from one patient's confusion table; 1 if both masks are empty (`brats2020`).
 

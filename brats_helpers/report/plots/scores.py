@@ -42,6 +42,7 @@ from brats_helpers.report.plots.style import (
     title,
     z_window,
 )
+from brats_helpers.scoring.overlap import mean_dice_of_case
 
 
 @styled
@@ -91,7 +92,7 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
 
 def best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
     """IDs by rank; of fewer than three patients, as many as there are."""
-    ranked = sorted(scores, key=lambda case_id: -mean_dice(scores[case_id]))
+    ranked = sorted(scores, key=lambda case_id: -mean_dice_of_case(scores[case_id]))
     picks = {"Best": ranked[0], "Median": ranked[len(ranked) // 2], "Worst": ranked[-1]}
     if len(ranked) < 3:
         del picks["Median"]
@@ -106,11 +107,6 @@ def _number(scores: Mapping, region: str, metric: str) -> float:
     """One figure of one patient; nan where it is missing."""
     value = scores.get(region, {}).get(metric)
     return float("nan") if value is None else float(value)
-
-
-def mean_dice(scores: Mapping) -> float:
-    """Mean Dice of WT, TC and ET of one patient."""
-    return float(np.mean([_number(scores, region, "dice") for region in REGIONS]))
 
 
 @styled
@@ -196,7 +192,7 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
 def patient_dice(metrics: Mapping, *, simulated: bool) -> Figure:
     """Dice of WT, TC and ET of up to `MOST` patients, the worst at the bottom; `metrics` is `metrics.json`."""
     cases = metrics["cases"]
-    ranked = sorted(cases, key=lambda case_id: mean_dice(cases[case_id]))[:MOST]
+    ranked = sorted(cases, key=lambda case_id: mean_dice_of_case(cases[case_id]))[:MOST]
     figure, ax = plt.subplots(figsize=(WIDTH, 1.9 + 0.24 * len(ranked)))
     for region in REGIONS:
         values = [_number(cases[case_id], region, "dice") for case_id in ranked]

@@ -4,9 +4,10 @@ import hashlib
 import math
 from collections.abc import Mapping
 
-from brats_helpers.labels import CLASSES, REGIONS
+from brats_helpers.labels import CLASSES
 from brats_helpers.log import duration
 from brats_helpers.report.validation.facts import Mark, NotDone, RunFacts, line, mark
+from brats_helpers.scoring.overlap import mean_dice_of_epoch
 
 MODEL, TRAINING = "Model architecture", "Training loop"
 _RELATED = 0.5  # cosine of trained and pretrained filters; unrelated filters have 0.00
@@ -94,7 +95,7 @@ def _fell(facts: RunFacts) -> tuple[Mark, str]:
 
 def best_epoch(history: list[dict[str, float]]) -> tuple[int, float]:
     """The first epoch with the highest mean validation Dice of the regions, and that Dice."""
-    means = [sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS) for row in history]
+    means = list(map(mean_dice_of_epoch, history))
     return means.index(max(means)) + 1, max(means)
 
 
