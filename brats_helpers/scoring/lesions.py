@@ -6,6 +6,8 @@ import numpy as np
 from scipy import ndimage, optimize
 from scipy.sparse import coo_matrix, csgraph
 
+from brats_helpers.boxes import bounding_box
+
 _EARLIER_LINES = ((-1, -1), (-1, 0), (-1, 1), (0, -1))  # the neighbours of a line of voxels that come before it
 _ENOUGH_OVERLAP = 1e-6  # Dice from which BraTS-evaluation calls two lesions a match
 _LARGEST_TABLE = 10**8  # lesions by lesions, 800 MB; beyond, only those that overlap are in the table
@@ -103,7 +105,7 @@ class Matching:
     """Lesions of a prediction and a reference, matched one to one by overlap.
 
     Attributes:
-        pred, truth: the lesions.
+        pred, truth: the lesions, in the box around both masks.
         pairs: shape (matches, 2): numbers of a predicted and a reference lesion, from 0.
         dice: Dice of each pair, shape (matches,).
     """
@@ -137,7 +139,8 @@ def match(pred: np.ndarray, truth: np.ndarray) -> Matching:
     The assignment maximises the sum of the pairs' Dice (`MaxBipartiteMatching` of panoptica, which BraTS 2026 uses).
     Of several such assignments it is panoptica's: what does not overlap is in the table too, reference lesions by row.
     """
-    pred, truth = Components.of(pred), Components.of(truth)
+    box = bounding_box(pred, truth)
+    pred, truth = Components.of(pred[box]), Components.of(truth[box])
     run, other = _overlaps(pred.starts, pred.ends, truth.starts, truth.ends)
     shared = np.minimum(pred.ends[run], truth.ends[other]) - np.maximum(pred.starts[run], truth.starts[other])
     overlap = coo_matrix((shared, (pred.number[run], truth.number[other])), shape=(pred.count, truth.count))

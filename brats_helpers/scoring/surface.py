@@ -40,12 +40,12 @@ def _padded(mask: np.ndarray, margin: int) -> np.ndarray:
 
 
 def _edges(mask: np.ndarray) -> np.ndarray:
-    """The voxels of `mask` with a face neighbour outside it; its outermost voxels must be background."""
-    inner = mask.copy()
-    for axis in range(3):
-        for shift in (-1, 1):
-            inner &= np.roll(mask, shift, axis)
-    return mask & ~inner
+    """The voxels of `mask`, C-ordered, with a face neighbour outside it; its outermost voxels must be background."""
+    flat, inner = mask.ravel(), mask.flatten()
+    for step in mask.strides:
+        inner[step:] &= flat[:-step]
+        inner[:-step] &= flat[step:]
+    return mask & ~inner.reshape(mask.shape)
 
 
 def _nearest(points: np.ndarray, targets: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
