@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever is killed in between."""
+"""Files and folders that are complete or absent, even if the process is killed while it writes."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import IO, Any
 
 PART = ".part-"
-"""How the names of unfinished folders begin; nobody else's files are called so."""
+"""How the names of unfinished folders begin."""
 _STALE_S = 24 * 3600  # nothing takes so long to write
 
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write that takes its name only when it is whole and on disk; until then the old one stays.
+    """Open a file to write that takes its name only when it is complete and on disk; until then the old one stays.
 
-    Of several writers at once the last to finish is kept.
+    If several processes write it at once, the last to finish wins.
     """
     sweep(path.parent)
     with part_folder(path.parent) as folder:
@@ -68,7 +68,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def part_folder(beside: Path) -> Iterator[Path]:
-    """A hidden folder inside `beside` to work in; rename it when whole. `sweep` removes what a kill leaves."""
+    """Yield a hidden folder inside `beside` to work in; rename what is complete. `sweep` removes what a kill leaves."""
     folder = beside / f"{PART}{processes()}-{os.getpid()}-{secrets.token_hex(8)}"
     folder.mkdir(parents=True)
     try:
@@ -91,31 +91,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(beside: Path) -> None:
-    """Remove the folders of `part_folder` whose process is no more, or that are a day old.
+    """Remove the folders of `part_folder` whose process has ended, or that are a day old.
 
-    The day is for those of other machines and containers, whose processes cannot be asked.
+    The age decides for other machines and containers, whose processes are not visible here.
     """
     for folder in beside.glob(f"{PART}*"):
         own = re.fullmatch(rf"{PART}{processes()}-(\d+)-[0-9a-f]+", folder.name)
-        with suppress(OSError):  # somebody else swept it
+        with suppress(OSError):  # another process swept it
             if (own and not alive(int(own[1]))) or time.time() - folder.stat().st_mtime > _STALE_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this number is there, among those that `processes` stands for."""
+    """Whether a process with this number runs, among those that `processes` stands for."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # it belongs to another user
     return True
 
 
 @cache
 def processes() -> str:
-    """Stands for all among whom a process number is unique: a machine since its start, or one container of it."""
+    """Return a digest of the scope in which a process number is unique: this boot of this machine or container."""
     facts = [platform.node()]
     with suppress(OSError):  # Linux alone has these
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text("utf-8"), os.readlink("/proc/self/ns/pid")]

@@ -1,4 +1,4 @@
-"""Files that are whole, whoever else writes and whatever is killed."""
+"""Files are complete, even with other writers and after kills."""
 
 import ast
 import os
