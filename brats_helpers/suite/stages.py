@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def _execute(plan: Plan, run: Run, stage: str) -> None:
             os.replace(unfinished, path)
         raise
     os.replace(unfinished, path)
+    with suppress(OSError):  # another failed notebook is still there
+        unfinished.parent.rmdir()
 
 
 def _unfinished(run: Run, stage: str) -> Path:
