@@ -14,6 +14,7 @@ LABELS_HELP = (
     "how the masks are numbered: brats2020, brats2023, msd (Decathlon, nnU-Net), brats2012, gli2024, ped, met2025,"
     " menrt; default: auto, by names, numbers and anatomy"
 )
+FILL_HELP = "take a modality that a patient lacks as background"
 
 
 def main(argv: list[str]) -> int:
@@ -68,6 +69,7 @@ def _add_check(verbs) -> None:
     verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
     verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
     verb.add_argument("--labels", metavar="NAME", default="auto", help=LABELS_HELP)
+    verb.add_argument("--fill-missing", action="store_true", help=FILL_HELP)
     verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
     verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
     verb.set_defaults(verb=_check)
@@ -120,7 +122,7 @@ def _add_predict(verbs) -> None:
         action="store_true",
         help="predict patients that the network has seen, too, and name them in DIR/leakage.json",
     )
-    verb.add_argument("--fill-missing", action="store_true", help="take a modality that a patient lacks as background")
+    verb.add_argument("--fill-missing", action="store_true", help=FILL_HELP)
     verb.set_defaults(verb=_predict)
 
 
@@ -220,7 +222,8 @@ def _check(options: argparse.Namespace) -> int:
     from brats_helpers.labels import MODALITIES, DataError
 
     try:
-        found = survey(options.data, options.modalities.split(",") if options.modalities else MODALITIES)
+        modalities = options.modalities.split(",") if options.modalities else MODALITIES
+        found = survey(options.data, modalities, fill_missing=options.fill_missing)
         if not found.cases:
             raise DataError(found.nothing())
         try:

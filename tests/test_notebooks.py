@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill
 
-from brats_helpers.runs import NEEDS
+from brats_helpers.runs import NEEDS, Run
 from brats_helpers.suite.plan import profiles, read_notebooks, read_profile
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,7 @@ def test_splits_metrics_and_predictions_are_of_the_same_patients(smoke):
     assert [len(splits[part]) for part in ("train", "val", "test")] == [1, 1, 1]
     assert len({*splits["train"], *splits["val"], *splits["test"]}) == 3
     assert list(metrics["cases"]) == splits["test"] and metrics["simulated"] is True
+    assert list(metrics["networks"]) == ["checkpoints/best.pt"] and not Run(smoke).outdated
     assert "373.12866" in metrics["convention"]
     for region in ("WT", "TC", "ET"):
         assert {"dice", "hd95_mm"} <= set(metrics["cases"][splits["test"][0]][region])

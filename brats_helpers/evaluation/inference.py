@@ -120,16 +120,17 @@ def evaluate(
 
     Returns:
         See `scoring.scores.collect`; patients without a reference or with a fault are named under `not_scored`.
-        Also `postprocess`: what the rules changed in `test`, see `postprocess.gain`; and `uncertainty`: see
-        `uncertainty.collect`, with the number of `checkpoints` and whether there were `flips`.
+        Also `filled`: by ID, the modalities taken as background; `postprocess`: what the rules changed in `test`, see
+        `postprocess.gain`; and `uncertainty`: see `uncertainty.collect`, with the number of `checkpoints` and whether
+        there were `flips`.
 
     Raises:
-        DataError: a network has seen a patient, or a patient lacks a modality; nothing is predicted then.
+        DataError: a network has seen a labelled patient, or a patient lacks a modality; nothing is predicted then.
     """
     cases = in_order(networks, cases)
     seen = leaked(networks, cases, hashes=hashes)
-    if seen and not allow_leakage:
-        raise DataError(said_of(seen))
+    if not allow_leakage:
+        _refuse_seen(cases, seen)
     convention = rule_for(convention, cases=[case.id for case in cases]).name
     asked = how.get("numbering", AUTO)
     scores, raw, doubts, faults = {}, [], {}, {}
@@ -151,6 +152,7 @@ def evaluate(
     averaged = {"checkpoints": len(networks), "flips": how["flips"]}
     return metrics | {
         "labels": {"predictions": asked, "references": count_numberings(case for case in cases if case.seg)},
+        "filled": {case.id: list(case.missing) for case in cases if case.missing},
         "postprocess": {"test": gain(raw, after)},
         "uncertainty": averaged | uncertainty.collect(doubts),
     }
@@ -187,8 +189,8 @@ def predict_files(
         Predictions in the order of `cases`.
 
     Raises:
-        DataError: `folder` is a patient's own. If `skipped` is None also: a network has seen a patient, a patient
-            lacks a modality, or its files have a fault, see `cache.pack`.
+        DataError: `folder` is a patient's own. If `skipped` is None also: a network has seen a labelled patient, a
+            patient lacks a modality, or its files have a fault, see `cache.pack`.
     """
     for case in cases:
         if case.folder.resolve() == folder.resolve():
@@ -198,8 +200,8 @@ def predict_files(
             )
     if skipped is None and seen is None:
         seen = leaked(networks, in_order(networks, cases))
-        if seen and not allow_leakage:
-            raise DataError(said_of(seen))
+        if not allow_leakage:
+            _refuse_seen(cases, seen)
     folder.mkdir(parents=True, exist_ok=True)
 
     def read(case: Case) -> _Scans:
@@ -232,8 +234,16 @@ def predict_files(
             except (DataError, ValueError) as error:
                 skip(scans.case, error)
                 continue
-            done(f"{scans.case.id}: {path}{'' if scans.case.seg else ' (unlabelled)'}")
+            done(f"{scans.case.id}: {path}{_remarks(scans.case)}")
             yield Prediction(scans.case, scans.packed, soft, path)
+
+
+def _remarks(case: Case) -> str:
+    """What the line about a prediction says besides, in brackets."""
+    remarks = [] if case.seg else ["unlabelled"]
+    if case.missing:
+        remarks.append(f"{', '.join(case.missing)} taken as background")
+    return f" ({'; '.join(remarks)})" if remarks else ""
 
 
 Item = TypeVar("Item")
@@ -289,6 +299,13 @@ def _write(
 
 def _classes(soft: np.ndarray) -> np.ndarray:
     return soft.argmax(axis=1).astype(np.uint8)
+
+
+def _refuse_seen(cases: Iterable[Case], seen: Mapping[str, str]) -> None:
+    """Raise `DataError` if a network has seen a patient who can be scored; no score comes of the others."""
+    scorable = {case.id: seen[case.id] for case in cases if case.seg and case.id in seen}
+    if scorable:
+        raise DataError(said_of(scorable))
 
 
 def said_of(seen: Mapping[str, str]) -> str:

@@ -171,7 +171,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         folds: its finished folds.
         device, flips, convention, labels: as for notebook 03.
     """
-    scores, by_fold = {}, [read_json(fold.metrics) for fold in folds]
+    scores, filled, by_fold = {}, {}, [read_json(fold.metrics) for fold in folds]
     leakage = sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]})
     unlabelled = read_json(run.splits)["unlabelled"]
     with whole_folder(run.predictions) as predictions:
@@ -179,6 +179,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
             write_json(predictions / "leakage.json", leakage)
         for fold, metrics in zip(folds, by_fold, strict=True):
             scores |= metrics["cases"]
+            filled |= metrics.get("filled", {})
             for case_id in metrics["cases"]:
                 shutil.copy(fold.predictions / f"{case_id}_seg.nii.gz", predictions)
         if unlabelled:
@@ -201,7 +202,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
         not_scored=dict.fromkeys(unlabelled, "unlabelled"),
         leakage=leakage,
     )
-    metrics["labels"] = {"predictions": labels}
+    metrics |= {"labels": {"predictions": labels}, "filled": filled}
     write_cases_csv(run.cases_csv, metrics)
     write_json(run.metrics, metrics)
 

@@ -18,7 +18,7 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
 from brats_helpers.data.numbering import number, resolve
-from brats_helpers.labels import DataError
+from brats_helpers.labels import MODALITIES, DataError
 
 SCRIPTS = Path(__file__).parents[3] / "shared" / "cases"
 
@@ -301,6 +301,9 @@ def test_r28_missing_modalities_are_background_on_request(made):
         assert [bool(pack(case).images[:, k].any()) for k in range(4)] == [k != channel for k in range(4)]
     report = audit(found, cases, workers=1, cache_dir=None)
     assert report["summary"]["codes"] == {"filled-modality": 4}
+    code, codes, said = checked(out, "--fill-missing")
+    assert code == 0 and [*codes.values()].count({"filled-modality"}) == 4
+    assert all(f"No {name}: as requested" in said for name in MODALITIES)
 
 
 # --- r29: one patient twice

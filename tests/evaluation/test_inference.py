@@ -12,11 +12,11 @@ import torch
 
 from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack
-from brats_helpers.data.cases import find_cases
+from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.content import image_hash
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation import inference
-from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.evaluation.folders import read_leakage, score_folders
 from brats_helpers.evaluation.networks import Network
 from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.labels import MODALITIES, DataError
@@ -236,6 +236,30 @@ def test_a_network_is_not_scored_on_patients_it_has_seen(checkpoint, tiny_patien
         with pytest.raises(DataError, match=f"has seen {name} in training .*allow_leakage"):
             inference.evaluate([network], new + seen, tmp_path / "out", **RULES)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unlabelled_visit_of_somebody_seen_in_training_stops_nobody(tmp_path):
+    (new,) = find_cases(write_tiny_case(tmp_path, "P02_2002.02.02", seed=1))
+    (visit,) = find_cases(write_tiny_case(tmp_path, "P01_2002.02.02", seed=2, labelled=False))
+    (network, out) = echo(trained_on=["P01_2001.01.01"]), tmp_path / "out"
+    metrics = inference.evaluate([network], [new, visit], out, **RULES)
+    assert list(metrics["cases"]) == [new.id] and metrics["leakage"] == []
+    assert list(inference.predict_files([network], [visit], tmp_path / "again", flips=False))
+    for folder in (out, tmp_path / "again"):  # `score` refuses it should a segmentation turn up
+        assert read_leakage(folder) == {visit.id}
+
+
+def test_modalities_taken_as_background_are_named_in_every_output(checkpoint, tmp_path, capsys):
+    folder = write_tiny_case(tmp_path / "in", "New", seed=9, modalities=["flair", "t1", "t1ce"])
+    cases = survey(folder, fill_missing=True).cases
+    metrics = inference.evaluate([inference.load_network(checkpoint, device=CPU)], cases, tmp_path / "a", **RULES)
+    assert metrics["filled"] == {"New": ["t2"]}
+    argv = ["predict", str(folder), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b"), "--fill-missing"]
+    capsys.readouterr()
+    assert main([*argv, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "New: No t2: as requested, every voxel there counts as background." in said
+    assert "New_seg.nii.gz (t2 taken as background)" in said
 
 
 def test_allowed_leakage_is_named_wherever_the_predictions_go(checkpoint, tiny_patients, tmp_path):
