@@ -21,10 +21,11 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.machine import choose_device, choose_precision, describe
 from brats_helpers.training.augment import STRENGTHS, augment, generators
-from brats_helpers.training.dataset import BalancedSampler, Slices, make_loader
+from brats_helpers.training.batch import Draw
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model
-from brats_helpers.training.patches import SLICES
+from brats_helpers.training.preflight import SLICES
+from brats_helpers.training.slices import Slices
 from brats_helpers.training.steps import gradients
 
 
@@ -42,17 +43,20 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device(options.device)
     batch_size = SLICES[device.type]
-    slices = Slices([pack(find_cases(options.cases, ["flair", "t1ce"])[0])], context_slices=0, size=(192, 160))
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=choose_precision(device))
+    slices = Slices([pack(find_cases(options.cases, ["flair", "t1ce"])[0])], context_slices=0, window=(192, 160))
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    precision = {"no": "float32"}.get(choose_precision(device), choose_precision(device))
+    scaled = {"precision": precision, "scaler": torch.amp.GradScaler(device.type, enabled=precision == "fp16")}
     network = build_model(encoder=PACKAGED_ENCODER, weights="none", in_channels=4)
     criterion = CrossEntropyDice(class_weights=(1, 1, 1, 1)).to(device)
     model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters()))
-    sampler = BalancedSampler(slices, n=batch_size * (options.repeats + 1), foreground=0.7, seed=0)
+    spread = range(0, len(slices), len(slices) // batch_size)[:batch_size]
+    batch = slices.__getitems__([Draw(item, (192, 160), item) for item in spread])
 
     whole, alone = ({strength: [] for strength in STRENGTHS} for _ in range(2))
     peers = {"MONAI": by_monai(), "TorchIO": by_torchio(), "Kornia": by_kornia()}  # on the CPU
     alone |= {f"basic by {name}": [] for name in peers}
-    for turn, batch in enumerate(make_loader(slices, batch_size=batch_size, workers=0, sampler=sampler)):
+    for turn in range(options.repeats + 1):
         four, one = batch.images.repeat(1, 2, 1, 1), batch.masks[:, None].float()
         for name, change in peers.items():
             started = time.perf_counter()
@@ -60,12 +64,16 @@ def main() -> None:
             alone[f"basic by {name}"].append(time.perf_counter() - started)
         first = turn % len(STRENGTHS)  # whoever comes after the others finds the caches cold
         for strength in STRENGTHS[first:] + STRENGTHS[:first]:
-            how = {"strength": strength, "modalities": 4, "generators": generators(0, 0, range(batch_size))}
+            how = {
+                "strength": strength,
+                "modalities": 4,
+                "generators": generators(range(turn * batch_size, (turn + 1) * batch_size)),
+            }
             started = time.perf_counter()
             images, masks = augment(four.to(device), batch.masks.to(device), **how)
             images.sum().item()  # waits for a GPU
             alone[strength].append(time.perf_counter() - started)
-            gradients(model, criterion, images, masks, accelerator, batch_size).item()
+            gradients(model, criterion, images, masks, accelerator=accelerator, micro_batch=batch_size, **scaled).item()
             optimizer.step()
             whole[strength].append(time.perf_counter() - started)
 

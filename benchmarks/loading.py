@@ -40,7 +40,10 @@ from brats_helpers.data.phantom import make_cases
 from brats_helpers.evaluation.inference import load_network, predict
 from brats_helpers.labels import REGIONS
 from brats_helpers.scoring.scores import score_case
-from brats_helpers.training.dataset import BalancedSampler, Slices, make_loader
+from brats_helpers.training.batch import Draw
+from brats_helpers.training.dataset import make_loader
+from brats_helpers.training.sampler import BalancedBatches
+from brats_helpers.training.slices import Slices
 
 BATCH = 32
 WORKERS = 2
@@ -90,7 +93,7 @@ def main() -> None:
         gzipped = [find_cases(folder)[0] for folder in folders]
         cases = [unpacked(case, work / "nii") for case in gzipped]
         packed = prepare(cases, cache_dir=work / "cache", workers=WORKERS)
-        size = Slices(packed, context_slices=0).size
+        size = Slices(packed, context_slices=0, window=None).size
         results = {"machine": machine(), "repeats": options.repeats, "patients": len(cases), "size": size}
         print(f"{results['machine']}\n{len(cases)} simulated patients, slices of {size[0]} x {size[1]}")
         print(f"medians of {options.repeats} or more (lowest to highest)", flush=True)
@@ -191,7 +194,7 @@ def prepare_s(row: str, tools: Tools, work: Path, n_cases: int, sizes: dict[str,
 
 
 def ceiling(tools: Tools, cases: Sequence[Case], packed: Sequence[Packed], work: Path) -> None:
-    slices = Slices(packed, context_slices=0)
+    slices = Slices(packed, context_slices=0, window=None)
     shape = (len(slices), 4, *slices.size)
     single, half = (
         np.lib.format.open_memmap(work / f"{np.dtype(dtype)}.npy", "w+", dtype, shape)
@@ -199,7 +202,8 @@ def ceiling(tools: Tools, cases: Sequence[Case], packed: Sequence[Packed], work:
     )
     labels = np.lib.format.open_memmap(work / "labels.npy", "w+", np.uint8, (len(slices), *slices.size))
     for start in range(0, len(slices), BATCH):
-        batch = slices.__getitems__(range(start, min(start + BATCH, len(slices))))
+        items = range(start, min(start + BATCH, len(slices)))
+        batch = slices.__getitems__([Draw(item, slices.size) for item in items])
         place = slice(start, start + BATCH)
         single[place], half[place], labels[place] = batch.images, batch.images.half(), batch.masks
 
@@ -235,11 +239,11 @@ def ceiling(tools: Tools, cases: Sequence[Case], packed: Sequence[Packed], work:
 
 
 def ours(tools: Tools, cases: Sequence[Case], gzipped: Sequence[Case], packed: Sequence[Packed]) -> None:
-    slices = Slices(packed, context_slices=0)
+    slices = Slices(packed, context_slices=0, window=None)
 
     def load(workers: int) -> Stream:
-        sampler = BalancedSampler(slices, n=1000 * BATCH, foreground=-1, seed=0)
-        for batch in make_loader(slices, batch_size=BATCH, workers=workers, sampler=sampler):
+        batches = BalancedBatches(slices, n=1000 * BATCH, batch_size=BATCH, foreground=-1, seed=0)
+        for batch in make_loader(slices, batches, workers=workers, device=torch.device("cpu")):
             yield batch.images, batch.masks
 
     def pack_all(cases: Sequence[Case], folder: Path) -> Path:

@@ -140,14 +140,14 @@ def index(place: Path):
     from brats_helpers.data.cache import prepare
     from brats_helpers.data.cases import survey
     from brats_helpers.data.splits import split_cases
-    from brats_helpers.training.dataset import Slices
+    from brats_helpers.training.dataset import samples
 
     prepare(survey(place / "data").cases, cache_dir=place / "cache", workers=os.cpu_count())
 
     def job():
         packed = prepare(survey(place / "data").cases, cache_dir=place / "cache", workers=1)
         split_cases(packed, split="0.8,0.1,0.1", seed=0)
-        Slices(packed, context_slices=0)
+        samples(packed, context_slices=0, patch_size=0)
 
     return job
 
@@ -203,7 +203,7 @@ def evaluation(place: Path):
 def settings():
     """Those of notebook 02, with the encoder whose weights are in a package, for one epoch."""
     from brats_helpers.suite.plan import read_notebooks
-    from brats_helpers.training.patches import SLICES
+    from brats_helpers.training.preflight import SLICES
     from brats_helpers.training.settings import Settings
 
     own = {name: p.default for name, p in read_notebooks(ROOT)["02_train"].parameters.items()}

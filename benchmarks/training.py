@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,11 +39,14 @@ from brats_helpers.labels import labels_to_classes
 from brats_helpers.machine import choose_device, choose_precision, describe
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.suite.plan import read_notebooks
-from brats_helpers.training.dataset import Batch, Slices
-from brats_helpers.training.loop import fit, mean_dice, validate
+from brats_helpers.training.batch import Batch
+from brats_helpers.training.dataset import samples
+from brats_helpers.training.loop import fit, validate
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model, train_mode
-from brats_helpers.training.patches import SLICES
+from brats_helpers.training.preflight import SLICES
+from brats_helpers.training.progress import mean_dice
+from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.settings import Settings
 
 PARTS = ("overhead", "time", "transfer")
@@ -148,11 +152,11 @@ KEYS = ("slices_per_s", "waiting")
 
 def bare(settings: Settings, train: list[Packed], device: torch.device) -> dict[str, float]:
     """Forward, backward and step over batches that are in memory already, and nothing else."""
-    slices = Slices(train, context_slices=settings.context_slices)
+    data = samples(train, context_slices=settings.context_slices, patch_size=0)
     size, steps = settings.batch_size, settings.slices_per_epoch // settings.batch_size
-    random = np.random.default_rng(0)
-    batches = [slices.__getitems__(random.integers(len(slices), size=size)) for _ in range(min(steps, 8))]
-    batches = [(batch.images.to(device), batch.masks.to(device)) for batch in batches]
+    how = {"n": settings.slices_per_epoch, "batch_size": size, "foreground": settings.foreground, "seed": 0}
+    drawn = islice(BalancedBatches(data, **how), 8)
+    batches = [data.__getitems__(draws).to(device)[:2] for draws in drawn]
     network, criterion = build(settings, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr)
     train_mode(network, frozen_statistics=settings.frozen_statistics)
@@ -192,7 +196,7 @@ def compete(settings, train: list[Packed], val: list[Packed], cases: list[Case],
     ours = points(run(settings, train, val, device), settings)
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
         plain = [uncompressed(case, Path(folder)) for case in cases]
-        recipe = replaced_recipe(settings, plain[len(val) :], plain[: len(val)], device, limit_s=limit_s)
+        recipe = replaced_recipe(settings, plain[len(val) :], plain[: len(val)], val, device, limit_s=limit_s)
     return {"this suite": [ours], "the recipe that it replaces": [recipe]}
 
 
@@ -215,11 +219,14 @@ def uncompressed(case: Case, folder: Path) -> Case:
     return dataclasses.replace(case, images=images, seg=plain(case.seg))
 
 
-def replaced_recipe(settings, train: list[Case], val: list[Case], device, *, limit_s: float) -> list:
+def replaced_recipe(
+    settings, train: list[Case], val: list[Case], packed: list[Packed], device, *, limit_s: float
+) -> list:
     """Seconds of training, and validation Dice, thirty times until the target or `limit_s`."""
     network, criterion = build(settings, device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=choose_precision(device))
+    precision = choose_precision(device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     network, optimizer = accelerator.prepare(network, optimizer)
     curve, spent = [], 0.0
     network.train()
@@ -232,7 +239,8 @@ def replaced_recipe(settings, train: list[Case], val: list[Case], device, *, lim
         now = spent + time.perf_counter() - began
         if now < (len(curve) + 1) * limit_s / 30:
             continue
-        scores = validate(network, recipe_volumes(val, device), len(val), criterion, accelerator, None)
+        how = {"precision": {"no": "float32"}.get(precision, precision), "at_once": 16}
+        scores = validate(network, recipe_volumes(val), packed, criterion, accelerator, **how)
         curve.append((now, mean_dice(scores)))
         print(f"the recipe after {now:.0f} s: Dice {curve[-1][1]:.3f}", flush=True)
         if curve[-1][1] >= TARGET or now > limit_s:
@@ -252,14 +260,15 @@ def recipe_batches(cases: list[Case], seed: int) -> Iterator[tuple[torch.Tensor,
             yield read_slices([places[k] for k in order[first : first + 4]])
 
 
-def recipe_volumes(cases: list[Case], device: torch.device) -> Iterator[Batch]:
+def recipe_volumes(cases: list[Case]) -> Iterator[Batch]:
     """Every slice of the validation patients in order, as the recipe reads them."""
     for k, case in enumerate(cases):
         depth = nib.load(case.seg).shape[2]
         for first in range(0, depth, 16):
             places = range(first, min(first + 16, depth))
             images, masks = read_slices([(case, z) for z in places])
-            yield Batch(images.to(device), masks.to(device), torch.tensor([(k, z) for z in places], device=device))
+            index = torch.tensor([(k, z) for z in places])
+            yield Batch(images, masks, index, torch.zeros(len(places), 3, 3), (None,) * len(places))
 
 
 def read_slices(places: list[tuple[Case, int]]) -> tuple[torch.Tensor, torch.Tensor]:

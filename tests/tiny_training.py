@@ -11,8 +11,8 @@ SETTINGS = Settings(
     modalities=("flair", "t1", "t1ce", "t2"),
     encoder="tu-tf_mobilenetv3_small_minimal_100",
     encoder_weights="none",
-    context_slices=0,
     decoder=(256, 128, 64, 32, 16),
+    context_slices=0,
     patch_size=0,
     epochs=3,
     minutes=0,
@@ -33,7 +33,8 @@ SETTINGS = Settings(
     precision="float32",
     seed=0,
 )
-
+CUBES = dataclasses.replace(SETTINGS, encoder="monai-unet", patch_size=32, batch_size=2, slices_per_epoch=4, epochs=2)
+"""Of a network of 3D patches."""
 
 HOW = {
     "device": torch.device("cpu"),
@@ -44,6 +45,21 @@ HOW = {
 }
 
 
-def fit_tiny(prepared, folder, how=None, **changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    return fit(settings, prepared[:3], prepared[3:], folder, **HOW | (how or {}))
+def fit_tiny(prepared, folder, how=None, settings=SETTINGS, **changes):
+    """Train on all prepared cases but the fourth, which validates."""
+    return fit(dataclasses.replace(settings, **changes), prepared[:3], prepared[3:], folder, **HOW | (how or {}))
+
+
+def stop(history):
+    """As `follow`: stop the training after its first epoch."""
+    raise KeyboardInterrupt
+
+
+def weights(folder, name="last.pt"):
+    """The content of a checkpoint."""
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def same(a, b):
+    """Whether two state dicts are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

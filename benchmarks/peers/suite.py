@@ -13,7 +13,7 @@ from brats_helpers.evaluation.inference import load_networks, predict_files
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.suite.plan import read_notebooks, read_profile
 from brats_helpers.training.loop import fit
-from brats_helpers.training.patches import SLICES
+from brats_helpers.training.preflight import SLICES
 from brats_helpers.training.settings import Settings
 
 

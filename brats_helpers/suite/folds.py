@@ -217,7 +217,7 @@ def compare_by_validation(run: Run, places: Mapping[str, Sequence[str]]) -> pd.D
         run: the sweep.
         places: by the name of a combination, the places of its folds in the run's folder.
     """
-    from brats_helpers.training.loop import mean_dice
+    from brats_helpers.training.progress import mean_dice
 
     dice = {}
     for name, own_places in places.items():

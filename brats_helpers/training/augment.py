@@ -14,9 +14,9 @@ from torch.nn import functional as F
 STRENGTHS = ("none", "basic", "strong")
 
 
-def generators(seed: int, epoch: int, positions: Iterable[int]) -> list[torch.Generator]:
-    """Random numbers for slices by their positions in an epoch, whichever batch, process or worker they are in."""
-    return [torch.Generator().manual_seed(seed_of(seed, epoch, position)) for position in positions]
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """Random numbers for samples by their seeds, whichever batch, process or worker they are in."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def seed_of(*key: int) -> int:
@@ -86,7 +86,7 @@ def _move(images, masks, generators, *, turn: float, scale: float, bend: float):
     skew[:, *torch.tril_indices(n, n, -1)] = angles
     matrix = torch.linalg.matrix_exp(skew - skew.mT) * zoom * sizes / sizes[:, None]
     matrix[:, :, 0] *= flip
-    theta = torch.cat([matrix, shift], dim=2).to(images.device)
+    theta = torch.cat([matrix, shift], dim=2).to(images.device, non_blocking=True)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     if bend:
         grid = grid + _field(n, 6, bend, images, generators).movedim(1, -1)
@@ -98,11 +98,12 @@ def _move(images, masks, generators, *, turn: float, scale: float, bend: float):
 def _field(channels: int, knots: int, amount: float, images, generators):
     """Smooth fields over each sample, of up to `amount`: cubic surfaces through random knots."""
     sizes = images.shape[2:]
-    field = _uniform((channels, *[knots] * len(sizes)), -amount, amount, generators).to(images.device)
+    field = _uniform((channels, *[knots] * len(sizes)), -amount, amount, generators)
+    field = field.to(images.device, non_blocking=True)
     eye = torch.eye(knots)[None, None]
     for axis, size in enumerate(sizes, 2):
         spread = F.interpolate(eye, (size, knots), mode="bicubic", align_corners=True)[0, 0]
-        field = _along(field, spread.to(images.device), axis)
+        field = _along(field, spread.to(images.device, non_blocking=True), axis)
     return field
 
 
@@ -117,9 +118,9 @@ def _intensity(images, modalities: int, generators, *, amount: float):
     images = images.unflatten(1, (-1, modalities))  # slices
     space = (1, *range(3, images.ndim))
     shape = (1, modalities, *[1] * (images.ndim - 3))
-    contrast = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
-    brightness = _uniform(shape, -amount, amount, generators).to(images.device)
-    gamma = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device)
+    contrast = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device, non_blocking=True)
+    brightness = _uniform(shape, -amount, amount, generators).to(images.device, non_blocking=True)
+    gamma = torch.exp(_uniform(shape, -amount, amount, generators)).to(images.device, non_blocking=True)
     low = images.amin(dim=space, keepdim=True)
     span = (images.amax(dim=space, keepdim=True) - low).clamp_min(1e-3)
     bent = torch.pow(((images - low) / span).clamp_min(1e-6), gamma) * span + low
@@ -133,11 +134,11 @@ def _coarsen(images, modalities: int, generators):
     pitch = _uniform((modalities,), -2, 2, generators).clamp_min(1).repeat(1, slices).flatten()
     chosen = ((sigma > 0) | (pitch > 1)).nonzero()[:, 0]
     channels = images.flatten(0, 1)
-    coarse = channels[chosen.to(images.device)]
+    coarse = channels[chosen.to(images.device, non_blocking=True)]
     for axis, size in enumerate(images.shape[2:], 1):
         matrices = _resampling(size, pitch[chosen]) @ _gaussian(size, sigma[chosen])
-        coarse = _along(coarse, matrices.to(images.device), axis)
-    return channels.index_copy(0, chosen.to(images.device), coarse).view_as(images)
+        coarse = _along(coarse, matrices.to(images.device, non_blocking=True), axis)
+    return channels.index_copy(0, chosen.to(images.device, non_blocking=True), coarse).view_as(images)
 
 
 def _gaussian(size: int, sigma: torch.Tensor) -> torch.Tensor:
@@ -173,4 +174,4 @@ def _present(images, modalities: int, generators):
     lost = _uniform((), 0, 1, generators) < (0.1 if modalities > 1 else 0)
     which = _uniform((), 0, modalities, generators).long()
     missing = lost[:, None] & (torch.arange(images.shape[1]) % modalities == which[:, None])
-    return ~missing.to(images.device)[(...,) + (None,) * (images.ndim - 2)]
+    return ~missing.to(images.device, non_blocking=True)[(...,) + (None,) * (images.ndim - 2)]

@@ -1,8 +1,9 @@
 """Checkpoint files: one format, written whole or not at all."""
 
 import hashlib
+import pickle
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from brats_helpers.training.model_zip import is_model, read_model
 
 FORMAT = 3
 """Of the checkpoints; raised when their content changes. Checkpoints of another format are refused."""
+
+
+class WeightsError(Exception):
+    """The weights to start from cannot be had; the message says why and names the ways out."""
 
 
 class CheckpointError(DataError):
@@ -65,16 +70,48 @@ def fingerprint(cases: Sequence[Packed]) -> str:
 
 def learnt_from(weights: str) -> list[str]:
     """IDs of the patients that a network has seen when it starts from `weights`, see `model.build_model`."""
+    start = _start(weights)
+    return [*start["train_cases"], *start["val_cases"]] if start else []
+
+
+def with_start(facts: Mapping, weights: str) -> dict:
+    """Add to the facts of a training the patients that its start, the checkpoint `weights`, has seen.
+
+    Args:
+        facts: see `loop.fit`.
+        weights: see `model.build_model`.
+    """
+    start = _start(weights)
+    before = start["facts"].get("patients", {}) if start else {}
+    return {**facts, "patients": {**before, **facts.get("patients", {})}} if before else dict(facts)
+
+
+def _start(weights: str) -> dict | None:
+    """The checkpoint that a training starts from; None if it starts from other weights."""
     if weights in ("imagenet", "none"):
-        return []
-    if is_model(Path(weights)):
-        state = read_checkpoint(Path(weights))
-    else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    if "model" not in state:
-        return []
-    check_format(weights, state)
-    return state["train_cases"] + state["val_cases"]
+        return None
+    state = read_weights(weights)
+    return state if "model" in state else None
+
+
+def read_weights(path: str) -> dict:
+    """Load a file with an encoder's weights, or a checkpoint, onto the CPU.
+
+    Raises:
+        WeightsError: there is no such file, or torch cannot read it.
+        CheckpointError: it is a checkpoint of another format.
+    """
+    if is_model(Path(path)):
+        return read_checkpoint(Path(path))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
+    if "model" in state:
+        check_format(path, state)
+    return state
 
 
 def versions() -> dict[str, str]:

@@ -8,9 +8,11 @@ under `accelerate launch` or torchrun trains on several machines that see the sa
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def launch(
     *,
     processes: int,
     device: torch.device,
+    facts: Mapping | None = None,
     follow: Callable[[list[dict]], None] | None = None,
     **how,
 ) -> list[dict[str, float]]:
@@ -50,6 +53,7 @@ def launch(
         val: prepared cases to choose the epoch by.
         processes: that share out each batch; 0 takes one for each GPU, as far as the batch can be shared evenly.
         device: the device to train on.
+        facts: see `loop.fit`.
         follow: called with the rows of `history.csv` so far after every epoch.
         how: `workers` (of each process), `checkpoint_minutes`, `deterministic` and `tracker` of `fit`.
 
@@ -60,9 +64,9 @@ def launch(
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         processes = max(n for n in range(1, max(gpus, 1) + 1) if settings.batch_size % n == 0)
     if processes == 1:
-        return fit(settings, train, val, run.folder, device=device, follow=follow, **how)
+        return fit(settings, train, val, run.folder, device=device, facts=facts, follow=follow, **how)
 
-    job = {"settings": asdict(settings), "device": device.type, "how": how}
+    job = {"settings": asdict(settings), "device": device.type, "how": how | {"facts": facts}}
     job |= {
         name: [str(Path(case.images.filename).parent) for case in part]
         for name, part in (("train", train), ("val", val))
@@ -70,37 +74,55 @@ def launch(
     write_json(run.folder / JOB, job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "brats_helpers", "train", str(run.folder)]
-    said = ""
-    environ = os.environ | {_STARTED_BY: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environ) as process:
+    failures: list[str] = []
+    cores = max((os.cpu_count() or 1) // processes, 1)
+    environ = {"OMP_NUM_THREADS": str(cores)} | os.environ
+    environ |= {_STARTED_BY: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8") as process,
+    ):
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                said = line if line.startswith(FAIL) else said
+                if line.startswith(FAIL):
+                    failures.append(line.removeprefix(FAIL).strip())
                 if follow and line.startswith("epoch "):
                     follow(_history(run))
         except KeyboardInterrupt:
             process.terminate()
             raise
-    if process.returncode:
-        raise RuntimeError(f"the training failed in one of {processes} processes. {said}")
+        if process.wait():
+            errors.seek(0)
+            said = errors.read().decode("utf-8", "replace").strip()[-2000:]
+            # The first to fail is the cause: the others lose their connection to it.
+            raise RuntimeError(f"the training failed in one of {processes} processes. {(failures or [said])[0]}")
     return _history(run)
 
 
 def train_run(run: Run) -> None:
     """Train as `launch` wrote down: one process of several, started by torchrun or `accelerate launch`.
 
-    Only the main process prints.
+    Only the main process prints, but for errors.
+
+    Raises:
+        SystemExit: the training failed; the reason has been printed.
     """
     if _STARTED_BY in os.environ:
         _end_with(int(os.environ[_STARTED_BY]))
     job = read_json(run.need(run.folder / JOB, "02_train with -p processes 2, or more,"))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if int(os.environ.get("RANK", 0)):
+    rank, out = int(os.environ.get("RANK", 0)), sys.stdout
+    if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open as long as the process lives
-    device = torch.device("cuda", rank) if job["device"] == "cuda" else torch.device("cpu")
-    train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
-    fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", index) if job["device"] == "cuda" else torch.device("cpu")
+    try:
+        train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
+        fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
+    except Exception as error:
+        print(f"{FAIL} process {rank}: {' '.join(str(error).split()) or repr(error)}", file=out, flush=True)
+        traceback.print_exc()
+        raise SystemExit(1) from None
 
 
 def _end_with(process: int) -> None:

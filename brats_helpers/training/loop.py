@@ -1,47 +1,41 @@
-"""Training: one loop from top to bottom, checkpoints, resume.
+"""Training: the loop from top to bottom, and the validation after each epoch.
 
-Hugging Face accelerate places the work on the device, or on several in as many processes, computes in mixed precision
-and keeps trackers; everything else is here.
+Hugging Face accelerate places the work on a device, or on several in as many processes, and keeps trackers; everything
+else is here.
 """
 
-import csv
 import math
-import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
-from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from brats_helpers import machine
 from brats_helpers.data.cache import Packed
-from brats_helpers.files import whole_file, write_json
-from brats_helpers.labels import CLASSES, REGIONS, STRUCTURES
-from brats_helpers.log import done, duration
+from brats_helpers.files import write_json
+from brats_helpers.labels import CLASSES, STRUCTURES
+from brats_helpers.log import duration
 from brats_helpers.scoring.overlap import dice_scores
-from brats_helpers.training.augment import augment, generators, seed_of
-from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, save_file, versions
-from brats_helpers.training.dataset import BalancedSampler, Batch, make_loader
+from brats_helpers.training.batch import OUTSIDE, Batch
+from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, with_start
+from brats_helpers.training.dataset import make_loader, patients, samples
 from brats_helpers.training.losses import CrossEntropyDice
-from brats_helpers.training.model import build_model, freeze_encoder, train_mode
-from brats_helpers.training.patches import patients, samples
 from brats_helpers.training.preflight import Preflight, measure
-from brats_helpers.training.progress import resumable
+from brats_helpers.training.progress import publish, resume, set_aside
+from brats_helpers.training.sampler import BalancedBatches
+from brats_helpers.training.session import Session, make_accelerator
 from brats_helpers.training.settings import Settings
-from brats_helpers.training.steps import fitted, gradients
+from brats_helpers.training.steps import NotFiniteError, autocast
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,14 +67,15 @@ def fit(
     checkpoint_minutes: float,
     deterministic: bool,
     tracker: str,
+    facts: Mapping | None = None,
     follow: Callable[[list[dict]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a network; pick up at `folder/checkpoints/last.pt` where that fits the settings and patients.
+    """Train a network, or resume from `folder/checkpoints/last.pt` where that fits the settings and patients.
 
     Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt` (all that is
-    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). One of several processes
-    where torchrun or `accelerate launch` started it: `batch_size` is then shared out, and nothing else changes; the
-    loss, and on GPUs BatchNorm, are those of the whole batch.
+    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). Of several processes,
+    started by torchrun or `accelerate launch`, each takes its part of every batch, and nothing else changes: the loss,
+    and on GPUs BatchNorm, are those of the whole batch.
 
     Args:
         settings: how to train.
@@ -92,347 +87,231 @@ def fit(
         checkpoint_minutes: write `last.pt` within an epoch too, every so many minutes; 0 only after every epoch.
         deterministic: see `machine.set_deterministic`.
         tracker: `none`, or a tracker of accelerate such as `tensorboard`.
+        facts: about the patients, kept as they are in every checkpoint. The `patients` of a checkpoint that the
+            training starts from are added.
         follow: called with the rows so far after every epoch.
 
     Returns:
-        One row an epoch: losses, validation Dice by region and class, learning rate, slices per second, share of the
+        One row per epoch: losses, validation Dice by region and class, learning rate, slices per second, share of the
         time spent waiting for data, peak memory, seconds.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the slices.
+        FloatingPointError: the loss or its gradients are not finite; the message names the slices.
         MemoryError: not even one slice fits into the memory.
         Stopped: by the keyboard or a notebook's stop button.
     """
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    if "WORLD_SIZE" not in os.environ:  # the device and the precision of an earlier training in this process
-        AcceleratorState._reset_state(reset_partial_state=True)
-    shares = [frozen_share(epoch, settings) for epoch in range(1, settings.epochs + 1)]
-    precision = {"auto": machine.choose_precision(device), "float32": "no"}.get(settings.precision, settings.precision)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False, non_blocking=True),
-        # Frozen layers, and the last ones of some encoders, which a U-Net does not use.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-    )
-    processes = accelerator.num_processes
-    rows = settings.batch_size // processes
-    if settings.batch_size % processes:
-        raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
+    accelerator = make_accelerator(device, tracker=tracker, folder=folder)
+    share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
+    if settings.batch_size % share["processes"]:
+        raise ValueError(
+            f"batch_size {settings.batch_size} cannot be shared out evenly among {share['processes']} processes."
+        )
 
-    # The data: balanced random slices or patches to learn from, every slice of the validation patients in order.
+    # The data: balanced random slices or patches to learn from, all of the validation patients.
     seen = {"context_slices": settings.context_slices, "patch_size": settings.patch_size}
-    train_slices = samples(train, **seen)
-    sampler = BalancedSampler(
-        train_slices, n=settings.slices_per_epoch, foreground=settings.foreground, seed=settings.seed
+    data = samples(train, **seen)
+    batches = BalancedBatches(
+        data,
+        n=settings.slices_per_epoch,
+        batch_size=settings.batch_size,
+        foreground=settings.foreground,
+        seed=settings.seed,
+        **share,
     )
-    steps = sampler.n // settings.batch_size
-    if not steps:
-        raise ValueError(f"batch_size {settings.batch_size} is more than the {sampler.n} slices of an epoch.")
+    if not len(batches):
+        raise ValueError(f"batch_size {settings.batch_size} is more than the {batches.n} slices of an epoch.")
 
     # Where an earlier training of the same settings and patients stopped, this one goes on.
-    best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
-    origin = {
+    origin = _origin(settings, data.channels, train, val, facts or {})
+    progress, saved = resume(folder, origin, settings)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if saved is None:
+            set_aside(folder)
+        elif progress.history:  # a kill may have come between these files and last.pt
+            publish(folder, progress, origin, saved["averaged"]["network"])
+    if progress.finished(settings):
+        return progress.history
+
+    data.keep_on(accelerator.device)
+    loader = make_loader(data, batches, workers=workers, device=accelerator.device)
+    val_loader = patients(
+        val, **seen, batch_size=2 * settings.batch_size, workers=workers, device=accelerator.device, **share
+    )
+    session = Session.build(settings, folder, origin, progress, accelerator)
+    plan = measure(session, batches, val_loader, workers=workers, deterministic=deterministic)
+    plan.announce()
+    session.start(saved)
+    accelerator.init_trackers("brats", config={name: str(value) for name, value in asdict(settings).items()})
+    how = {"checkpoint_minutes": checkpoint_minutes, "follow": follow or (lambda history: None)}
+    try:
+        _train(session, batches, loader, val, val_loader, plan, **how)
+    except NotFiniteError as error:
+        raise FloatingPointError(_what_was_in(error, session, train)) from None
+    accelerator.end_training()
+    return progress.history
+
+
+def _train(
+    session: Session,
+    batches: BalancedBatches,
+    loader: DataLoader,
+    val: Sequence[Packed],
+    val_loader: DataLoader,
+    plan: Preflight,
+    *,
+    checkpoint_minutes: float,
+    follow: Callable[[list[dict]], None],
+) -> None:
+    """The loop: until the training is finished, train for an epoch, validate, keep what is needed to go on."""
+    settings, progress, steps = session.settings, session.progress, len(batches)
+    while not progress.finished(settings):
+        epoch, first = progress.epoch + 1, progress.step
+        session.ready(session.network, epoch)
+        batches.epoch, batches.first = epoch, first
+        waited, saved_at = 0.0, session.seconds(exact=True)
+        began = asked = time.perf_counter()
+        for batch in _bar(loader, epoch, first, steps):
+            waited += time.perf_counter() - asked
+
+            # How much of the training is over, by steps or by the clock, sets the learning rate.
+            seconds = session.seconds()
+            share = progress.share(settings, steps, seconds)
+            if share >= 1:
+                break
+            session.set_lr(lr_factor(share, settings.warm_up))
+
+            # Forward, backward, step.
+            session.step(batch)
+            if checkpoint_minutes and seconds - saved_at >= 60 * checkpoint_minutes:
+                session.save()
+                saved_at = seconds
+            asked = time.perf_counter()
+        if not progress.step and progress.history:
+            break  # the time was up before the first step
+        loss = session.loss_sum.item() / max(progress.step, 1)
+        trained = time.perf_counter() - began
+
+        # Score the averaged weights.
+        memory_gib = machine.used_memory_gib(session.device)
+        how = {"precision": session.precision, "at_once": 2 * session.micro_batch}
+        scores = validate(session.average.network, val_loader, val, session.criterion, session.accelerator, **how)
+        memory_gib = max(plan.memory_gib, memory_gib, machine.used_memory_gib(session.device))
+        row = {
+            "epoch": epoch,
+            "train_loss": loss,
+            **scores,
+            "lr": session.optimizer.param_groups[-1]["lr"],
+            "slices_per_s": (progress.step - first) * settings.batch_size / trained,
+            "waiting": waited / trained,
+            "memory_gib": memory_gib,
+            "seconds": session.seconds(exact=True),
+        }
+        _finish_epoch(session, row, plan)
+        follow(progress.history)
+
+
+def _finish_epoch(session: Session, row: dict[str, float], plan: Preflight) -> None:
+    """Keep an epoch: `last.pt` first, from which `best.pt` and `history.csv` can be made again."""
+    progress, settings = session.progress, session.settings
+    session.check.look()
+    improved = progress.add(row)
+    session.loss_sum.zero_()
+    if session.micro_batch < settings.batch_size // session.accelerator.num_processes:
+        progress.micro_batch[plan.facts["device"]] = session.micro_batch
+    if session.accelerator.is_main_process:
+        write_json(session.folder / "preflight.json", plan.report(progress.history, session.micro_batch))
+    session.save()
+    session.publish()
+    session.accelerator.log(row, step=row["epoch"])
+    print(_line(progress.history, plan, settings, improved), flush=True)
+
+
+def _origin(settings: Settings, channels: int, train, val, facts: Mapping) -> dict:
+    """What every checkpoint of a training carries."""
+    return {
         "format": FORMAT,
         "settings": asdict(settings),
-        "in_channels": train_slices.channels,
+        "in_channels": channels,
         "train_cases": [*learnt_from(settings.encoder_weights), *(case.id for case in train)],
         "val_cases": [case.id for case in val],
         "fingerprint": fingerprint([*train, *val]),
+        "facts": with_start(facts, settings.encoder_weights),
     }
-    state = {"epoch": 0, "step": 0, "losses": [], "seconds": 0.0, "best": -1.0, "best_epoch": 0, "history": []}
-    state["pieces"] = {}  # slices at a time, by device
-    if saved := resumable(last, origin):
-        state = saved["state"]
-        within = f" and {state['step']} of {steps} steps" if state["step"] else ""
-        done(f"going on after epoch {state['epoch']} of {settings.epochs}{within}")
-    if _finished(state, settings):
-        return state["history"]
-
-    train_slices.keep_on(accelerator.device)
-    train_loader = make_loader(
-        train_slices,
-        batch_size=settings.batch_size,
-        workers=workers,
-        sampler=sampler,
-        pin_memory=device.type == "cuda",
-    )
-    val_loader = patients(
-        val,
-        **seen,
-        batch_size=2 * settings.batch_size,
-        workers=workers,
-        device=accelerator.device,
-        processes=processes,
-    )
-
-    # The network, its averaged copy, the loss, the optimiser.
-    torch.manual_seed(settings.seed)
-    network = build_model(
-        encoder=settings.encoder,
-        weights=settings.encoder_weights,
-        in_channels=train_slices.channels,
-        patch_size=settings.patch_size,
-        decoder=settings.decoder,
-    ).to(accelerator.device)
-    averaged = AveragedModel(network, multi_avg_fn=_average(settings.ema), use_buffers=True)
-    criterion = CrossEntropyDice(class_weights=settings.class_weights).to(accelerator.device)
-    groups = [
-        {"params": network.encoder.parameters(), "share": settings.encoder_lr},
-        {"params": [p for name, p in network.named_parameters() if not name.startswith("encoder.")], "share": 1.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-
-    def ready(network: nn.Module, share: float) -> None:
-        """Make `network` train, `share` of its encoder frozen."""
-        freeze_encoder(network, share)
-        train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
-
-    augmentation = {"strength": settings.augment, "modalities": len(settings.modalities)}
-
-    # What it will cost, and how many slices fit into the memory at once, which a kind of device is asked once.
-    hardware = machine.describe(accelerator.device)
-    facts = {
-        "device": hardware["device"],
-        # Patches are computed in float32 on a CPU, see `window.Windows`.
-        "precision": "no" if device.type == "cpu" and settings.patch_size else hardware["precision"],
-        "processes": processes,
-        "deterministic": deterministic or device.type == "cpu",
-    }
-    plan = measure(
-        network,
-        criterion,
-        train_slices,
-        val_loader,
-        accelerator,
-        ready=ready,
-        augmentation=augmentation,
-        workers=workers,
-        batch_size=settings.batch_size,
-        piece=min(state["pieces"].get(facts["device"], rows), rows),
-        shares=shares,
-        steps=steps,
-        limit_s=60 * settings.minutes or math.inf,
-        facts=facts,
-    )
-    plan.announce()
-    piece = plan.piece
-
-    # From here on in the precision, and the processes, that accelerate has.
-    if processes > 1 and device.type == "cuda":
-        network = convert_sync_batchnorm(network)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(network, optimizer, train_loader, val_loader)
-    accelerator.init_trackers("brats", config=asdict(settings))
-    scaler = accelerator.scaler
-    if saved:
-        network.load_state_dict(saved["model"])
-        averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler is not None and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-    start = time.perf_counter() - state["seconds"]
-    memory_gib = plan.memory_gib
-
-    def loss_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The loss of the whole batch; its gradients reach this process's slices, and are averaged over processes."""
-        own = criterion.sums(logits, masks)
-        whole = accelerator.reduce(own.detach(), reduction="sum")
-        return criterion.value(whole + processes * (own - own.detach()))
-
-    def clock() -> float:
-        """Seconds of training so far: the main process's, for all of them, so that they agree when to stop."""
-        seconds = time.perf_counter() - start
-        return broadcast(torch.tensor(seconds, dtype=torch.float64, device=device)).item() if processes > 1 else seconds
-
-    def save() -> None:
-        state["seconds"] = clock()
-        if piece < rows:
-            state["pieces"][facts["device"]] = piece
-        if accelerator.is_main_process:
-            resume = {
-                "model": network.state_dict(),
-                "averaged": averaged.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else {},
-                "state": state,
-            }
-            save_file(last, origin | {"versions": versions()} | resume)
-
-    while not _finished(state, settings):
-        epoch, first = state["epoch"] + 1, state["step"]
-        ready(network, shares[epoch - 1])
-        sampler.epoch = epoch
-        waited, saved_at = 0.0, clock()
-        began = asked = time.perf_counter()
-        batches = accelerator.skip_first_batches(train_loader, first)
-        for step, batch in enumerate(_bar(batches, epoch, first, steps), first):
-            waited += time.perf_counter() - asked
-
-            # How far the training is, by steps or by the clock, sets the learning rate.
-            progress = ((epoch - 1) * steps + step) / (settings.epochs * steps)
-            if settings.minutes:
-                progress = max(progress, clock() / (60 * settings.minutes))
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["share"] * lr_factor(progress, settings.warm_up)
-
-            # All that is random follows from the seed and the place in the training.
-            torch.manual_seed(seed_of(settings.seed, epoch, step, accelerator.process_index))
-            place = step * settings.batch_size + accelerator.process_index * rows
-            images, masks = augment(
-                batch.images,
-                batch.masks,
-                **augmentation,
-                generators=generators(settings.seed, epoch, range(place, place + rows)),
-            )
-
-            # Forward, backward, step.
-            work = partial(gradients, model, loss_of, images, masks, accelerator)
-            loss, piece = fitted(work, piece) if processes == 1 else (work(piece), piece)
-            state["losses"].append(loss.item())
-            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            # Where a scaler is, it leaves out a step whose gradients are not finite, and scales less from then on.
-            if not (math.isfinite(state["losses"][-1]) and (scaler is not None or norm.isfinite())):
-                raise FloatingPointError(_what_was_in(accelerator.gather(batch.index), train, epoch, step, last))
-            optimizer.step()
-            averaged.update_parameters(network)
-
-            state["step"] = step + 1
-            if checkpoint_minutes and clock() - saved_at >= 60 * checkpoint_minutes:
-                save()
-                saved_at = clock()
-            asked = time.perf_counter()
-        if not state["losses"] and state["history"]:
-            break  # the time was up before the first step
-        trained = time.perf_counter() - began
-
-        # Score the averaged weights, note how it went, keep what is needed to go on.
-        memory_gib = max(memory_gib, machine.used_memory_gib(accelerator.device))
-        at_once = None if settings.patch_size else 2 * piece
-        scores = validate(averaged.module, val_loader, len(val), criterion, accelerator, at_once)
-        memory_gib = max(memory_gib, machine.used_memory_gib(accelerator.device))
-        seconds = clock()
-        row = {
-            "epoch": epoch,
-            "train_loss": sum(state["losses"]) / max(len(state["losses"]), 1),
-            **scores,
-            "lr": optimizer.param_groups[-1]["lr"],
-            "slices_per_s": (state["step"] - first) * settings.batch_size / trained,
-            "waiting": waited / trained,
-            "memory_gib": memory_gib,
-            "seconds": seconds,
-        }
-        improved = mean_dice(row) > state["best"]
-        if improved:
-            state |= {"best": mean_dice(row), "best_epoch": epoch}
-        state["history"].append(row)
-        state |= {"epoch": epoch, "step": 0, "losses": []}
-        if improved and accelerator.is_main_process:
-            save_file(best, origin | {"model": averaged.module.state_dict(), "epoch": epoch})
-        if accelerator.is_main_process:
-            _write_history(folder / "history.csv", state["history"])
-            write_json(folder / "preflight.json", plan.report(state["history"], piece))
-        save()  # last: killed before it, the epoch is repeated, and with it the files above
-        accelerator.log(row, step=epoch)
-        print(_line(state["history"], plan, settings, improved), flush=True)
-        if follow:
-            follow(state["history"])
-    accelerator.end_training()
-    return state["history"]
 
 
 @torch.no_grad()
 def validate(
     network: nn.Module,
-    loader: DataLoader,
-    n_cases: int,
+    loader: Iterable[Batch],
+    cases: Sequence[Packed],
     criterion: CrossEntropyDice,
     accelerator: Accelerator,
-    at_once: int | None,
+    *,
+    precision: str,
+    at_once: int,
 ) -> dict[str, float]:
-    """Loss over all voxels of the slices, and Dice per patient over the whole volume, averaged over the patients.
+    """Loss over the voxels of the slices' own boxes, and Dice per patient over the whole volume, averaged.
 
-    `at_once` slices go through the network together; None takes whole batches, as patients must be for 3D.
+    The volume is counted as the test does: what pads a sample counts for nothing, and outside the boxes everything is
+    predicted background.
 
-    What lies outside the slices that hold brain is background in reference and prediction alike, so
-    one confusion table per patient, summed over batches and processes, is the whole volume's.
+    Args:
+        network: put into `eval()`.
+        loader: see `dataset.patients`.
+        cases: the patients of the loader, with their labels.
+        criterion: the loss.
+        accelerator: adds up what several processes count.
+        precision: of `steps.DTYPES`.
+        at_once: samples that go through the network together.
     """
     network.eval()
-    n = len(CLASSES)
-    tables = torch.zeros(n_cases * n * n, dtype=torch.int64, device=accelerator.device)
-    sums = torch.zeros(4, n, dtype=torch.float64, device=accelerator.device)
+    n, device = len(CLASSES), accelerator.device
+    tables = torch.zeros(len(cases) * n * n, dtype=torch.int64, device=device)
+    sums = torch.zeros(4, n, dtype=torch.float64, device=device)
     for batch in loader:
-        parts = (tensor.split(at_once or len(tensor)) for tensor in batch)
-        for images, masks, index in zip(*parts, strict=True):
-            with accelerator.autocast():
+        owner = batch.index[:, 0].view(-1, *[1] * (batch.masks.ndim - 1)).to(device, non_blocking=True)
+        batch = batch.to(device)
+        for images, masks, owners in zip(*(part.split(at_once) for part in (*batch[:2], owner)), strict=True):
+            with autocast(device, precision):
                 logits = network(images)
-            sums += criterion.sums(logits, masks)
-            place = (index[:, :1, None] * n + masks) * n + logits.argmax(dim=1)
-            tables += torch.bincount(place.flatten(), minlength=len(tables))
-    tables = accelerator.reduce(tables, reduction="sum").reshape(n_cases, n, n).cpu().numpy()
+            inside = masks != OUTSIDE
+            answers, truth = logits.movedim(1, -1)[inside], masks[inside].long()
+            sums += criterion.sums(answers, truth)
+            place = (owners.expand_as(masks)[inside] * n + truth) * n + answers.argmax(dim=1)
+            tables += torch.bincount(place, minlength=len(tables))
+    tables = accelerator.reduce(tables, reduction="sum").reshape(len(cases), n, n).cpu().numpy()
+    for table, case in zip(tables, cases, strict=True):  # tumour outside the boxes is missed
+        table[1:, 0] += case.counts[:, 1:].sum(axis=0) - table[1:].sum(axis=1)
     loss = criterion.value(accelerator.reduce(sums, reduction="sum")).item()
     dice = [dice_scores(table) for table in tables]
-    return {"val_loss": loss} | {f"dice_{name}": sum(case[name] for case in dice) / n_cases for name in STRUCTURES}
+    means = {f"dice_{name}": float(np.mean([case[name] for case in dice])) for name in STRUCTURES}
+    return {"val_loss": loss} | means
 
 
-def mean_dice(row: dict[str, float]) -> float:
-    """What the best epoch is chosen by: the mean of the Dice of WT, TC and ET in a row of the history."""
-    return sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS)
-
-
-def lr_factor(progress: float, warm_up: float) -> float:
+def lr_factor(share: float, warm_up: float) -> float:
     """Learning rate as a share of the highest: a linear rise, then half a cosine down to 0.
 
     Args:
-        progress: share of the training that is done, 0 to 1.
+        share: of the training that is over, 0 to 1.
         warm_up: share of the training in which it rises.
     """
-    if progress < warm_up:
-        return (progress + 0.001) / (warm_up + 0.001)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
+    if share < warm_up:
+        return (share + 0.001) / (warm_up + 0.001)
+    return 0.5 + 0.5 * math.cos(math.pi * (share - warm_up) / (1 - warm_up))
 
 
-def frozen_share(epoch: int, settings: Settings) -> float:
-    """Share of the encoder's layers that are frozen in `epoch` (from 1): all, then fewer each epoch, then none."""
-    thawed = (epoch - settings.frozen_epochs) / (settings.unfreeze_epochs + 1)
-    return 1 - min(max(thawed, 0.0), 1.0)
-
-
-def _average(decay: float):
-    """An exponential moving average whose memory grows to `decay` as steps are made; 0 keeps the weights themselves."""
-
-    def update(averaged, current, n):
-        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
-
-    return update
-
-
-def _finished(state: dict, settings: Settings) -> bool:
-    stale = settings.patience and state["epoch"] - state["best_epoch"] >= settings.patience
-    late = settings.minutes and state["seconds"] >= 60 * settings.minutes
-    return bool(state["epoch"] >= settings.epochs or stale or late)
-
-
-def _what_was_in(index: torch.Tensor, cases: Sequence[Packed], epoch: int, step: int, last: Path) -> str:
-    slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in index.tolist())
+def _what_was_in(error: NotFiniteError, session: Session, cases: Sequence[Packed]) -> str:
+    last = session.folder / "checkpoints" / "last.pt"
+    index = session.accelerator.gather(error.index.to(session.device)).tolist()
+    slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in index)
     return (
-        f"the loss or its gradient is not finite in epoch {epoch}, step {step}, on {slices}. Look at these slices, or"
-        f" lower lr{f'; {last} holds all that went well before' if last.exists() else ''}."
+        f"the loss or its gradient is not finite in epoch {session.progress.epoch + 1}, step {error.step}, on {slices}."
+        f" Look at these slices, or lower lr{f'; {last} holds all that went well before' if last.exists() else ''}."
     )
-
-
-def _write_history(path: Path, history: list[dict]) -> None:
-    with whole_file(path) as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterable[Batch]:

@@ -46,4 +46,5 @@ class CrossEntropyDice(nn.Module):
         cross_entropy, overlap, predicted, true = sums
         weights = self.class_weights.to(sums.dtype)
         dice = (2 * overlap + 1) / (predicted + true + 1)  # one voxel more, so that an absent class costs nothing
-        return (weights * cross_entropy).sum() / (weights * true).sum() + 1 - dice[1:].mean()
+        weight = (weights * true).sum().clamp(min=1e-6)  # 0 where every class that is present weighs nothing
+        return (weights * cross_entropy).sum() / weight + 1 - dice[1:].mean()

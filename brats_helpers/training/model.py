@@ -10,20 +10,22 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
+from brats_helpers.training.checkpoint import WeightsError, read_weights
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
-    WeightsError,
     fine_tune,
     load_encoder,
     packaged_weights,
-    read_weights,
     why_unreachable,
 )
 from brats_helpers.training.window import Windows
 
 SIDE_MULTIPLE = 32
 """The U-Net halves a slice five times, so its sides must be multiples of 32."""
-PATCH_NETWORKS = ("monai-segresnet", "monai-dynunet", "monai-unet")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TRAINING_BYTES = {"monai-segresnet": 1001, "monai-dynunet": 1702, "monai-unet": 187}
+"""Bytes per voxel that a 3D network keeps for its backward pass in float32, besides 4 for each input channel."""
+PATCH_NETWORKS = tuple(TRAINING_BYTES)
 """MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
 DECODER = (256, 128, 64, 32, 16)
 """Channels of the blocks of the U-Net's decoder, from the deepest, if nobody says otherwise."""
@@ -171,7 +173,7 @@ def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
     for module in model.encoder.modules():
         parameters = list(module.parameters())
         frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
-        if frozen or (frozen_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if frozen or (frozen_statistics and isinstance(module, BATCH_NORMS)):
             module.eval()
 
 

@@ -1,7 +1,7 @@
-"""One step of the training: a batch in pieces that the memory of the device holds."""
+"""One step of the training: a batch in micro-batches that the device's memory holds, and a check that it is finite."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,14 @@ from torch import nn
 from brats_helpers.log import warn
 
 Result = TypeVar("Result")
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_SKIPPED = 20
+"""Steps in a row that may be skipped under fp16. Each halves the loss scale, from 65,536: it is below 1 by then."""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context of a forward pass in one of `DTYPES`."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
 
 
 def gradients(
@@ -19,55 +27,109 @@ def gradients(
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     masks: torch.Tensor,
+    *,
     accelerator: Accelerator,
-    piece: int,
+    scaler: torch.amp.GradScaler,
+    precision: str,
+    micro_batch: int,
 ) -> torch.Tensor:
-    """Set the model's gradients to those of a batch, `piece` slices at a time; return the loss.
+    """Set the model's gradients to those of a batch, `micro_batch` samples at a time; return the loss.
 
-    In pieces the loss is the mean of theirs. The cross-entropy is then the batch's own (with unequal class weights
-    nearly so), but soft Dice is that of each piece, and BatchNorm sees the pieces one by one.
+    The loss is the mean of the micro-batches' losses. The cross-entropy is then that of the batch (with unequal class
+    weights nearly so), but soft Dice is each micro-batch's own, and BatchNorm sees them one by one.
 
     Args:
-        model: as `accelerator` prepared it; in several processes their gradients meet at the last piece.
+        model: as `accelerator` prepared it; processes exchange their gradients at the last micro-batch.
         loss_of: the loss of logits and masks.
         images: (batch, channels, [depth,] height, width), on the device.
         masks: (batch, [depth,] height, width), class indices.
-        accelerator: scales the loss where the precision needs it.
-        piece: slices at a time.
+        accelerator: of the training.
+        scaler: scales the loss, if it is enabled.
+        precision: see `autocast`.
+        micro_batch: samples at a time.
     """
     model.zero_grad()
     total = torch.zeros((), device=images.device)
-    pieces = list(zip(images.split(piece), masks.split(piece), strict=True))
-    for k, (some, truth) in enumerate(pieces, 1):
-        with accelerator.no_sync(model) if k < len(pieces) else nullcontext():
-            with accelerator.autocast():
+    parts = list(zip(images.split(micro_batch), masks.split(micro_batch), strict=True))
+    for k, (some, truth) in enumerate(parts, 1):
+        with accelerator.no_sync(model) if k < len(parts) else nullcontext():
+            with autocast(images.device, precision):
                 logits = model(some)
             loss = loss_of(logits, truth) * (len(some) / len(images))
-            accelerator.backward(loss)
+            scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def fitted(work: Callable[[int], Result], piece: int) -> tuple[Result, int]:
-    """`work(piece)` and the piece; as long as memory runs out, once more with half of it, and one line that says so.
+def fitted(work: Callable[[int], Result], micro_batch: int) -> tuple[Result, int]:
+    """Return `work(micro_batch)` and the micro-batch; while memory runs out, try again with half of it and say so.
 
     Not for work in which several processes wait for each other.
 
     Raises:
-        MemoryError: not even one slice fits.
+        MemoryError: not even one sample fits.
     """
     while True:
         try:
-            return work(piece), piece
+            return work(micro_batch), micro_batch
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if piece == 1:
+            if micro_batch == 1:
                 raise MemoryError(
                     "one slice alone does not fit into the device's memory. Take a smaller encoder"
                     " (-p encoder tu-tf_efficientnet_lite0), fewer context_slices, or -p device cpu."
                 ) from error
-        piece = -(-piece // 2)
-        warn(f"out of memory: going on with {piece} slices at a time, gradients added up to the same batch")
+        micro_batch = -(-micro_batch // 2)
+        warn(f"out of memory: going on with {micro_batch} slices at a time, gradients added up to the same batch")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or a gradient is not finite.
+
+    Attributes:
+        step: of the epoch.
+        index: the samples of that step, see `dataset.Batch`.
+    """
+
+    def __init__(self, step: int, index: torch.Tensor):
+        super().__init__(f"step {step}")
+        self.step, self.index = step, index
+
+
+class FiniteCheck:
+    """Looks for losses and gradients that are not finite; on a GPU only every so many steps, as it has to wait for it.
+
+    Args:
+        every: steps between two looks.
+        scaled: whether a loss scale skips steps whose gradients are not finite: these are then no fault, unless more
+            than `MOST_SKIPPED` follow one another.
+    """
+
+    def __init__(self, *, every: int, scaled: bool):
+        self.every, self.scaled = every, scaled
+        self.skipped = 0
+        self._waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, index: torch.Tensor) -> None:
+        """Note a step's loss and the norm of its gradients, before the optimiser makes the step."""
+        self._waiting.append((step, torch.stack([loss.isfinite(), norm.isfinite()]), index))
+        if len(self._waiting) >= self.every:
+            self.look()
+
+    def look(self) -> None:
+        """Look at all steps since the last look: do so before anything is kept.
+
+        Raises:
+            NotFiniteError: names the first step that is at fault.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        found = torch.stack([finite for _, finite, _ in waiting]).tolist()
+        for (step, _, index), (loss, norm) in zip(waiting, found, strict=True):
+            self.skipped = 0 if norm else self.skipped + 1
+            if not loss or self.skipped > (MOST_SKIPPED if self.scaled else 0):
+                raise NotFiniteError(step, index)

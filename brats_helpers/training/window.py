@@ -8,9 +8,7 @@ OVERLAP = 0.25
 
 
 class Windows(nn.Module):
-    """A network of 3D patches that answers the slices of a whole patient as a network of slices does.
-
-    So nothing that trains, validates, predicts or averages networks needs to know which kind it has.
+    """A network of 3D patches that answers whole patients as well, by a window that slides over them.
 
     Args:
         network: maps (batch, channels, depth, height, width) to logits of the same sizes.
@@ -26,26 +24,27 @@ class Windows(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            images: patches, (batch, channels, edge, edge, edge); or all slices of one patient in order, (slices,
-                channels, height, width).
+            images: (batch, channels, depth, height, width): in training patches, else volumes of any size. Or all
+                slices of one volume in order, (slices, channels, height, width).
 
         Returns:
-            Logits of the same sizes. A patient's are those of overlapping windows, averaged with Gaussian weights
+            Logits of the same sizes. In `eval()` they are those of overlapping windows, averaged with Gaussian weights
             that trust the middle of a window more than its border (as nnU-Net does).
         """
-        if images.ndim == 5:
+        if images.ndim == 4:
+            return self(images.movedim(0, 1)[None])[0].movedim(1, 0)
+        if self.training or images.shape[2:] == (self.edge,) * 3:
             return self._answer(images)
-        from monai.inferers import sliding_window_inference  # takes a second, which a network of slices need not wait
+        from monai.inferers import sliding_window_inference  # takes a second to import
 
-        logits = sliding_window_inference(
-            images.movedim(0, 1)[None],
+        return sliding_window_inference(
+            images,
             roi_size=[self.edge] * 3,
             sw_batch_size=1,
             predictor=lambda patches: self._answer(patches).float(),
             overlap=OVERLAP,
             mode="gaussian",
         )
-        return logits[0].movedim(1, 0)
 
     def _answer(self, patches: torch.Tensor) -> torch.Tensor:
         """In float32 on a CPU: there, bf16 gradients of kernels over few voxels are not always finite (torch 2.14)."""

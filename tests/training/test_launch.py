@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,32 @@ def test_what_went_wrong_in_a_process_is_repeated(parts, tmp_path, capsys):
         launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=3, **HOW)
 
 
+def test_an_error_in_another_process_than_the_main_one_reaches_the_user(parts, tmp_path, monkeypatch):
+    """Process 1 alone cannot read what it is to train on."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import brats_helpers.training.launch as launch\n"
+        "    def load(place):\n"
+        "        raise OSError('disk 1 is\\nunreadable')\n"
+        "    launch.load = load\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *sys.path]))
+    with pytest.raises(RuntimeError, match="in one of 2 processes. process 1: disk 1 is unreadable"):
+        launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=2, **HOW)
+
+
+def test_a_process_that_is_killed_says_nothing_but_torchrun_does(parts, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *sys.path]))
+    with pytest.raises(RuntimeError, match="(?s)in one of 2 processes.*SIGKILL"):
+        launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=2, **HOW)
+
+
 def test_a_process_ends_with_the_one_that_started_it():
     """Also where that one was killed: the next one trains in the same folder."""
     code = (
@@ -63,7 +90,7 @@ def test_as_many_processes_as_gpus_that_share_the_batch_evenly(parts, tmp_path, 
     """Here, without a GPU, one; it trains in this process."""
     monkeypatch.setattr(launching, "fit", lambda *arguments, **how: [how])
     (how,) = launch(Run(tmp_path), SETTINGS, *parts, processes=0, **HOW)
-    assert how == HOW | {"follow": None}
+    assert how == HOW | {"facts": None, "follow": None}
 
 
 def test_of_three_gpus_two_share_a_batch_of_four(parts, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from brats_helpers.training import model as models
 from brats_helpers.training import weights
-from brats_helpers.training.model import build_model
+from brats_helpers.training.model import PATCH_NETWORKS, TRAINING_BYTES, build_model, sees_patches, summary
 from brats_helpers.training.weights import PACKAGED_ENCODER, WeightsError
 
 
@@ -190,3 +190,50 @@ def test_an_untrained_network_answers_background():
     with torch.no_grad():
         soft = model(torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))).softmax(dim=1)
     assert (soft[:, 0] > soft[:, 1:].amax(dim=1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", PATCH_NETWORKS)
+def test_each_network_answers_patches_and_begins_at_background(name):
+    assert sees_patches(name)
+    torch.manual_seed(0)
+    network = build_model(encoder=name, weights="none", in_channels=2, patch_size=32).eval()
+    with torch.no_grad():
+        soft = network(torch.randn(1, 2, 32, 32, 32)).softmax(dim=1)
+    assert soft.shape == (1, 4, 32, 32, 32) and soft[:, 0].median() > 0.8
+
+
+@pytest.mark.parametrize("size", [0, 16, 40])
+def test_patches_that_cannot_be_halved_four_times_are_refused(size):
+    with pytest.raises(ValueError, match=f"patch_size {size}: monai-unet .*32, 48, 64"):
+        build_model(encoder="monai-unet", weights="none", in_channels=2, patch_size=size)
+
+
+def test_a_network_of_patches_has_no_imagenet_weights():
+    with pytest.raises(WeightsError, match="'imagenet': monai-unet is 3D .*-p encoder_weights none"):
+        build_model(encoder="monai-unet", weights="imagenet", in_channels=2, patch_size=32)
+    with pytest.raises(ValueError, match="'monai-net': expected one of monai-segresnet"):
+        build_model(encoder="monai-net", weights="none", in_channels=2, patch_size=32)
+
+
+def test_its_summary_counts_no_encoder():
+    network = build_model(encoder="monai-unet", weights="none", in_channels=2, patch_size=32)
+    facts = summary(network, (2, 32, 32, 32))
+    assert facts["encoder_parameters"] == 0 and facts["parameters"] == facts["trainable_parameters"] > 4e6
+    assert facts["multiply_adds"] > 1e8
+
+
+def test_what_a_network_of_patches_keeps_for_its_backward_pass_is_as_noted():
+    """Counted here by the storages of all tensors saved, of which only shapes are computed."""
+    edge, channels, kept = 32, 4, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.device("meta"):
+        network = build_model(encoder="monai-unet", weights="none", in_channels=channels, patch_size=edge)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(torch.empty(1, channels, edge, edge, edge))
+    saved = sum(kept.values()) - sum(parameter.nbytes for parameter in network.parameters())
+    assert saved / edge**3 == pytest.approx(TRAINING_BYTES["monai-unet"] + 4 * channels, rel=0.05)

@@ -20,21 +20,22 @@ class _Place(torch.nn.Module):
 
 
 def test_a_network_that_echoes_gives_the_patient_back_whatever_its_sides():
-    images = torch.randn(13, 1, 30, 5, generator=torch.Generator().manual_seed(0))
-    logits = Windows(_Echo(), 8)(images)
-    assert logits.shape == (13, 4, 30, 5)
-    torch.testing.assert_close(logits, images.expand(-1, 4, -1, -1))
+    images = torch.randn(1, 1, 13, 30, 5, generator=torch.Generator().manual_seed(0))
+    logits = Windows(_Echo(), 8).eval()(images)
+    assert logits.shape == (1, 4, 13, 30, 5)
+    torch.testing.assert_close(logits, images.expand(-1, 4, -1, -1, -1))
+    assert torch.equal(Windows(_Echo(), 8).eval()(images[0].movedim(0, 1)), logits[0].movedim(0, 1))
 
 
 def test_patches_are_answered_as_they_are():
     patches = torch.randn(2, 1, 8, 8, 8)
-    assert torch.equal(Windows(_Echo(), 8)(patches), patches.expand(-1, 4, -1, -1, -1))
+    assert torch.equal(Windows(_Echo(), 8).train()(patches), patches.expand(-1, 4, -1, -1, -1))
 
 
 def test_where_windows_overlap_the_one_whose_middle_is_nearer_counts_more():
     """Two windows on 14 columns, from 0 and from 6: sigma is an eighth of the edge, one column, about 3.5."""
     assert OVERLAP == 0.25  # the second begins at 6
-    row = Windows(_Place(), 8)(torch.ones(8, 1, 8, 14))[4, 0, 4].double().numpy()
+    row = Windows(_Place(), 8).eval()(torch.ones(1, 1, 8, 8, 14))[0, 0, 4, 4].double().numpy()
     weight = np.exp(-((np.arange(8) - 3.5) ** 2) / 2)
     expected = np.concatenate([np.arange(6), [0, 0], np.arange(2, 8)]).astype(float)
     for k, column in enumerate((6, 7)):
