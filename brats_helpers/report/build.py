@@ -37,7 +37,7 @@ from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
 from brats_helpers.report.validation import Mark, tally, validate, write_markdown
-from brats_helpers.report.validation.training import best_epoch, predicted_and_measured
+from brats_helpers.report.validation.training_lines import best_epoch, predicted_and_measured
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.scoring.overlap import mean_dice_of_case
 from brats_helpers.scoring.statistics import ENOUGH

@@ -1,6 +1,6 @@
 """The validation of a run: one line for each property, computed from the run's files, with its evidence.
 
-The lines are in `data`, `training`, `scores` and `record`; a new line is a function there, decorated with
+The lines are in the modules `..._lines`; a new line is a function there, decorated with
 `facts.line` under an ID that never changes.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from brats_helpers.files import whole_file
 from brats_helpers.report.review import Review
-from brats_helpers.report.validation import data, record, scores, training  # noqa: F401, registers the lines
+from brats_helpers.report.validation import data_lines, record_lines, score_lines, training_lines  # noqa: F401, registers the lines
 from brats_helpers.report.validation.facts import CHECKS, Mark, NotDone, RunFacts
 from brats_helpers.runs import Run
 
