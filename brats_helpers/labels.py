@@ -121,6 +121,14 @@ def find_numbering(name: str) -> str:
     return known
 
 
+def usual_numbering(case_id: str) -> str:
+    """The numbering to expect where nothing tells it: that of 2023 for names such as `BraTS-GLI-00001-000`, else 2020.
+
+    Both read alike, so it matters only to what is written.
+    """
+    return "brats2023" if re.match(r"BraTS-[a-z]+-", case_id, re.IGNORECASE) else USUAL
+
+
 def numbering_of_id(case_id: str) -> str:
     """The numbering that a case ID tells (`BraTS-PED-00001-000`: `ped`), or an empty string."""
     for name, numbering in NUMBERINGS.items():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from brats_helpers.data.cases import Case
 from brats_helpers.labels import (
     CLASSES,
     NUMBERINGS,
@@ -123,6 +124,11 @@ def test_unknown_numberings_are_refused_with_the_known_ones():
 )
 def test_numberings_told_by_case_ids(case_id, numbering):
     assert numbering_of_id(case_id) == numbering
+
+
+def test_predictions_for_names_of_2023_are_numbered_as_in_2023():
+    assert Case("BraTS-GLI-00001-000", {}).numbering == Case("BraTS-MEN-00001-000", {}).numbering == "brats2023"
+    assert Case("BraTS20_Training_001", {}).numbering == Case("Site-1", {}).numbering == "brats2020"
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,8 @@ def _read(case: Case) -> _Source:
     mask = None
     if case.seg:
         mask, grids["seg"] = read_seg(case.seg, case.numbering)
-    shapes = {name: grid.shape for name, grid in grids.items()}
-    if len(set(shapes.values())) > 1:
+    if len({grid.shape for grid in grids.values()}) > 1:
+        shapes = ", ".join(f"{case.files[name].name} {grid.shape}" for name, grid in grids.items())
         raise DataError(
             f"{case.id}: the files in {case.folder} differ in shape ({shapes}); expected one shape for all."
         )
@@ -147,7 +147,7 @@ def _read(case: Case) -> _Source:
         if not same_affine(grid, other):
             raise DataError(
                 f"{case.id}: {case.files[name]} does not lie where {first} does:"
-                f" {difference(other.affine, grid.affine, grid.shape)} Resample it onto {first}."
+                f" {difference(other.affine, grid.affine, grid.shape)} Resample it onto {case.files[first].name}."
             )
     hashes = [content_hash(volume) for volume in [*volumes.values(), *([] if mask is None else [mask])]]
     content = hash_of(*hashes, str(grid.affine.round(3).tolist()))

@@ -13,7 +13,14 @@ from brats_helpers.data.findings import Finding, has_error
 from brats_helpers.data.layouts import Layout, Patient, lay_out
 from brats_helpers.data.names import named_like
 from brats_helpers.data.nifti import read_image
-from brats_helpers.labels import MODALITIES, USUAL, DataError, check_modalities, numbering_of_id, numbering_of_names
+from brats_helpers.labels import (
+    MODALITIES,
+    DataError,
+    check_modalities,
+    numbering_of_id,
+    numbering_of_names,
+    usual_numbering,
+)
 from brats_helpers.log import warn
 
 _NAMED = 3  # patients in one error
@@ -32,7 +39,7 @@ class Case:
         channels: by modality, its place on the last axis of a file that holds several.
         dataset: the `dataset.json` that describes the files, as the Decathlon and nnU-Net have it.
         numbering: how the segmentation's labels are numbered, a key of `labels.NUMBERINGS`; by default what the ID
-            or the data set tells, else `brats2020`. See `numbering.resolve`.
+            or the data set tells, else `labels.usual_numbering`. See `numbering.resolve`.
     """
 
     id: str
@@ -47,7 +54,7 @@ class Case:
         if not self.modalities:
             object.__setattr__(self, "modalities", tuple(self.images))
         if not self.numbering:
-            object.__setattr__(self, "numbering", self.told_numbering or USUAL)
+            object.__setattr__(self, "numbering", self.told_numbering or usual_numbering(self.id))
 
     @property
     def told_numbering(self) -> str:

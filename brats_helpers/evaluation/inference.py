@@ -264,7 +264,11 @@ def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | Non
     why = (leaked(networks, [case]) if seen is None else seen).get(case.id)
     if why and seen is None and not allow_leakage:
         raise DataError(said_of({case.id: why}))
-    return _Scans(case, pack(replace(case, seg=None)), *stored(case), bool(why))
+    packed = pack(replace(case, seg=None))
+    for channel, name in enumerate(case.modalities):
+        if name in case.images and not packed.images[:, channel].any():
+            raise DataError(f"all voxels of the brain in {case.images[name]} have one value; fetch the file again.")
+    return _Scans(case, packed, *stored(case), bool(why))
 
 
 def stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:

@@ -131,19 +131,22 @@ def test_a_run_that_lacks_a_modality_is_refused_before_anything_is_predicted(che
 
 
 def test_a_faulty_patient_is_skipped_with_its_reason_and_the_rest_predicted(checkpoint, tmp_path, capsys):
-    for k, name in enumerate(["A", "Broken", "Flat", "Lacking", "Z"]):
+    for k, name in enumerate(["A", "Blank", "Broken", "Flat", "Lacking", "Z"]):
         write_tiny_case(tmp_path / "in", name, seed=k)
     (tmp_path / "in" / "Broken" / "Broken_t1.nii.gz").write_bytes(b"no gzip")
     (tmp_path / "in" / "Lacking" / "Lacking_t2.nii.gz").unlink()
+    blank = tmp_path / "in" / "Blank" / "Blank_t1.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((48, 56, 20), np.int16), nib.load(blank).affine), blank)
     flat = tmp_path / "in" / "Flat" / "Flat_t2.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((5, 5), np.int16), np.eye(4)), flat)
     argv = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     assert main([*argv, "--device", "cpu"]) == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A_seg.nii.gz", "Z_seg.nii.gz"]
     said = capsys.readouterr().out
-    for name, word in (("Broken", "Broken_t1.nii.gz"), ("Flat", "Flat_t2.nii.gz"), ("Lacking", "Lacking_t2.nii")):
+    named = {"Blank": "Blank_t1.nii.gz", "Broken": "Broken_t1.nii.gz", "Flat": "Flat_t2.nii.gz"}
+    for name, word in (named | {"Lacking": "Lacking_t2.nii"}).items():
         assert any(line.startswith(f"⚠️ {name} is skipped") and word in line for line in said.splitlines()), said
-    assert "3 skipped: " in said
+    assert "4 skipped: " in said
 
 
 def test_a_patient_that_cannot_be_scored_does_not_stop_the_others(checkpoint, tmp_path):
