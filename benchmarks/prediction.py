@@ -13,12 +13,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
+from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case, find_cases
 from brats_helpers.evaluation import networks
 from brats_helpers.evaluation.inference import Network, predict_files
@@ -85,13 +87,14 @@ def one_by_one(network: Network, cases: Sequence[Case], folder: Path) -> None:
 @contextlib.contextmanager
 def padded() -> Iterator[None]:
     """Let every slice with brain have the box of all of them."""
-    batches = networks._batches
+    as_trained = networks._as_trained
 
-    def whole(images: np.ndarray, boxes: np.ndarray, **how):
-        everything = [0, images.shape[2], 0, images.shape[3]]
-        return batches(images, np.where(boxes[:, 1:2] > 0, everything, 0), **how)
+    def whole(network: Network, case: Packed, *how) -> Packed:
+        case = as_trained(network, case, *how)
+        everything = [0, case.images.shape[2], 0, case.images.shape[3]]
+        return replace(case, boxes=np.where(case.boxes[:, 1:2] > 0, everything, 0))
 
-    with mock.patch.object(networks, "_batches", whole):
+    with mock.patch.object(networks, "_as_trained", whole):
         yield
 
 

@@ -143,31 +143,35 @@ def test_the_manifest_tells_what_was_done_with_what(smoke):
     assert manifest["stages"]["02_train"]["parameters"]["batch_size"] == 4
 
 
-def test_every_question_is_answered(smoke):
+def test_the_question_of_the_profile_is_answered_and_the_others_say_what_they_cost(smoke):
     answers = json.loads((smoke / "answers.json").read_text())
-    assert list(answers) == [f"04_{name}.png" for name in ("start", "backbones", "dimensions", "augmentation")]
-    assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
-    assert "not asked by this run" in answers["04_dimensions.png"][1]
-    terms = "Each network was trained once, for 0.6 s."
-    assert all(sentences[-1] == terms for sentences in answers.values())
-    assert all((smoke / "figures" / name).is_file() for name in answers)
+    assert list(answers) == ["04_start.png"] and (smoke / "figures" / "04_start.png").is_file()
+    assert [text.split(":")[0] for text in answers["04_start.png"][:2]] == [
+        "frozen against fine-tuned",
+        "from scratch against fine-tuned",
+    ]
+    assert answers["04_start.png"][-1] == "Each network was trained once, for 0.6 s."
+    notebook = (smoke / "notebooks" / "04_advanced.ipynb").read_text("utf-8")
+    assert "Not asked by this run: 2 trainings of 0.6 s" in notebook
+    assert "./run_all.sh --run test-smoke --only 04 -p questions start,backbones" in notebook
 
 
-def test_real_patients_are_asked_how_few_will_do_and_whether_in_3d(tiny_patients, tmp_path):
-    """Tiny ones that nobody marked as simulated: each of three is left out in turn."""
+def test_every_question_is_answered_on_real_patients(tiny_patients, tmp_path):
+    """Tiny ones that nobody marked as simulated; test patients have no part in it."""
     shutil.rmtree(ROOT / "runs" / "test-few", ignore_errors=True)
-    asked = {"few": "1,9", "volumes": "monai-unet", "cache_dir": tmp_path}
-    pairs = [word for key, value in asked.items() for word in ("-p", key, str(value))]
+    asked = {"questions": "start,backbones,dimensions,augmentation,few", "few": "1,9", "volumes": "monai-unet"}
+    pairs = [word for key, value in (asked | {"cache_dir": tmp_path}).items() for word in ("-p", key, str(value))]
     said = _run_all("--run", "test-few", "--data", tiny_patients, "--only", "00,02,04", *pairs)
-    assert "learning from 1, 9\n" in said and "learning from 9: there are not so many patients" in said
+    assert "learning from 9: there are not so many patients" in said
     run = ROOT / "runs" / "test-few"
     answers = json.loads((run / "answers.json").read_text())
+    names = ("start", "backbones", "dimensions", "augmentation", "few_1")
+    assert list(answers) == [f"04_{name}.png" for name in names]
+    assert all((run / "figures" / name).is_file() for name in answers)
     assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
-    assert len(answers["04_dimensions.png"]) == 3  # the terms as well
     sentence, curves, _ = answers["04_few_1.png"]
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
-    assert sentence.endswith(", 3 patients.") and "learnt from" in curves
-    assert (run / "figures" / "04_few_1.png").is_file()
+    assert ", 2 validation patients, p = 1.000." in sentence and "learnt from" in curves
     shutil.rmtree(run)
 
 

@@ -1,6 +1,6 @@
 """Trained networks: rebuilt from their checkpoints, asked about prepared patients."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from brats_helpers.data.cache import Packed, slice_boxes
+from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case
 from brats_helpers.data.identity import seen_before
 from brats_helpers.evaluation.onnx import read_onnx
@@ -16,10 +16,11 @@ from brats_helpers.evaluation.resample import differs, resample_back, resample_i
 from brats_helpers.labels import CLASSES, DataError
 from brats_helpers.machine import choose_precision
 from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint
-from brats_helpers.training.model import SIDE_MULTIPLE, rebuild
+from brats_helpers.training.dataset import patients
+from brats_helpers.training.model import rebuild
 
-PIXELS = {"cpu": 8 * 192 * 160, "cuda": 64 * 192 * 160}
-"""Pixels that a network of slices predicts at once, by type of device. On a CPU, more do not fit its caches."""
+AT_ONCE = {"cpu": 8, "cuda": 64}
+"""Slices predicted at once, by type of device. On a CPU, more do not fit its caches."""
 
 
 @dataclass(frozen=True)
@@ -159,94 +160,41 @@ def predict(
     """
     total = None
     for network in networks:
-        order = [channels.index(name) for name in network.modalities]
-        images = case.images if order == [*range(case.images.shape[1])] else case.images[:, order]
+        shown = _as_trained(network, case, channels, spacing_mm)
+        soft = _ask(network, shown, flips)
         if network.resamples(spacing_mm):
-            shape = (len(images), *images.shape[2:])
-            images = resample_images(images, spacing_mm, network.spacing_mm)
-            boxes = slice_boxes((images != 0).any(axis=1))
-            soft = resample_back(_ask(network, images, boxes, flips), shape, spacing_mm, network.spacing_mm)
-        else:
-            soft = _ask(network, images, case.boxes, flips)
+            shape = (len(case.images), *case.images.shape[2:])
+            soft = resample_back(soft, shape, spacing_mm, network.spacing_mm)
         total = soft if total is None else total + soft
     return total if len(networks) == 1 else total / len(networks)
 
 
+def _as_trained(network: Network, case: Packed, channels: Sequence[str], spacing_mm: Sequence[float] | None) -> Packed:
+    """The case with channels and voxels as the network was trained on, without labels."""
+    order = [list(channels).index(name) for name in network.modalities]
+    images = case.images if order == [*range(case.images.shape[1])] else case.images[:, order]
+    if not network.resamples(spacing_mm):
+        return replace(case, images=images, labels=None)
+    images = resample_images(images, spacing_mm, network.spacing_mm)
+    counts = np.zeros((len(images), len(CLASSES)), np.int64)
+    return replace(case, images=images, labels=None, counts=counts, boxes=None)
+
+
 @torch.inference_mode()
-def _ask(network: Network, images: np.ndarray, boxes: np.ndarray, flips: bool) -> np.ndarray:
-    """Probabilities of one network over images, float16 (slices, channels, height, width), in its own order."""
+def _ask(network: Network, case: Packed, flips: bool) -> np.ndarray:
+    """Probabilities of one network over the box of a case that looks as its training patients did."""
     device = next(network.model.parameters()).device
     precision = choose_precision(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    depth, _, height, width = images.shape
+    depth, _, height, width = case.images.shape
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)
     probabilities[:, 0] = 1
-    if network.settings["patch_size"]:
-        batches = _whole(images)
-    else:
-        batches = _batches(images, boxes, reach=network.settings["context_slices"], pixels=PIXELS[device.type])
-    for batch, places in batches:
-        batch = batch.to(device).float()
+    seen = {name: network.settings[name] for name in ("context_slices", "patch_size")}
+    for batch in patients([case], **seen, batch_size=AT_ONCE[device.type], workers=0, device=device):
+        images = batch.images.to(device)
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
-            soft = network.model(batch).float().softmax(dim=1)
+            soft = network.model(images).float().softmax(dim=1)
             if flips:
-                soft = (soft + network.model(batch.flip(-1)).float().softmax(dim=1).flip(-1)) / 2
-        for answer, (z, rows, columns, inner) in zip(soft.cpu().numpy(), places, strict=True):
-            probabilities[z, :, rows, columns] = answer[(slice(None), *inner)]
+                soft = (soft + network.model(images.flip(-1)).float().softmax(dim=1).flip(-1)) / 2
+        batch.write(soft, probabilities)
     return probabilities
-
-
-Place = tuple[int, slice, slice, tuple[slice, slice]]
-"""A slice's index, its rows and columns, and where these lie in the batch."""
-
-
-def _whole(images: np.ndarray) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """All slices of a patient at once, as a network of patches takes them."""
-    everything = slice(None), slice(None)
-    yield torch.from_numpy(np.array(images)), [(z, *everything, everything) for z in range(len(images))]
-
-
-def _batches(
-    images: np.ndarray, boxes: np.ndarray, *, reach: int, pixels: int
-) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """Slices with brain in batches of one size, each in the middle of the smallest multiples of 32 that hold its brain.
-
-    What a slice is padded with depends on the slice alone, so its prediction does not depend on the other slices.
-
-    Args:
-        images: see `_ask`.
-        boxes: see `Packed.boxes`.
-        reach: neighbours on each side that come as further channels; the box holds their brain, too.
-        pixels: of a batch, about.
-
-    Returns:
-        Batches, float16 (slices, channels, height, width), and the place of each slice.
-    """
-    by_size: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
-    for z in np.flatnonzero(boxes[:, 1]).tolist():
-        near = boxes[max(z - reach, 0) : z + reach + 1]
-        near = near[near[:, 1] > 0]
-        box = np.array([near[:, 0].min(), near[:, 1].max(), near[:, 2].min(), near[:, 3].max()])
-        size = tuple(int(-(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) for side in box[1::2] - box[::2])
-        by_size.setdefault(size, []).append((z, box))
-    for size, listed in by_size.items():
-        at_once = max(1, pixels // (size[0] * size[1]))
-        for start in range(0, len(listed), at_once):
-            yield _gather(images, listed[start : start + at_once], size, reach)
-
-
-def _gather(
-    images: np.ndarray, listed: Sequence[tuple[int, np.ndarray]], size: tuple[int, int], reach: int
-) -> tuple[torch.Tensor, list[Place]]:
-    """One batch: slices by index and box, each with its neighbours, centred in `size`."""
-    batch = np.zeros((len(listed), 2 * reach + 1, images.shape[1], *size), np.float16)
-    places = []
-    for row, (z, box) in enumerate(listed):
-        top, end, left, right = box.tolist()
-        y, x = (size[0] - end + top) // 2, (size[1] - right + left) // 2
-        low, high = max(z - reach, 0), min(z + reach + 1, len(images))
-        middle = batch[row, low - z + reach : high - z + reach, :, y : y + end - top, x : x + right - left]
-        middle[:] = images[low:high, :, top:end, left:right]
-        inner = slice(y, y + end - top), slice(x, x + right - left)
-        places.append((z, slice(top, end), slice(left, right), inner))
-    return torch.from_numpy(batch).flatten(1, 2), places

@@ -1,25 +1,25 @@
-"""Does a network know where it is wrong: doubt per voxel, detection of errors, calibration.
+"""Does a network know where it is wrong: uncertainty per voxel, detection of errors, calibration.
 
-All of it is about the probabilities as averaged over networks and mirror images, before post-processing, and over the
-voxels of the brain: the empty space around it would make every network look certain and right.
+All of it concerns the probabilities as averaged over networks and mirror images, before post-processing, and the voxels
+of the brain: with the empty space around it, every network would look certain and right.
 """
 
 from collections.abc import Mapping
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import rankdata
 
 from brats_helpers.labels import REGIONS
 
 BINS = 10
 """Bins of equal width, from probability 0 to 1, of the calibration."""
 FLOOR = 0.01
-"""Calibration is over the voxels to which a region is given at least this probability; elsewhere nearly all is 0."""
+"""Calibration counts voxels to which a region is given at least this probability; elsewhere nearly all is 0."""
+_AREAS = ("auc", "auc_tumour")
 
 
 def entropy(soft: np.ndarray) -> np.ndarray:
-    """Doubt per voxel: entropy of the class probabilities along the last axis, from 0 (sure) to 1 (all alike)."""
+    """Uncertainty per voxel: entropy of the class probabilities on the last axis, 0 (certain) to 1 (all equal)."""
     return -(soft * np.log(np.maximum(soft, 1e-12))).sum(axis=-1) / np.log(soft.shape[-1])
 
 
@@ -31,27 +31,25 @@ def auc(scores: np.ndarray, hits: np.ndarray) -> float | None:
         hits: booleans of the same shape.
 
     Returns:
-        0 to 1 (0.5: chance), or None where there are no hits or no misses.
+        0 to 1 (0.5: chance), or None if there are no hits or no misses.
     """
-    n_hits = int(np.count_nonzero(hits))
-    n_misses = hits.size - n_hits
-    if not n_hits or not n_misses:
-        return None
-    return float((rankdata(scores)[hits].sum() - n_hits * (n_hits + 1) / 2) / (n_hits * n_misses))
+    from sklearn.metrics import roc_auc_score  # takes a second, which whoever predicts alone need not wait for
+
+    return float(roc_auc_score(hits, scores)) if 0 < np.count_nonzero(hits) < hits.size else None
 
 
 def examine(soft: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> dict[str, object]:
-    """Hold one patient's probabilities against the reference.
+    """Compare one patient's probabilities with the reference.
 
     Args:
-        soft: float32 (slices, 4, height, width), see `inference.predict`.
+        soft: float32 (slices, 4, height, width), see `networks.predict`.
         truth: class indices, uint8 (slices, height, width).
         brain: bool (slices, height, width), the voxels that count.
 
     Returns:
-        `auc`: do the errors have the higher entropy, see `auc`; `auc_tumour`: the same among voxels that are tumour in
-        prediction or reference, where it is hard; `bins`: per region float64 (BINS, 3), by predicted probability:
-        voxels, sum of the probability, voxels that are the region.
+        `auc`: whether errors have the higher entropy, see `auc`; `auc_tumour`: the same among the voxels that are
+        tumour in prediction or reference, where it is hard; `bins`: per region float64 (BINS, 3), by predicted
+        probability: voxels, sum of the probability, voxels of the region.
     """
     soft, truth = np.moveaxis(soft, 1, -1)[brain], truth[brain]
     pred = soft.argmax(axis=-1)
@@ -60,43 +58,49 @@ def examine(soft: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> dict[str,
     for region, classes in REGIONS.items():
         probability = soft[:, classes].sum(axis=-1)
         given = probability >= FLOOR
-        probability, inside = probability[given], np.isin(truth[given], classes)
-        place = np.minimum((probability * BINS).astype(np.intp), BINS - 1)
-        bins[region] = np.stack([np.bincount(place, w, BINS) for w in (None, probability, inside)], axis=1)
+        probability, inside = probability[given].clip(max=1), np.isin(truth[given], classes)
+        counts = [
+            np.histogram(probability, BINS, (0, 1), weights=w)[0] for w in (None, probability, inside.astype(float))
+        ]
+        bins[region] = np.stack(counts, axis=1).astype(float)
     return {"auc": auc(doubt, wrong), "auc_tumour": auc(doubt[tumour], wrong[tumour]), "bins": bins}
 
 
 def collect(cases: Mapping[str, Mapping]) -> dict[str, object]:
-    """What `metrics.json` holds under `uncertainty`.
+    """Put the patients together, as `metrics.json` holds them under `uncertainty`.
 
     Args:
         cases: by ID, what `examine` returns.
 
     Returns:
         `auc` and `auc_tumour`, means over the patients that have one (None: none has); `cases`: both by ID;
-        `calibration`: per region, over the voxels of all patients together, `ece` (expected calibration error: mean
-        distance of probability and observed frequency, weighted by voxels; None without voxels) and `bins`, those that
-        are not empty: `low` and `high` end, `voxels`, mean `predicted` probability, `observed` frequency.
+        `calibration`: per region, see `_calibration`, over the voxels of all patients together.
     """
-    found = {case: {name: result[name] for name in ("auc", "auc_tumour")} for case, result in sorted(cases.items())}
-    values = {
-        name: [result[name] for result in found.values() if result[name] is not None] for name in ("auc", "auc_tumour")
-    }
+    means = {}
+    for name in _AREAS:
+        values = [result[name] for result in cases.values() if result[name] is not None]
+        means[name] = fmean(values) if values else None
+    found = {case: {name: result[name] for name in _AREAS} for case, result in sorted(cases.items())}
     calibration = {}
     for region in REGIONS:
-        table = sum((result["bins"][region] for result in cases.values()), np.zeros((BINS, 3)))
-        bins = [
-            {
-                "low": max(k / BINS, FLOOR),
-                "high": (k + 1) / BINS,
-                "voxels": int(voxels),
-                "predicted": float(predicted / voxels),
-                "observed": float(observed / voxels),
-            }
-            for k, (voxels, predicted, observed) in enumerate(table)
-            if voxels
-        ]
-        gaps = np.abs(table[:, 1] - table[:, 2]).sum()
-        calibration[region] = {"ece": float(gaps / table[:, 0].sum()) if bins else None, "bins": bins}
-    means = {name: fmean(each) if each else None for name, each in values.items()}
+        tables = [result["bins"][region] for result in cases.values()]
+        calibration[region] = _calibration(np.sum(tables, axis=0) if tables else np.zeros((BINS, 3)))
     return means | {"cases": found, "calibration": calibration}
+
+
+def _calibration(table: np.ndarray) -> dict[str, object]:
+    """Turn counts, float64 (BINS, 3) as in `examine`, into what a calibration curve shows.
+
+    Returns:
+        `ece`, the expected calibration error: the mean distance of probability and observed frequency, weighted by
+        voxels (None without voxels); `bins`, those with voxels: `low` and `high` end, `voxels`, mean `predicted`
+        probability, `observed` frequency.
+    """
+    filled = np.flatnonzero(table[:, 0]).tolist()
+    bins = []
+    for k in filled:
+        voxels, predicted, observed = table[k].tolist()
+        ends = {"low": max(k / BINS, FLOOR), "high": (k + 1) / BINS}
+        bins.append(ends | {"voxels": int(voxels), "predicted": predicted / voxels, "observed": observed / voxels})
+    gaps = np.abs(table[:, 1] - table[:, 2]).sum()
+    return {"ece": float(gaps / table[:, 0].sum()) if filled else None, "bins": bins}

@@ -144,6 +144,36 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
     }
 
 
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Test whether the mean of paired differences is 0, by flipping their signs.
+
+    Args:
+        differences: one per patient.
+
+    Returns:
+        The two-sided p value: the share of all sign patterns whose mean lies at least as far from 0 as the observed
+        one. With more than 12 patients, that of 10,000 random patterns and the observed one.
+    """
+    values = np.asarray(differences, float)
+    n = len(values)
+    if n <= 12:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    else:
+        signs = np.ones((_BOOTSTRAPS + 1, n), int)
+        signs[1:] = np.random.default_rng(0).choice((-1, 1), (_BOOTSTRAPS, n))
+    sums = np.abs(signs @ values)
+    return float(np.mean(sums >= abs(values.sum()) - 1e-12))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 def _check_references(a: Mapping[str, Mapping], b: Mapping[str, Mapping], shared: Sequence[str]) -> None:
     """Raise `DataError` if a patient's reference has another volume in the other run."""
     for case, name in itertools.product(shared, STRUCTURES):

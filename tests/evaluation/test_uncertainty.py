@@ -1,13 +1,14 @@
-"""Doubt, error detection and calibration, by hand and by scikit-learn."""
+"""Uncertainty, error detection and calibration."""
 
 import numpy as np
 import pytest
+from sklearn.calibration import calibration_curve
 
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.uncertainty import auc, entropy, examine
 
 
-def test_entropy_runs_from_sure_to_all_alike():
+def test_entropy_runs_from_certain_to_all_classes_equal():
     soft = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4], np.float32)
     np.testing.assert_allclose(entropy(soft), [0, 0.5, 1], atol=1e-6)  # log 2 / log 4 = 1/2
 
@@ -19,13 +20,17 @@ def test_auc_by_hand():
     assert auc(np.array([0.9, 0.1]), np.array([False, False])) is None
 
 
-def test_auc_agrees_with_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: no second opinion")
+def test_calibration_agrees_with_scikit_learn():
     random = np.random.default_rng(0)
-    for n, steps in ((50, 5), (5000, 1000)):  # with many ties, with few
-        hits = random.random(n) < 0.1
-        scores = np.round(random.random(n) + 0.3 * hits, 3) * steps // 1 / steps
-        assert auc(scores, hits) == pytest.approx(metrics.roc_auc_score(hits, scores), abs=1e-12)
+    chance = random.uniform(0.02, 0.98, 2000)
+    truth = np.where(random.random(2000) < chance, 3, 0).astype(np.uint8)
+    soft = np.zeros((1, 4, 1, 2000), np.float32)
+    soft[0, 0, 0], soft[0, 3, 0] = 1 - chance, chance
+    result = examine(soft, truth.reshape(1, 1, -1), np.ones((1, 1, 2000), bool))
+    bins = uncertainty.collect({"a": result})["calibration"]["ET"]["bins"]
+    observed, predicted = calibration_curve(truth == 3, soft[0, 3, 0], n_bins=uncertainty.BINS)
+    assert [row["observed"] for row in bins] == pytest.approx(observed)
+    assert [row["predicted"] for row in bins] == pytest.approx(predicted)
 
 
 def patient():
@@ -73,7 +78,7 @@ def test_over_patients():
     assert [row["voxels"] for row in wt["bins"]] == [2, 4]
 
 
-def test_without_patients_there_is_nothing_to_say():
+def test_without_patients_nothing_is_known():
     result = uncertainty.collect({})
     assert result["auc"] is None and result["calibration"]["ET"] == {"ece": None, "bins": []}
 

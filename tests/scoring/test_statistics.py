@@ -3,11 +3,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from brats_helpers.labels import DataError
 from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import collect
-from brats_helpers.scoring.statistics import compare, interval_text, summarise
+from brats_helpers.scoring.statistics import compare, holm, interval_text, sign_flip_p, summarise
 
 
 def one_metric(values):
@@ -84,3 +85,18 @@ def test_compare_refuses_what_cannot_be_compared():
         compare(collected(a, "brats2023"), collected(a, "brats2023-MET"))
     with pytest.raises(DataError, match="in common"):
         compare(collected(a), collected({"other": a["case0"]}))
+
+
+def test_the_sign_flip_test_counts_patterns_of_signs():
+    assert sign_flip_p([1.0] * 6) == 2 / 2**6  # all alike, or all alike the other way
+    # Of the sums of +-1, +-2 and +-3, two are as far from 0 as 1 + 2 + 3; of 1 + 2 - 3 all eight are.
+    assert sign_flip_p([1, 2, 3]) == 2 / 8 and sign_flip_p([1, 2, -3]) == 1
+    random = np.random.default_rng(1).normal(0.3, 1, 30)
+    exact = scipy.stats.ttest_1samp(random, 0).pvalue
+    assert sign_flip_p(random) == pytest.approx(exact, abs=0.02)
+
+
+def test_holms_correction_by_hand():
+    """The smallest of three times 3, the next times 2, and none below the one before."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []

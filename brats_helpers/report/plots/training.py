@@ -186,14 +186,20 @@ def _curve(ax: Axes, history: pd.DataFrame, column: str, colour: str, dash: str,
 
 @styled
 def comparison(
-    histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], *, headline: str, simulated: bool
+    histories: Mapping[str, pd.DataFrame],
+    metrics: Mapping[str, Mapping],
+    *,
+    headline: str,
+    simulated: bool,
+    scored_on: str = "test",
 ) -> Figure:
-    """Trainings side by side: validation Dice over training time, and test Dice with its 95 % interval.
+    """Trainings side by side: validation Dice over training time, and Dice of the scores with its 95 % interval.
 
     Args:
         histories: `history.csv` of each run by name; `seconds` counts from the start of training.
         metrics: `metrics.json` of each run that was scored, by the same names.
         headline: what they are, or the question that they answer.
+        scored_on: which patients were scored, `test` or `validation`.
     """
     end_s = max(history["seconds"].max() for history in histories.values())
     curves = any(len(history) > 1 for history in histories.values())  # of one epoch each there is nothing to draw
@@ -218,7 +224,7 @@ def comparison(
         if curves:
             above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
             above.grid(axis="y")
-        below.set(xlabel="test Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
+        below.set(xlabel=f"{scored_on} Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
         below.set_yticklabels(list(histories))
         below.grid(axis="x")
     axes[-1, 0].set_ylim(len(histories) - 0.4, -0.6)
