@@ -58,17 +58,34 @@ def test_a_notebook_reads_as_prose_with_small_cells(stage):
 
 
 def test_every_notebook_opens_by_itself():
-    """The same bootstrap in each, which fetches what pyproject.toml names, and badges that lead to this file there."""
+    """The same collapsed set-up cell in each, and badges that lead to this notebook at the project's address."""
     home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    assert len({_source(_cells(stage)[1]) for stage in STAGES}) == 1
-    assert f'"{home}"' in _source(_cells("00_setup")[1])
+    name = home.removeprefix("https://github.com/")
+    cells = [_cells(stage)[1] for stage in STAGES]
+    assert len({_source(cell) for cell in cells}) == 1 and f'"{home}"' in _source(cells[0])
+    assert len(_source(cells[0]).splitlines()) <= 6 and _source(cells[0]).startswith("# @title Set-up")
+    for stage, cell in zip(STAGES, cells, strict=True):
+        assert cell["id"] == f"{stage[:2]}-bootstrap"
+        assert cell["metadata"] == {
+            "cellView": "form",  # Colab
+            "jupyter": {"source_hidden": True},  # JupyterLab, and the report
+            "tags": ["hide-input", "hide_input"],  # Jupyter Book, and the classic notebook's extension
+        }
+        links = re.findall(r"\)\]\(([^)]+)\)", _source(_cells(stage, "markdown")[0]))
+        file = f"blob/main/notebooks/{stage}.ipynb"
+        assert links == [
+            f"https://colab.research.google.com/github/{name}/{file}",
+            f"https://kaggle.com/kernels/welcome?src={home}/{file}",
+            f"https://nbviewer.org/github/{name}/{file}",
+        ]
+
+
+def test_no_other_address_is_left_anywhere():
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     name = home.removeprefix("https://github.com/")
     for stage in STAGES:
-        assert _cells(stage)[1]["id"] == f"{stage[:2]}-bootstrap"
-        file = f"blob/main/notebooks/{stage}.ipynb"
-        links = re.findall(r"\)\]\(([^)]+)\)", _source(_cells(stage, "markdown")[0]))
-        assert f"https://colab.research.google.com/github/{name}/{file}" in links
-        assert f"https://kaggle.com/kernels/welcome?src={home}/{file}" in links
+        for cell in [*_cells(stage), *_cells(stage, "markdown")]:
+            assert set(re.findall(r"[\w.-]+/brats-helpers", _source(cell))) <= {name}
 
 
 @pytest.mark.parametrize("stage", STAGES)

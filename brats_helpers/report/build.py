@@ -389,6 +389,7 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     except ValueError as error:  # not JSON: the run was interrupted while writing it
         return f'<p class="missing">{html.escape(f"{path} cannot be read: {error}")}</p>', ""
     heading = path.stem
+    _fold_hidden_input(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":  # badges would be loaded from a network
             cell.source = re.sub(r"^\[!\[.*\n?", "", cell.source, flags=re.MULTILINE)
@@ -406,6 +407,23 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     # Other templates than `basic` load scripts from a network.
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     return body, HtmlFormatter().get_style_defs(".highlight")
+
+
+def _fold_hidden_input(notebook) -> None:
+    """Turn code cells whose input is hidden into closed sections, followed by their outputs; `notebook` is changed."""
+    import nbformat
+
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.metadata.get("jupyter", {}).get("source_hidden"):
+            name, _, code = cell.source.removeprefix("# @title ").partition("\n")
+            fold = f"<details><summary>{html.escape(name)}</summary>\n\n```python\n{code}\n```\n\n</details>"
+            cells.append(nbformat.v4.new_markdown_cell(fold))
+            cell.source = ""
+            if not cell.outputs:
+                continue
+        cells.append(cell)
+    notebook.cells = cells
 
 
 def _number(value: float | None, digits: int = 3) -> str:

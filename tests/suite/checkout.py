@@ -181,3 +181,12 @@ def dead(pid: int) -> bool:
     """Whether a process has ended, also where nobody has waited for it yet."""
     state = Path(f"/proc/{pid}/stat")
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def clone(folder: Path) -> Path:
+    """The files of this checkout that the package is made from."""
+    for name in ("pyproject.toml", "requirements.txt"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, folder)
+    shutil.copytree(HERE / "brats_helpers", folder / "brats_helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
