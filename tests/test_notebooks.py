@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -51,10 +52,36 @@ def test_a_notebook_reads_as_prose_with_small_cells(stage):
     tree = [node for source in code for node in ast.walk(ast.parse(source))]
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree)
     assert not re.search(r"sys\.path|^%|^!|import \*", "\n".join(code), re.MULTILINE)
-    assert max(len(source.splitlines()) for source in code[3:]) <= 25  # but for parameters, bootstrap and imports
+    lengths = [len(source.splitlines()) for source in code[3:]]  # after parameters, set-up and imports
+    assert max(lengths) <= 15 and statistics.median(lengths) <= 5
     imports = [k for k, source in enumerate(code) if re.search(r"^(import|from) ", source, re.MULTILINE)]
-    assert imports == [1, 2]  # two cells, right after the parameters: the bootstrap's and the notebook's own
+    assert imports == [1, 2]  # two cells, right after the parameters: the set-up's and the notebook's own
     assert _source(_cells(stage, "markdown")[0]).startswith(f"# {stage[:2]} · ")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_small_cell_is_introduced_by_prose(stage):
+    cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text("utf-8"))["cells"]
+    kinds = [cell["cell_type"] for cell in cells]
+    assert kinds[:5] == ["markdown", "code", "code", "code", "markdown"]
+    assert "code code" not in " ".join(kinds[4:])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_notebook_tells_a_story(stage):
+    """A question, a picture early, what to look for, a summary, exercises with folded answers, where to go next."""
+    prose = [_source(cell) for cell in _cells(stage, "markdown")]
+    assert "?**" in prose[0]
+    figures = [k for k, cell in enumerate(_cells(stage)) if "save_figure" in _source(cell)]
+    assert "](../docs/overlays.png)" in prose[0] or figures[0] <= 7
+    assert not figures or re.search(r"\*\*(L|l)ook(s|ed)? ", "\n".join(prose))
+    summary, exercises, onward = prose[-3:]
+    assert summary.startswith("## Summary\n") and len(re.findall(r"\.(?=\s|$)", summary)) == 3
+    answers = re.findall(r"<details><summary>Answer</summary>\n\n.+\n\n</details>", exercises)
+    assert exercises.startswith("## Exercises\n") and len(answers) == len(re.findall(r"^\*\*\d\.", exercises, re.M))
+    assert 2 <= len(answers) <= 3
+    assert onward.startswith("## Where to go next\n")
+    assert all((ROOT / "notebooks" / link).exists() for link in re.findall(r"\]\(([^)]+)\)", onward))
 
 
 def test_every_notebook_opens_by_itself():

@@ -391,8 +391,8 @@ def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     heading = path.stem
     _fold_hidden_input(notebook)
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":  # badges would be loaded from a network
-            cell.source = re.sub(r"^\[!\[.*\n?", "", cell.source, flags=re.MULTILINE)
+        if cell.cell_type == "markdown":  # badges would be loaded from a network, pictures from the checkout
+            cell.source = re.sub(r"^\[?!\[.*\n?", "", cell.source, flags=re.MULTILINE)
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].lstrip("# ")
         for output in cell.get("outputs", []):

@@ -151,6 +151,17 @@ def rebuild(saved: Mapping) -> nn.Module:
     return model
 
 
+def first_filters(model: nn.Module) -> torch.Tensor:
+    """Return the weights of a network's first convolution, (filters, channels, height, width); of 3D ones the middle.
+
+    They are a copy on the CPU.
+    """
+    convolutions = (nn.Conv2d, nn.Conv3d)
+    first = next(module for module in model.modules() if isinstance(module, convolutions))
+    weights = first.weight.detach().cpu().clone()
+    return weights[:, :, weights.shape[2] // 2] if weights.ndim == 5 else weights
+
+
 def freeze_encoder(model: nn.Module, share: float) -> None:
     """Stop the training of the first `share` of the encoder's layers, and resume that of the rest.
 

@@ -43,6 +43,7 @@ from brats_helpers.report.plots.style import (
     z_window,
 )
 from brats_helpers.scoring.overlap import mean_dice_of_case
+from brats_helpers.scoring.scores import score_case
 
 
 @styled
@@ -87,6 +88,30 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
     headline = f"Prediction against reference · {PRINTED[modality]} · {_tested(len(scores))}"
     detail = "slices with most reference tumour, zoomed to it · patient's right on the left"
     title(figure, headline, f"{convention(metrics)} · {detail}", simulated)
+    return figure
+
+
+@styled
+def one_false_voxel(*, name: str) -> Figure:
+    """A drawn patient without enhancing tumour, a prediction that agrees, and one with a single false voxel.
+
+    Args:
+        name: the convention to score by, see `scoring.rules.CONVENTIONS`.
+    """
+    y, x = np.mgrid[-1:1:48j, -1:1:48j]
+    brain, tumour = x**2 / 0.6 + y**2 < 0.95, (x - 0.25) ** 2 + (y + 0.1) ** 2
+    reference = np.where(tumour < 0.03, 1, np.where(tumour < 0.14, 2, 0)).astype(np.uint8)
+    spotted = reference.copy()
+    spotted[21, 30] = 3
+    figure, axes = panels(1, 3, brain.shape)
+    pictures = {"reference, no ET": reference, "prediction without ET": reference, "one false voxel of ET": spotted}
+    for ax, (what, classes) in zip(axes[0], pictures.items(), strict=True):
+        scores = score_case(classes[None], reference[None], spacing_mm=(1, 1, 1), convention=name)["ET"]
+        says = f" · Dice {scores['dice']:.0f}, HD95 {scores['hd95_mm']:.2f} mm"
+        show(ax, brain * 0.5, (0, 1), what if what.startswith("reference") else what + says)
+        overlay(ax, classes)
+    class_legend(figure)
+    title(figure, "What one false voxel costs", f"a drawn slice, no patient · convention {name}", False)
     return figure
 
 

@@ -128,6 +128,34 @@ def augmentation(
     return figure
 
 
+@styled
+def filters(colours, channels, *, modalities: Sequence[str], encoder: str, count: int = 8, simulated: bool) -> Figure:
+    """The first layer's filters for three colours (above), and as they are spread over the modalities (below).
+
+    Args:
+        colours: (filters, 3, height, width), weights for red, green and blue.
+        channels: (filters, channels, height, width), weights of the network before training; with neighbouring
+            slices as channels, those of the middle one are shown.
+        modalities: names of a slice's channels.
+        encoder: its name.
+        count: filters shown at most; those that vary most.
+    """
+    colours, channels = array(colours), _middle(channels, len(modalities))
+    chosen = np.sort(colours.reshape(len(colours), -1).std(axis=1).argsort()[::-1][:count])
+    figure, axes = panels(1 + len(modalities), len(chosen), (1, 1), legend=False)
+    for column, index in enumerate(chosen):
+        pattern = colours[index].transpose(1, 2, 0)
+        pattern = 0.5 + pattern / (2 * max(abs(pattern).max(), 1e-9))  # grey is 0
+        axes[0, column].imshow(pattern)
+        axes[0, column].set_title("colours" if column == 0 else "")
+        limit = max(abs(channels[index]).max(), 1e-9)
+        for row, name in enumerate(modalities):
+            show(axes[1 + row, column], channels[index, row], (-limit, limit), PRINTED[name] if column == 0 else "")
+    detail = f"{len(chosen)} of {len(colours)} filters, before training; mid-grey is 0"
+    title(figure, f"From three colours to {len(modalities)} modalities · {encoder}", detail, simulated)
+    return figure
+
+
 def _middle(images, modalities: int) -> np.ndarray:
     """The channels of the middle slice, (batch, modalities, Y, X)."""
     images = array(images).astype(np.float32)
