@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -378,3 +379,18 @@ def test_the_verb_writes_the_report_again(bare, capsys):
     assert main(["report", str(bare.folder / "nowhere")]) == 1
     assert "is no run: there is no manifest.json in it" in capsys.readouterr().out
     assert not (bare.folder / "nowhere").exists()
+
+
+def test_the_set_up_cell_is_folded_on_a_notebooks_page(tmp_path):
+    hidden = {"jupyter": {"source_hidden": True}}
+    said = nbformat.v4.new_output("stream", name="stdout", text="installing numpy")
+    cells = [
+        nbformat.v4.new_code_cell("# @title Set-up <here>\nimport os", metadata=hidden, outputs=[said]),
+        nbformat.v4.new_code_cell("print('shown')"),
+        nbformat.v4.new_markdown_cell("[![badge](https://a.example/b.svg)](https://c.example)\n![picture](../d.png)"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    body, _ = report._notebook_body(tmp_path / "n.ipynb", [])
+    fold = body[body.index("<details>") : body.index("</details>")]
+    assert "<summary>Set-up &lt;here&gt;</summary>" in fold and "os" in fold and "installing numpy" not in fold
+    assert "installing numpy" in body and "shown" not in fold and "<img" not in body

@@ -473,3 +473,25 @@ def test_volume_agreement_of_one_patient_has_no_limits():
     figure = plots.volume_agreement({"cases": {"A": volumes}}, simulated=False)
     assert [line.get_ydata()[0] for line in figure.axes[0].lines[1:]] == [-1, 0]
     assert "simulated" not in everything_said(figure)
+
+
+def test_one_false_voxel_costs_the_whole_dice():
+    """BraTS 2020 scores a false alarm as Dice 0 and the diagonal of 240 x 240 x 155 mm."""
+    shown = list(panels(plots.one_false_voxel(name="brats2020")))
+    assert shown[0] == "reference, no ET"
+    assert shown[1:] == [
+        "prediction without ET · Dice 1, HD95 0.00 mm",
+        f"one false voxel of ET · Dice 0, HD95 {np.linalg.norm([240, 240, 155]):.2f} mm",
+    ]
+
+
+def test_filters_show_the_colours_above_each_modality():
+    colours = np.random.default_rng(0).normal(size=(16, 3, 3, 3))
+    channels = colours[:, [0, 1, 2, 0]] * 3 / 4
+    names = ["flair", "t1", "t1ce", "t2"]
+    figure = plots.filters(colours, channels, modalities=names, encoder="resnet18", simulated=False)
+    assert list(panels(figure)) == ["colours", "FLAIR", "T1", "T1ce", "T2"]
+    assert "8 of 16 filters" in figure.get_label()
+    pictures = [np.asarray(ax.images[0].get_array()) for ax in figure.axes]
+    assert np.array_equal(pictures[8], pictures[32])  # FLAIR and T2 both start from red
+    assert pictures[0].min() >= 0 and pictures[0].max() <= 1

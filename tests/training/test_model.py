@@ -7,7 +7,14 @@ from torch.nn import functional as F
 
 from brats_helpers.training import model as models
 from brats_helpers.training import weights
-from brats_helpers.training.model import PATCH_NETWORKS, TRAINING_BYTES, build_model, sees_patches, summary
+from brats_helpers.training.model import (
+    PATCH_NETWORKS,
+    TRAINING_BYTES,
+    build_model,
+    first_filters,
+    sees_patches,
+    summary,
+)
 from brats_helpers.training.weights import PACKAGED_ENCODER, WeightsError
 
 
@@ -80,6 +87,13 @@ def test_channels_are_adapted_by_the_same_rule_as_smp(channels):
     original = layer.weight.detach().clone()
     smp.encoders._utils.patch_first_conv(layer, channels)
     torch.testing.assert_close(weights.adapt_channels(original, channels), layer.weight.detach())
+
+
+def test_the_first_filters_are_those_of_the_first_convolution():
+    model = build_model(encoder=PACKAGED_ENCODER, weights="none", in_channels=4)
+    assert torch.equal(first_filters(model), next(model.encoder.parameters()).detach())
+    volumes = build_model(encoder="monai-unet", weights="none", in_channels=4, patch_size=32)
+    assert first_filters(volumes).ndim == 4 and first_filters(volumes).shape[1] == 4
 
 
 def test_weights_out_of_a_file_are_loaded_and_adapted(tmp_path):
