@@ -117,7 +117,7 @@ def test_predict_by_several_checkpoints_with_rules_and_labels(tiny_patients, tmp
     assert score((out, tmp_path / "new")) == 0
 
     assert main([*command, "--out", str(out), str(tiny_patients)]) == 1
-    assert "has seen Tiny_0, Tiny_1, Tiny_2, Tiny_3" in capsys.readouterr().out
+    assert "4 skipped: Tiny_0, Tiny_1, Tiny_2, Tiny_3" in capsys.readouterr().out
     assert main([*command, "--out", str(out), "--allow-leakage", str(tiny_patients)]) == 0
     assert score((out, tiny_patients)) == 1  # New is extra, and nobody else is scored
     assert "Tiny_0 is not scored: leakage" in capsys.readouterr().out
