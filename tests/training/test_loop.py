@@ -227,7 +227,7 @@ def test_two_processes_train_as_one(tiny_patients, tmp_path):
     for first, second in zip(one, two, strict=True):
         for name in ("train_loss", "val_loss", "lr", *(f"dice_{name}" for name in loop.STRUCTURES)):
             assert second[name] == pytest.approx(first[name], rel=2e-3, abs=2e-3), (first["epoch"], name)
-    assert one[-1]["dice_WT"] > 0.2  # it did learn
+    assert one[-1]["train_loss"] < one[0]["train_loss"]  # it did learn
 
 
 def test_synchronised_batchnorm_is_the_same_network():
