@@ -481,7 +481,7 @@ def test_one_false_voxel_costs_the_whole_dice():
     assert shown[0] == "reference, no ET"
     assert shown[1:] == [
         "prediction without ET · Dice 1, HD95 0.00 mm",
-        f"one false voxel of ET · Dice 0, HD95 {np.linalg.norm([240, 240, 155]):.2f} mm",
+        f"one false voxel · Dice 0, HD95 {np.linalg.norm([240, 240, 155]):.2f} mm",
     ]
 
 

@@ -104,7 +104,7 @@ def one_false_voxel(*, name: str) -> Figure:
     spotted = reference.copy()
     spotted[21, 30] = 3
     figure, axes = panels(1, 3, brain.shape)
-    pictures = {"reference, no ET": reference, "prediction without ET": reference, "one false voxel of ET": spotted}
+    pictures = {"reference, no ET": reference, "prediction without ET": reference, "one false voxel": spotted}
     for ax, (what, classes) in zip(axes[0], pictures.items(), strict=True):
         scores = score_case(classes[None], reference[None], spacing_mm=(1, 1, 1), convention=name)["ET"]
         says = f" · Dice {scores['dice']:.0f}, HD95 {scores['hd95_mm']:.2f} mm"
