@@ -31,7 +31,7 @@ from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, 
 from brats_helpers.training.dataset import make_loader, patients, samples
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.preflight import Preflight, measure
-from brats_helpers.training.progress import publish, resume, set_aside
+from brats_helpers.training.progress import Progress, publish, resume, set_aside
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, make_accelerator
 from brats_helpers.training.settings import Settings
@@ -73,9 +73,8 @@ def fit(
     """Train a network, or resume from `folder/checkpoints/last.pt` where that fits the settings and patients.
 
     Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt` (all that is
-    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). Of several processes,
-    started by torchrun or `accelerate launch`, each takes its part of every batch, and nothing else changes: the loss,
-    and on GPUs BatchNorm, are those of the whole batch.
+    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). Of several processes, each
+    takes its part of every batch; the loss, and on GPUs BatchNorm, are those of the whole batch.
 
     Args:
         settings: how to train.
@@ -87,8 +86,7 @@ def fit(
         checkpoint_minutes: write `last.pt` within an epoch too, every so many minutes; 0 only after every epoch.
         deterministic: see `machine.set_deterministic`.
         tracker: `none`, or a tracker of accelerate such as `tensorboard`.
-        facts: about the patients, kept as they are in every checkpoint. The `patients` of a checkpoint that the
-            training starts from are added.
+        facts: about the patients, kept in every checkpoint, with the `patients` of a checkpoint to start from.
         follow: called with the rows so far after every epoch.
 
     Returns:
@@ -104,43 +102,28 @@ def fit(
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
     accelerator = make_accelerator(device, tracker=tracker, folder=folder)
-    share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
-    if settings.batch_size % share["processes"]:
-        raise ValueError(
-            f"batch_size {settings.batch_size} cannot be shared out evenly among {share['processes']} processes."
-        )
 
     # The data: balanced random slices or patches to learn from, all of the validation patients.
-    seen = {"context_slices": settings.context_slices, "patch_size": settings.patch_size}
-    data = samples(train, **seen)
-    batches = BalancedBatches(
-        data,
-        n=settings.slices_per_epoch,
-        batch_size=settings.batch_size,
-        foreground=settings.foreground,
-        seed=settings.seed,
-        **share,
+    batches = _batches(settings, train, accelerator)
+    loader = make_loader(batches.samples, batches, workers=workers, device=accelerator.device)
+    val_loader = patients(
+        val,
+        context_slices=settings.context_slices,
+        patch_size=settings.patch_size,
+        batch_size=2 * settings.batch_size,
+        workers=workers,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
     )
-    if not len(batches):
-        raise ValueError(f"batch_size {settings.batch_size} is more than the {batches.n} slices of an epoch.")
 
     # Where an earlier training of the same settings and patients stopped, this one goes on.
-    origin = _origin(settings, data.channels, train, val, facts or {})
-    progress, saved = resume(folder, origin, settings)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if saved is None:
-            set_aside(folder)
-        elif progress.history:  # a kill may have come between these files and last.pt
-            publish(folder, progress, origin, saved["averaged"]["network"])
+    origin = _origin(settings, batches.samples.channels, train, val, facts or {})
+    progress, saved = _resumed(folder, origin, settings, accelerator)
     if progress.finished(settings):
         return progress.history
 
-    data.keep_on(accelerator.device)
-    loader = make_loader(data, batches, workers=workers, device=accelerator.device)
-    val_loader = patients(
-        val, **seen, batch_size=2 * settings.batch_size, workers=workers, device=accelerator.device, **share
-    )
+    # The network and all that belongs to it, in the precision and micro-batch that a few steps decide.
     session = Session.build(settings, folder, origin, progress, accelerator)
     plan = measure(session, batches, val_loader, workers=workers, deterministic=deterministic)
     plan.announce()
@@ -228,6 +211,39 @@ def _finish_epoch(session: Session, row: dict[str, float], plan: Preflight) -> N
     session.publish()
     session.accelerator.log(row, step=row["epoch"])
     print(_line(progress.history, plan, settings, improved), flush=True)
+
+
+def _batches(settings: Settings, train: Sequence[Packed], accelerator: Accelerator) -> BalancedBatches:
+    """The batches to learn from: this process's part of them."""
+    processes = accelerator.num_processes
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
+    data = samples(train, context_slices=settings.context_slices, patch_size=settings.patch_size)
+    data.keep_on(accelerator.device)
+    batches = BalancedBatches(
+        data,
+        n=settings.slices_per_epoch,
+        batch_size=settings.batch_size,
+        foreground=settings.foreground,
+        seed=settings.seed,
+        rank=accelerator.process_index,
+        processes=processes,
+    )
+    if not len(batches):
+        raise ValueError(f"batch_size {settings.batch_size} is more than the {batches.n} slices of an epoch.")
+    return batches
+
+
+def _resumed(folder: Path, origin: dict, settings: Settings, accelerator: Accelerator) -> tuple[Progress, dict | None]:
+    """The progress and the content of `last.pt`, once the main process has brought the folder in line with it."""
+    progress, saved = resume(folder, origin, settings)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if saved is None:
+            set_aside(folder)
+        elif progress.history:  # a kill may have come between these files and last.pt
+            publish(folder, progress, origin, saved["averaged"]["network"])
+    return progress, saved
 
 
 def _origin(settings: Settings, channels: int, train, val, facts: Mapping) -> dict:
