@@ -35,7 +35,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
         modalities=("flair", "t1ce"),
         encoder=PACKAGED_ENCODER,
         encoder_weights="imagenet",
-        epochs=2,
+        epochs=4,
         batch_size=8,
         slices_per_epoch=64,
     )
@@ -43,7 +43,7 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     train = [packed[f"brats_2013_pat000{k}_1"] for k in (1, 2)]
     val = [packed["brats_2013_pat0003_1"]]
     history = fit(settings, train, val, tmp_path, **HOW)
-    assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
 
     # The one that chose the epoch: after a minute half of its tumour is found, and not where its mirror image would be.
     checkpoint = tmp_path / "checkpoints" / "best.pt"
