@@ -2,7 +2,7 @@
 
 For each budget of training minutes, kind of weights and seed (of patients, split and training alike), the verbs `run`
 (notebooks 00 and 02), `predict` and `score` one after the other, as anybody would type them. Started again, it goes
-on where it was; patients and runs of another state of `brats_helpers/phantom.py` are other ones, by its fingerprint in
+on where it was; patients and runs of another state of the simulation's four modules are other ones, by its fingerprint in
 their names.
 
     python benchmarks/simulation.py --minutes 4 15 --seeds 0 1 2 --weights imagenet none --json simulation.json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REGIONS = ("WT", "TC", "ET")
-SIMULATION = hashlib.sha256((ROOT / "brats_helpers" / "phantom.py").read_bytes()).hexdigest()[:6]
+SOURCES = [ROOT / "brats_helpers" / "data" / f"{name}.py" for name in ("phantom", "anatomy", "tumour", "scanner")]
+SIMULATION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:6]
 
 
 def main() -> None:
