@@ -2,8 +2,7 @@
 
 For each budget of training minutes, kind of weights and seed (of patients, split and training alike), the verbs `run`
 (notebooks 00 and 02), `predict` and `score` one after the other, as anybody would type them. Started again, it goes
-on where it was; patients and runs of another state of the simulation's four modules are other ones, by its fingerprint in
-their names.
+on where it was. The fingerprint of the simulation's four modules is part of the names of patients and runs.
 
     python benchmarks/simulation.py --minutes 4 15 --seeds 0 1 2 --weights imagenet none --json simulation.json
 """
