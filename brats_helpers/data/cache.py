@@ -324,10 +324,12 @@ def _prepared(case: Case, cache_dir: Path) -> Packed:
 def _make(case: Case, source: _Source, place: Path) -> Packed:
     with part_folder(place.parent) as part:
         _save(_pack(case, source), part)
-        if not _open(place):
-            _discard(place)  # torn, if it is there
-        with suppress(OSError):  # another run was faster
+        try:
             os.rename(part, place)
+        except OSError:  # it is there: whole, as another run was faster, or torn
+            if not _open(place):  # two runs may mend it at once, file by file, with equal files
+                for file in part.iterdir():
+                    os.replace(file, place / file.name)
     return load(place)
 
 
