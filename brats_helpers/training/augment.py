@@ -31,12 +31,14 @@ def augment(
     strength: str,
     modalities: int,
     generators: Sequence[torch.Generator],
+    modality_dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Change a batch at random.
 
     `basic` flips left and right, turns, scales and shifts, and changes each modality's brightness, contrast and gamma,
     in all its slices alike. `strong` goes further with each, and adds an elastic change of shape, blur, low
-    resolution, a bias field, noise, and now and then a modality that is missing.
+    resolution, a bias field, noise, and now and then a modality that is missing. Whatever the strength,
+    `modality_dropout` hides modalities, and then it alone decides which are missing.
 
     Args:
         images: float32 (batch, channels, [depth,] height, width), background 0.
@@ -45,6 +47,8 @@ def augment(
         modalities: how many; channel k is of modality k modulo this.
         generators: one a sample, on the CPU. What happens to a sample depends on its own generator alone, not on
             its neighbours in the batch; the same state gives the same changes again on the same device.
+        modality_dropout: share of the samples in which some modalities, but not all, become background in all their
+            slices. Every such subset is equally likely.
 
     Returns:
         Images and masks of the same shapes and dtypes; masks hold no value they did not hold before,
@@ -52,13 +56,21 @@ def augment(
     """
     if strength not in STRENGTHS:
         raise ValueError(f"augment {strength!r}: expected one of {', '.join(STRENGTHS)}.")
-    if strength == "none":
-        return images, masks
     if strength == "basic":
         images, masks = _move(images, masks, generators, turn=0.25, scale=0.12, bend=0)
-        return _intensity(images, modalities, generators, amount=0.2) * (images != 0), masks
+        images = _intensity(images, modalities, generators, amount=0.2) * (images != 0)
+    elif strength == "strong":
+        one_lost = 0.0 if modality_dropout else 0.1
+        images, masks = _strongly(images, masks, modalities, generators, one_lost=one_lost)
+    if modality_dropout:
+        images = images * _kept(images, modalities, generators, share=modality_dropout)
+    return images, masks
+
+
+def _strongly(images, masks, modalities: int, generators, *, one_lost: float):
+    """What `strong` does; in a share `one_lost` of the samples one modality is missing."""
     images, masks = _move(images, masks, generators, turn=0.5, scale=0.25, bend=0.04)
-    inside = (images != 0) & _present(images, modalities, generators)
+    inside = (images != 0) & _present(images, modalities, generators, share=one_lost)
     images = _coarsen(images, modalities, generators)
     bias = torch.exp(_field(modalities, 4, 0.3, images, generators))  # of a receiving coil
     images = images * bias.repeat(1, images.shape[1] // modalities, *[1] * (images.ndim - 2))
@@ -169,9 +181,22 @@ def _noise(images, generators):
     return noisy
 
 
-def _present(images, modalities: int, generators):
-    """Which channels are there, (batch, channels, 1, ...): in a tenth of the samples one modality is not."""
-    lost = _uniform((), 0, 1, generators) < (0.1 if modalities > 1 else 0)
+def _present(images, modalities: int, generators, *, share: float):
+    """Which channels are there, (batch, channels, 1, ...): in a share of the samples one modality is not."""
+    lost = _uniform((), 0, 1, generators) < (share if modalities > 1 else 0)
     which = _uniform((), 0, modalities, generators).long()
-    missing = lost[:, None] & (torch.arange(images.shape[1]) % modalities == which[:, None])
-    return ~missing.to(images.device, non_blocking=True)[(...,) + (None,) * (images.ndim - 2)]
+    return _channels(images, ~(lost[:, None] & (torch.arange(modalities) == which[:, None])))
+
+
+def _kept(images, modalities: int, generators, *, share: float):
+    """Which channels are kept, (batch, channels, 1, ...): in a share of the samples not all, but at least one."""
+    drops = _uniform((), 0, 1, generators) < (share if modalities > 1 else 0)
+    subset = _uniform((), 1, max(2**modalities - 1, 2), generators).long()  # bit k: modality k is hidden
+    hidden = (subset[:, None] >> torch.arange(modalities)) & 1 == 1
+    return _channels(images, ~(drops[:, None] & hidden))
+
+
+def _channels(images, by_modality: torch.Tensor) -> torch.Tensor:
+    """Bool (batch, modalities) for each channel of the images, in a shape that multiplies them, on their device."""
+    by_channel = by_modality.repeat(1, images.shape[1] // by_modality.shape[1])
+    return by_channel.to(images.device, non_blocking=True)[(...,) + (None,) * (images.ndim - 2)]

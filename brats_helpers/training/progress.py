@@ -5,7 +5,7 @@ killed, `resume` brings them in line again.
 """
 
 import csv
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -133,7 +133,7 @@ def resume(folder: Path, origin: dict, settings: Settings) -> tuple[Progress, di
 
 def _changes(origin: dict, saved: dict) -> list[str]:
     """What differs between a training and the one that a checkpoint is of."""
-    now, then = origin["settings"] | origin, saved["settings"] | saved
+    now, then = origin["settings"] | origin, asdict(Settings(**saved["settings"])) | saved
     ignored = ("settings", "facts", *MAY_DIFFER)
     return [
         name if name.endswith("_cases") else f"{name} {shown(then.get(name))} then, {shown(now[name])} now"

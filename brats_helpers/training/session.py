@@ -151,8 +151,14 @@ class Session:
     def augmented(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and masks of a batch on the device, augmented by the samples' own seeds."""
         batch = batch.to(self.device)
-        how = {"strength": self.settings.augment, "modalities": len(self.settings.modalities)}
-        return augment(batch.images, batch.masks, **how, generators=generators(batch.seeds))
+        return augment(
+            batch.images,
+            batch.masks,
+            strength=self.settings.augment,
+            modalities=len(self.settings.modalities),
+            modality_dropout=self.settings.modality_dropout,
+            generators=generators(batch.seeds),
+        )
 
     def step(self, batch: Batch) -> None:
         """Augment a batch, and make one step down its gradients."""

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import NamedTuple
 
 from brats_helpers.labels import CLASSES, MODALITIES
@@ -65,6 +65,7 @@ _RULES = {
     "slices_per_epoch": _COUNT,
     "foreground": _Rule("a share up to 1, or a negative number", lambda value: _real(value, -math.inf, 1)),
     "augment": _Rule(f"one of {', '.join(STRENGTHS)}", lambda value: value in STRENGTHS),
+    "modality_dropout": _SHARE,
     "class_weights": _Rule(f"{len(CLASSES)} numbers from 0 on, not all 0", _weights),
     "lr": _Rule("a number above 0", lambda value: _real(value, 0, math.inf) and value > 0),
     "encoder_lr": _SHARE,
@@ -99,6 +100,8 @@ class Settings:
         foreground: share of slices with tumour, or of patches centred on tumour; a negative number keeps the data's
             own share.
         augment: one of `augment.STRENGTHS`.
+        modality_dropout: share of the samples in which some modalities, but not all, become background, so that the
+            network learns to do without any of them. `predict` then takes patients who lack modalities.
         class_weights: of background, NCR, ED and ET in the cross-entropy.
         lr: highest learning rate of AdamW.
         encoder_lr: the encoder's learning rate as a share of `lr`.
@@ -129,6 +132,7 @@ class Settings:
     slices_per_epoch: int
     foreground: float
     augment: str
+    modality_dropout: float = 0.0
     class_weights: tuple[float, ...]
     lr: float
     encoder_lr: float
@@ -149,6 +153,11 @@ class Settings:
         if sees_patches(self.encoder) != bool(self.patch_size):
             kind = "patches: expected their edge" if sees_patches(self.encoder) else "slices: expected 0"
             raise SettingsError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
+        if self.modality_dropout and len(self.modalities) == 1:
+            (only,) = self.modalities
+            raise SettingsError(
+                f"modality_dropout {self.modality_dropout}: expected 0.0, as {only} is the only modality."
+            )
 
     @classmethod
     def parse(cls, text: str = "", /, **values) -> "Settings":
@@ -164,7 +173,8 @@ class Settings:
         values |= from_text(text)
         for name in values:
             _check_name(name)
-        if missing := [field.name for field in fields(cls) if field.name not in values]:
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        if missing := [name for name in needed if name not in values]:
             raise SettingsError(f"settings without {', '.join(missing)}.")
         types = {field.name: field.type for field in fields(cls)}
         return cls(**{name: _parsed(name, types[name], value) for name, value in values.items()})

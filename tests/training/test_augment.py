@@ -25,9 +25,10 @@ def _seeded(seed, positions):
     return generators(seed_of(seed, 0, position) for position in positions)
 
 
-def _run(strength, seed=0, batch=None):
+def _run(strength, seed=0, batch=None, **how):
     images, masks = batch or _batch()
-    return augment(images, masks, strength=strength, modalities=2, generators=_seeded(seed, range(len(images))))
+    how = {"strength": strength, "modalities": 2, "generators": _seeded(seed, range(len(images)))} | how
+    return augment(images, masks, **how)
 
 
 def test_none_changes_nothing():
@@ -107,6 +108,42 @@ def test_now_and_then_a_modality_is_missing_in_all_its_slices():
     assert (lost > 5).all() and lost.sum() < 60  # a tenth of 300
     kept = augment(images, masks, strength="strong", modalities=1, generators=_seeded(0, range(300)))[0]
     assert kept.flatten(2).any(dim=2).all()
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_dropout_hides_every_subset_of_modalities_alike_but_never_all(strength, depth):
+    images, masks = _batch(n=300, channels=9, height=16, width=16)  # three modalities, each with two neighbours
+    images = torch.ones_like(images)
+    if depth:
+        images, masks = images[:, :, None].repeat(1, 1, depth, 1, 1), masks[:, None].repeat(1, depth, 1, 1)
+    how = {"batch": (images, masks), "modalities": 3}
+    dropped, moved = _run(strength, **how, modality_dropout=0.8)
+    there = dropped.flatten(2).any(dim=2).unflatten(1, (3, 3))  # slices, modalities
+    assert torch.equal(there[:, 0], there[:, 1]) and torch.equal(there[:, 0], there[:, 2])
+    subsets = (there[:, 0] * torch.tensor([1, 2, 4])).sum(dim=1).bincount(minlength=8).tolist()
+    assert subsets[0] == 0 and 40 < subsets[7] < 80  # a fifth of 300 keep all
+    assert all(20 < n < 60 for n in subsets[1:7])  # 300 * 0.8 / 6 = 40 each
+
+    # What is kept, and the masks, are as they would be without.
+    plain, expected = _run(strength, **how) if strength != "strong" else _run(strength, **how, modality_dropout=1e-9)
+    kept = there.flatten(1)
+    assert torch.equal(dropped[kept], plain[kept]) and torch.equal(moved, expected)
+
+
+def test_dropout_follows_from_the_generator_of_each_sample_alone():
+    images, masks = _batch(n=16, channels=4)
+    how = {"strength": "none", "modalities": 4, "modality_dropout": 0.5}
+    whole = augment(images, masks, **how, generators=_seeded(3, range(16)))[0]
+    part = augment(images[9:], masks[9:], **how, generators=_seeded(3, range(9, 16)))[0]
+    assert torch.equal(part, whole[9:]) and not torch.equal(whole, images)
+    other = augment(images, masks, **how, generators=_seeded(4, range(16)))[0]
+    assert not torch.equal(whole, other)
+
+
+def test_a_single_modality_is_never_hidden():
+    images, masks = _batch(channels=3)
+    assert torch.equal(_run("none", batch=(images, masks), modalities=1, modality_dropout=1.0)[0], images)
 
 
 def test_a_blur_is_the_gaussian_of_another_library_and_none_is_none():

@@ -375,6 +375,22 @@ def test_frozen_epochs_leave_the_encoder_alone(prepared, tmp_path):
     assert not same(a, b)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, CUBES], ids=["slices", "patches"])
+def test_modality_dropout_hides_modalities_in_training_but_not_in_validation(prepared, tmp_path, monkeypatch, settings):
+    shown = {True: [], False: []}
+
+    def build(**network):
+        model = build_model(**network)
+        # Padding around a brain is no modality that was hidden: any voxel of a channel will do.
+        model.register_forward_pre_hook(lambda module, args: shown[module.training].append(args[0].flatten(2).any(2)))
+        return model
+
+    monkeypatch.setattr("brats_helpers.training.session.build_model", build)
+    fit_tiny(prepared, tmp_path, settings=settings, modality_dropout=1.0, augment="none", epochs=1)
+    learning, validating = torch.cat(shown[True]).sum(dim=1), torch.cat(shown[False]).sum(dim=1)
+    assert learning.min() >= 1 and learning.max() < 4 and validating.min() == 4
+
+
 def test_pretrained_statistics_stay_and_others_are_learned(prepared, tmp_path):
     imagenet = {"encoder": PACKAGED_ENCODER, "encoder_weights": "imagenet"}
     for folder, changes in (("pretrained", imagenet), ("random", {})):

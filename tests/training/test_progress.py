@@ -42,6 +42,15 @@ def test_another_end_does_not_throw_a_training_away(prepared, tmp_path, capsys, 
     assert "going on after epoch 1" in capsys.readouterr().out
 
 
+def test_a_training_begun_before_modality_dropout_existed_goes_on(prepared, folder, capsys):
+    last = folder / "checkpoints" / "last.pt"
+    saved = weights(folder)
+    assert saved["settings"].pop("modality_dropout") == 0
+    save_file(last, saved)
+    fit_tiny(prepared, folder, epochs=3)
+    assert "finished after epoch 2: going on to epoch 3" in capsys.readouterr().out
+
+
 def test_more_epochs_after_the_end_get_a_schedule_of_their_own(prepared, folder, capsys):
     before = weights(folder)
     history = fit_tiny(prepared, folder, epochs=4)

@@ -34,6 +34,7 @@ AS_TEXT = {name: str(value) for name, value in dataclasses.asdict(SETTINGS).item
         ("batch_size", 0, "a whole number from 1 on"),
         ("foreground", 1.5, "a share up to 1"),
         ("augment", "wild", "one of none, basic, strong"),
+        ("modality_dropout", 1.1, "a share from 0 to 1"),
         ("class_weights", (1, 1, 1), "4 numbers from 0 on, not all 0"),
         ("class_weights", (1, 1, 1, -1), "4 numbers from 0 on, not all 0"),
         ("class_weights", (0, 0, 0, 0), "4 numbers from 0 on, not all 0"),
@@ -61,6 +62,16 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_field(field, value, all
 def test_patch_size_and_encoder_must_fit(encoder, patch_size):
     with pytest.raises(SettingsError, match=f"patch_size {patch_size}: {encoder} sees"):
         dataclasses.replace(SETTINGS, encoder=encoder, patch_size=patch_size)
+
+
+def test_the_only_modality_cannot_be_hidden():
+    with pytest.raises(SettingsError, match="modality_dropout 0.5: expected 0.0, as t1ce is the only modality"):
+        dataclasses.replace(SETTINGS, modalities=("t1ce",), modality_dropout=0.5)
+
+
+def test_settings_written_before_modality_dropout_existed_hide_none():
+    older = {name: value for name, value in dataclasses.asdict(SETTINGS).items() if name != "modality_dropout"}
+    assert Settings(**older) == SETTINGS == Settings.parse(**older)
 
 
 def test_text_gives_the_same_settings_as_typed_values():
