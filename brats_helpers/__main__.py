@@ -96,10 +96,11 @@ def _add_predict(verbs) -> None:
         "--checkpoint",
         metavar="CKPT",
         type=Path,
-        required=True,
+        default=[],
         action="append",
         dest="checkpoints",
-        help="runs/NAME/checkpoints/best.pt; given more than once: the networks' probabilities are averaged",
+        help="runs/NAME/checkpoints/best.pt; given more than once: the networks' probabilities are averaged; default:"
+        " the packaged network, trained on simulated patients, which does without any of the modalities",
     )
     verb.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the segmentations")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -185,13 +186,27 @@ def _add_export(verbs) -> None:
     verb = verbs.add_parser(
         "export",
         help="hand a run's network on, as one file",
-        description="Write a run's network as a model zip: weights, settings, provenance, scores and model card,"
-        " without pickle. With --onnx, write it as ONNX with a description in JSON beside it."
-        " predict --checkpoint takes both.",
+        description="Write a run's network as one file without pickle: weights, settings, provenance, scores and model"
+        " card. With --onnx, write it as ONNX with a description in JSON beside it. predict --checkpoint takes all.",
     )
     verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
-    verb.add_argument("--out", metavar="FILE", type=Path, required=True, help="FILE.zip, or FILE.onnx with --onnx")
+    verb.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="FILE.zip; FILE.safetensors, with the card beside it in FILE.md; or FILE.onnx with --onnx",
+    )
     verb.add_argument("--onnx", action="store_true", help="write ONNX, for use without torch and without this suite")
+    verb.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
+    verb.add_argument(
+        "--real",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="add scores on real patients to file and card, as benchmarks/packaged.py --json writes them",
+    )
     verb.set_defaults(verb=_export)
 
 
@@ -384,10 +399,17 @@ def _difference(found: dict) -> str:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from brats_helpers.evaluation.export import export_onnx, export_zip
+    from brats_helpers.evaluation.export import export_model, export_onnx
+    from brats_helpers.labels import DataError
 
-    export = export_onnx if options.onnx else export_zip
-    done(str(export(_existing_run(options.run), options.out)))
+    run = _existing_run(options.run)
+    if not options.onnx:
+        path = export_model(run, options.out, half=options.half, real=options.real)
+    elif options.half or options.real:
+        raise DataError("--half and --real go with FILE.zip or FILE.safetensors, not with --onnx.")
+    else:
+        path = export_onnx(run, options.out)
+    done(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _existing_run(folder: Path):

@@ -265,7 +265,7 @@ def _wanted(layout: Layout, patient: Patient, modalities: tuple[str, ...], *, fi
         text = "No image beside this segmentation; put them there."
         layout.add(patient.id, "no-images", "error", seg, text)
     elif missing and images and fill_missing:
-        text = f"No {', '.join(missing)}: as requested, every voxel there counts as background."
+        text = f"No {', '.join(missing)}: every voxel there counts as background."
         layout.add(patient.id, "filled-modality", "warning", None, text)
     elif missing:
         others = [name for name in MODALITIES if name in patient.files]

@@ -1,15 +1,21 @@
 """The model card of a run: what its network learnt from, how it scored, and what it is not for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from brats_helpers.evaluation.packaged import real_lines
 from brats_helpers.files import read_json
 from brats_helpers.labels import REGIONS
 from brats_helpers.runs import Run
 from brats_helpers.training.checkpoint import read_checkpoint
 
 
-def model_card(run: Run) -> str:
+def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip") -> str:
     """The model card of a run as Markdown, with the front matter that model hubs read.
+
+    Args:
+        run: the run.
+        real: scores on real patients, see `packaged.KEYS`.
+        name: of the file that the card goes with.
 
     Raises:
         DataError: the run has no network yet, see `checkpoint.read_checkpoint`.
@@ -28,7 +34,7 @@ def model_card(run: Run) -> str:
         f"The network reads {_input(settings)} and assigns each voxel to background, necrotic and non-enhancing core,"
         f" oedema or enhancing tumour. It expects co-registered, skull-stripped volumes, normalised to z-scores over"
         " the brain. It is a network of the `brats_helpers` suite and runs with"
-        " `python -m brats_helpers predict --checkpoint model.zip --out FOLDER PATIENTS`.",
+        f" `python -m brats_helpers predict --checkpoint {name} --out FOLDER PATIENTS`.{_without(settings)}",
         "",
         "## What it learnt from",
         "",
@@ -36,10 +42,12 @@ def model_card(run: Run) -> str:
         f" {manifest.get('origin', 'origin not recorded')}.",
         f"- Encoder {settings['encoder']}, starting weights {settings['encoder_weights']}, seed {settings['seed']},"
         f" epoch {saved['epoch']}.",
+        *_made_by(manifest),
         "",
         "## How it scored",
         "",
         *_scores(metrics, patients),
+        *real_lines(real),
         "",
         "## What it is not for",
         "",
@@ -50,6 +58,20 @@ def model_card(run: Run) -> str:
     if simulated:
         lines += ["", "It has seen only simulated patients. Scores on them say nothing about real scans."]
     return "\n".join(lines) + "\n"
+
+
+def _without(settings: Mapping) -> str:
+    """What to say if the network has learnt to do without modalities."""
+    share = settings.get("modality_dropout", 0.0)
+    return f" Patients may lack modalities: in {share:.0%} of the training samples some were hidden." if share else ""
+
+
+def _made_by(manifest: Mapping) -> list[str]:
+    """The command and the machine, as far as the manifest knows them."""
+    if "command" not in manifest:
+        return []
+    device = manifest.get("device", {}).get("device", "a machine that was not recorded")
+    return [f"- `{manifest['command']}`, {device}, revision {manifest.get('revision', 'not recorded')}."]
 
 
 def _input(settings: Mapping) -> str:

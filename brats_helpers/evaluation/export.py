@@ -1,33 +1,41 @@
-"""Hand a run's network on: as a model zip, or as ONNX with a description of what comes before and after it."""
+"""Hand a run's network on: as a model file, or as ONNX with a description of what comes before and after it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from brats_helpers.evaluation.card import model_card
+from brats_helpers.evaluation.packaged import check_scores
 from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.files import read_json, write_json
 from brats_helpers.labels import CLASSES, DataError, classes_to_labels
 from brats_helpers.runs import Run
 from brats_helpers.training.checkpoint import read_checkpoint
 from brats_helpers.training.model import SIDE_MULTIPLE, rebuild
-from brats_helpers.training.model_zip import write_model
+from brats_helpers.training.model_zip import SUFFIXES, write_model
 
 NORMALISATION = "z-score per modality over its non-zero voxels; background stays 0"
 
 
-def export_zip(run: Run, path: Path) -> Path:
-    """Write the network of a run as a model zip, see `model_zip`.
+def export_model(run: Run, path: Path, *, half: bool = False, real: Sequence[Path] = ()) -> Path:
+    """Write the network of a run as a model file, see `model_zip.write_model`.
+
+    Args:
+        run: whose best checkpoint is written.
+        path: ends in `.zip`, or in `.safetensors`; then the model card goes beside it, as `.md`.
+        half: store weights in half precision.
+        real: files with the network's scores on real patients, see `packaged.KEYS`; they go into file and card.
 
     Raises:
-        DataError: the run has no network yet, or `path` does not end in `.zip`.
+        DataError: the run has no network yet, `path` has another suffix, or a file of `real` holds no scores.
     """
-    _check_suffix(path, ".zip")
+    _check_suffix(path, *SUFFIXES)
     saved = read_checkpoint(run.best)
-    facts = {"normalisation": NORMALISATION, "postprocess": _postprocess(run), "scores": _scores(run)}
-    write_model(path, saved, facts=facts, card=model_card(run))
+    listed = [check_scores(read_json(file), file) for file in real]
+    facts = {"normalisation": NORMALISATION, "postprocess": _postprocess(run), "scores": _scores(run), "real": listed}
+    write_model(path, saved, facts=facts, card=model_card(run, real=listed, name=path.name), half=half)
     return path
 
 
@@ -106,6 +114,6 @@ def _scores(run: Run) -> dict:
     return {name: metrics[name] for name in ("convention", "simulated", "summary", "leakage") if name in metrics}
 
 
-def _check_suffix(path: Path, suffix: str) -> None:
-    if path.suffix != suffix:
-        raise DataError(f"--out {path}: expected a name that ends in {suffix}.")
+def _check_suffix(path: Path, *suffixes: str) -> None:
+    if path.suffix not in suffixes:
+        raise DataError(f"--out {path}: expected a name that ends in {' or '.join(suffixes)}.")

@@ -21,6 +21,7 @@ from brats_helpers.data.numbering import AUTO, count_numberings, written_as
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.folders import read_leakage, score_files
 from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, load_networks, predict
+from brats_helpers.evaluation.packaged import introduction, without_lines
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
 from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
@@ -29,6 +30,7 @@ from brats_helpers.machine import choose_device
 from brats_helpers.scoring.overlap import crop_tumour
 from brats_helpers.scoring.rules import region_dice, rule_for
 from brats_helpers.scoring.scores import collect
+from brats_helpers.training.model_zip import packaged_model, read_facts
 
 __all__ = ["Network", "leaked", "load_network", "load_networks", "predict"]  # and what is defined here
 
@@ -368,11 +370,12 @@ def predict_folders(
     """Predict every patient below `folders`, for the verb `predict`. A patient with a fault is skipped.
 
     Args:
-        checkpoints: `best.pt` of one run, or of several to be averaged.
+        checkpoints: `best.pt` of one run, or of several to be averaged; none takes the packaged network.
         folders: patients' folders, or folders of patients; only the networks' modalities are read.
         out: where `<case>_seg.nii.gz` go; made where it does not exist.
         device: `auto`, `cpu` or `cuda`.
-        fill_missing: take a modality that a patient lacks as background.
+        fill_missing: take a modality that a patient lacks as background, which is always done if every network was
+            trained with `modality_dropout`.
         how: see `predict_files`.
 
     Returns:
@@ -381,12 +384,20 @@ def predict_folders(
     Raises:
         DataError: a checkpoint cannot be used, or there is no patient to predict.
     """
+    packaged = {}
+    if not checkpoints:
+        checkpoints = [packaged_model()]
+        packaged = read_facts(checkpoints[0])
+        print(introduction(packaged), flush=True)
     networks = load_networks(checkpoints, device=choose_device(device))
+    fill_missing |= all(network.does_without for network in networks)
     cases, skipped = _find(folders, networks[0].modalities, fill_missing=fill_missing)
     for name, reason in skipped.items():
         warn(f"{name} is skipped: {reason}")
     if not cases:
         raise DataError("no patient to predict." + "".join(f"\n{name}: {text}" for name, text in skipped.items()))
+    for line in without_lines(packaged, cases):
+        print(line, flush=True)
     written = [one.path for one in predict_files(networks, cases, out, skipped=skipped, **how)]
     return written, skipped
 

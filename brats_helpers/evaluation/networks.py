@@ -49,6 +49,11 @@ class Network:
         return list(self.settings["modalities"])
 
     @property
+    def does_without(self) -> bool:
+        """Whether its training hid modalities, so that it can segment patients who lack some."""
+        return self.settings.get("modality_dropout", 0.0) > 0
+
+    @property
     def spacing_mm(self) -> tuple[float, ...] | None:
         """The voxel size along X, Y, Z that it was trained at; None if its checkpoint does not say."""
         spacing = self.facts.get("spacing_mm")
@@ -98,12 +103,15 @@ def load_networks(checkpoints: Sequence[Path], *, device: torch.device) -> list[
 def in_order(networks: Sequence[Network], cases: Iterable[Case]) -> list[Case]:
     """Return the cases with the networks' modalities alone, in the order of the first network's channels.
 
+    A modality that a patient lacks counts as background if every network `does_without`.
+
     Raises:
-        DataError: a patient lacks one of these modalities, which was not to be taken as background.
+        DataError: a patient lacks one of these modalities, which was not to be taken as background; or all of them.
     """
     wanted, ordered = networks[0].modalities, []
     for case in cases:
-        if lacking := [name for name in wanted if name not in case.modalities]:
+        lacking = [name for name in wanted if name not in case.modalities]
+        if lacking and not all(network.does_without for network in networks):
             raise DataError(
                 f"{case.id}: the network reads {', '.join(wanted)}, but there is no {', '.join(lacking)} (found:"
                 f" {', '.join(case.modalities)}). Choose a network of these modalities, or run 00_setup with"

@@ -109,7 +109,7 @@ def test_the_card_has_the_front_matter_of_model_hubs(run, models):
 
 def test_names_that_do_not_fit_are_refused(run, models, tmp_path, capsys):
     assert main(["export", str(run.folder), "--out", str(tmp_path / "model.pt")]) == 1
-    assert "expected a name that ends in .zip" in capsys.readouterr().out
+    assert "expected a name that ends in .zip or .safetensors" in capsys.readouterr().out
     (tmp_path / "alone.onnx").write_bytes(models["onnx"].read_bytes())
     assert main(["predict", "--checkpoint", str(tmp_path / "alone.onnx"), "--out", str(tmp_path), "x"]) == 1
     assert "alone.json is missing" in capsys.readouterr().out

@@ -1,13 +1,14 @@
-"""A model zip: what is written is read again, and anything else is refused with one sentence."""
+"""A model file: what is written is read again, and anything else is refused with one sentence."""
 
 import json
 import pickle
 import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 
-from brats_helpers.training.model_zip import ModelZipError, read_facts, read_model, write_model
+from brats_helpers.training.model_zip import ModelZipError, halved, read_facts, read_model, write_model
 
 CHECKPOINT = {"format": 0, "settings": {"encoder": "x"}, "model": {"layer.weight": torch.arange(6.0).reshape(2, 3)}}
 
@@ -33,6 +34,51 @@ def test_weights_and_facts_come_back(path):
     assert found["settings"] == {"encoder": "x"}
     assert read_facts(path)["postprocess"] == {"et_voxels": 30}
     assert zipfile.ZipFile(path).read("model_card.md") == b"# card"
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    """The same model as a safetensors file."""
+    write_model(tmp_path / "model.safetensors", CHECKPOINT, facts={"postprocess": {"et_voxels": 30}}, card="# card")
+    return tmp_path / "model.safetensors"
+
+
+def test_a_safetensors_file_holds_the_same_and_the_card_lies_beside_it(path, tensors):
+    assert read_facts(tensors) == read_facts(path)
+    assert torch.equal(read_model(tensors)["model"]["layer.weight"], CHECKPOINT["model"]["layer.weight"])
+    assert tensors.with_suffix(".md").read_text() == "# card"
+
+
+def test_a_safetensors_file_that_is_torn_or_of_something_else_is_refused(tensors):
+    whole = tensors.read_bytes()
+    for content in (whole[:-4], whole[:100], b"", b"\xff" * 64):
+        tensors.write_bytes(content)
+        with pytest.raises(ModelZipError, match="is no safetensors file, or is damaged"):
+            read_model(tensors)
+    tensors.write_bytes(safetensors.torch.save(CHECKPOINT["model"]))
+    with pytest.raises(ModelZipError, match="is no model of this suite"):
+        read_model(tensors)
+    with pytest.raises(ModelZipError, match="export RUN --out none.safetensors"):
+        read_model(tensors.with_name("none.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".safetensors"])
+def test_half_precision_rounds_weights_and_keeps_statistics(tmp_path, suffix):
+    tensors = {
+        "weight": torch.tensor([[1 / 3, -2.0]]),
+        "running_var": torch.tensor([1e-9, 1e6]),  # float16 would make them 0 and infinity
+        "num_batches_tracked": torch.tensor(70_000),
+    }
+    write_model(tmp_path / f"m{suffix}", CHECKPOINT | {"model": tensors}, facts={}, card="", half=True)
+    found = read_model(tmp_path / f"m{suffix}")["model"]
+    assert torch.equal(found["weight"], torch.tensor([[1 / 3, -2.0]]).half().float())
+    assert found["weight"].dtype == torch.float32 and not torch.equal(found["weight"], tensors["weight"])
+    assert torch.equal(found["running_var"], tensors["running_var"]) and found["num_batches_tracked"] == 70_000
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_refused():
+    with pytest.raises(ModelZipError, match="big holds a weight that does not fit into half precision"):
+        halved({"big": torch.tensor([[1e5]])})
 
 
 @pytest.mark.parametrize("name", ["../../evil.txt", "/etc/passwd", "weights.pkl", "archive/data.pkl"])

@@ -1,0 +1,86 @@
+"""How a network scores on real patients by their modalities, and what to say about the packaged network."""
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+from brats_helpers.data.cases import Case
+from brats_helpers.labels import MODALITIES, REGIONS, DataError
+
+KEYS = ("patients", "n", "convention", "dice", "command", "date", "device")
+"""Entries of what `benchmarks/packaged.py --json` writes, one object per folder of patients."""
+
+
+def subsets(modalities: Iterable[str]) -> list[tuple[str, ...]]:
+    """Every non-empty choice of some modalities, the largest first, each in the order of `labels.MODALITIES`."""
+    names = [name for name in MODALITIES if name in modalities]
+    return [some for size in range(len(names), 0, -1) for some in combinations(names, size)]
+
+
+def check_scores(content: object, path: object) -> dict:
+    """Return scores on real patients, or raise `DataError` if `content` of the file `path` holds none."""
+    if not isinstance(content, Mapping) or (lacking := [key for key in KEYS if key not in content]):
+        what = f"no {lacking[0]}" if isinstance(content, Mapping) else "no object"
+        raise DataError(f"{path} holds {what}; expected the scores that benchmarks/packaged.py --json writes.")
+    return {key: content[key] for key in KEYS}
+
+
+def introduction(facts: Mapping) -> str:
+    """Say in one line which network the package has, and how it scored on real patients.
+
+    Args:
+        facts: see `model_zip.read_facts`.
+    """
+    saved = facts["checkpoint"]
+    line = (
+        f"no --checkpoint: taking the packaged network, {saved['settings']['encoder']}"
+        f" trained on {len(saved['train_cases'])} simulated patients"
+    )
+    if not (listed := facts.get("real")):
+        return f"{line}; not scored on real patients yet"
+    scored = [f"{figures_text(best_subset(one))} on {one['n']} real patients ({one['patients']})" for one in listed]
+    return f"{line}; mean Dice {', and '.join(scored)}"
+
+
+def without_lines(facts: Mapping, cases: Iterable[Case]) -> list[str]:
+    """Say how the network scored on real patients with as few modalities as some of `cases` have, a line per choice."""
+    lines = []
+    for names in sorted(
+        {",".join(name for name in MODALITIES if name in case.images) for case in cases if case.missing}
+    ):
+        scored = [
+            f"{figures_text(one['dice'][names])} on {one['n']} real patients ({one['patients']})"
+            for one in facts.get("real", ())
+            if names in one["dice"]
+        ]
+        if scored:
+            lines.append(f"with {names} alone: mean Dice {', and '.join(scored)}")
+    return lines
+
+
+def best_subset(scores: Mapping) -> Mapping[str, float]:
+    """Mean Dice by region where the patients show all the modalities that they have."""
+    return scores["dice"][max(scores["dice"], key=lambda names: names.count(","))]
+
+
+def figures_text(dice: Mapping[str, float]) -> str:
+    """Name each region with its Dice: `WT 0.86, TC 0.76, ET 0.65`."""
+    return ", ".join(f"{region} {dice[region]:.2f}" for region in REGIONS)
+
+
+def real_lines(listed: Iterable[Mapping]) -> list[str]:
+    """Show the scores on real patients as Markdown: a table per folder of patients, and how it was measured.
+
+    Args:
+        listed: see `KEYS`; `dice` maps modalities, comma-separated, to the mean Dice of each region.
+    """
+    lines = []
+    for scores in listed:
+        lines += ["", f"### {scores['n']} real patients, {scores['patients']}", ""]
+        lines += [f"| modalities | {' | '.join(REGIONS)} | mean |", "| --- " * (len(REGIONS) + 2) + "|"]
+        for names, dice in scores["dice"].items():
+            figures = [dice[region] for region in REGIONS]
+            cells = [f"{figure:.3f}" for figure in (*figures, sum(figures) / len(figures))]
+            lines.append(f"| {names.replace(',', ', ')} | {' | '.join(cells)} |")
+        lines += ["", f"Mean Dice, scored by {scores['convention']}. Modalities that are not named were background."]
+        lines += [f"`{scores['command']}`, {scores['device']}, {scores['date']}."]
+    return lines
