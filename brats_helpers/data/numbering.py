@@ -266,7 +266,7 @@ def decide(seen: Sequence[Evidence]) -> Verdict:
     other = max(votes, key=votes.get)
     alone = list(votes.values()).count(votes[other]) == 1
     few = (1 - NEARLY_ALL) * n
-    better = votes[other] > n - against and votes[other] >= n / 3
+    better = votes[other] > n - against and min(votes[other], against) > n / 3  # one odd mask does not outvote the rest
     if against <= few or misfit <= max(1, few) and not better:
         return Verdict(usual, AUTO, f"read as {_meaning(usual)}: {_seen(seen)}")
     if alone and votes[other] >= AGREE * n and (votes[other] >= _ENOUGH or misfit >= AGREE * n):
@@ -370,7 +370,8 @@ def label_problems(values: np.ndarray, counts: np.ndarray, case: Case, scale: st
     try:
         labels = whole_labels(values)
     except ValueError as error:
-        yield "fractional-label", "error", f"{str(error).capitalize()} {expected.capitalize()}."
+        text = str(error)
+        yield "fractional-label", "error", f"{text[0].upper()}{text[1:]} E{expected[1:]}."
         return
     if not np.array_equal(labels, values):
         some = next(f"{value:g}" for value, label in zip(values, labels, strict=True) if value != label)

@@ -34,6 +34,7 @@ OLD_CORE = Evidence(
     frozenset({1, 2, 3, 4}), {1: 0, 2: 0.7, 3: 0.2, 4: 0.2}, {1: 0, 2: 0, 3: 0, 4: 1.5}, {1: 1, 2: 2, 3: 2, 4: 1}
 )
 SILENT = Evidence(frozenset({1, 2, 3}))
+MIXED = replace(USUAL, numbers=frozenset({1, 2, 3, 4}))  # of a 3 or two among the 4 one sees nothing
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,7 @@ SILENT = Evidence(frozenset({1, 2, 3}))
         ([replace(CAVITY, numbers=frozenset({1, 2, 4}), gain={1: 0.3, 2: 0, 4: 0})] * 3, "gli2024"),
         ([renumbered({1: 1, 2: 2, 4: 3})] * 7 + [CAVITY] * 3, "gli2024"),  # most of a set has no cavity
         ([OLD_CORE], "brats2012"),
+        ([USUAL] * 4 + [MIXED], "brats2020"),  # the audit refuses that one
     ],
 )
 def test_most_patients_decide(seen, numbering):
