@@ -28,6 +28,12 @@ def test_normalise_is_the_z_score_of_what_is_not_background():
     np.testing.assert_allclose(cache.normalise(volume), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e30, 1e-30, 1e200, 1e-200])
+def test_normalise_does_not_depend_on_the_unit(unit):
+    volume = np.array([0, 0, 2, 4, 6]) * unit
+    np.testing.assert_allclose(cache.normalise(volume), cache.normalise(np.array([0, 0, 2, 4, 6])), atol=1e-6)
+
+
 @pytest.mark.parametrize("volume", [np.zeros(4), np.array([0, 7, 7, 7]), np.full((30, 30, 30), 1234.567, np.float32)])
 def test_normalise_survives_an_empty_and_a_constant_volume(volume):
     assert (cache.normalise(volume) == 0).all()
