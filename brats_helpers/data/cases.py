@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from brats_helpers.data.findings import Finding, has_error
-from brats_helpers.data.layouts import Layout, Patient, lay_out
+from brats_helpers.data.layouts import Layout, Patient, is_text, lay_out
 from brats_helpers.data.names import named_like
 from brats_helpers.data.nifti import read_image
 from brats_helpers.labels import (
@@ -254,6 +254,8 @@ def survey(root: Path | str, modalities: Sequence[str] = MODALITIES, *, fill_mis
 def _lay_out(root: Path | str) -> Layout:
     if not Path(root).is_dir():
         raise DataError(f"{root} is no folder. Give the folder that holds the patients' folders.")
+    if not is_text(Path(root)):
+        raise DataError(f"{str(root)!r}: a name that is not UTF-8. Give this folder another name.")
     return lay_out(Path(root))
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _UNREAD = {
     ".nrrd": _CONVERT,
     ".nhdr": _CONVERT,
     ".hdr": _CONVERT,
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"), "Unpack what is needed of them."),
     ".mgz": "Convert them to .nii.gz, with mri_convert for instance.",
     ".mnc": "Convert them to .nii.gz, with mnc2nii for instance.",
     "DICOM": "Convert each series to .nii.gz, with dcm2niix for instance.",
@@ -106,7 +107,7 @@ class Layout:
 
     def relative(self, path: Path) -> str:
         """A path as findings name it: from the data's folder."""
-        return path.relative_to(self.root).as_posix()
+        return path.relative_to(self.root).as_posix().encode("utf-8", "backslashreplace").decode()
 
     def both(self, paths: Iterable[Path]) -> str:
         """Name several files."""
@@ -135,11 +136,15 @@ def _by_folder(layout: Layout) -> dict[Path, list[Path]]:
     folders: dict[Path, list[Path]] = defaultdict(list)
     unread: dict[str, list[Path]] = defaultdict(list)
     nameless: dict[Path, list[Path]] = defaultdict(list)
-    for path in walk(layout.root):
+
+    def lost(error: OSError) -> None:
+        text = f"This folder cannot be read ({error.strerror}), so patients in it are not found. Make it readable."
+        layout.add("", "unreadable-folder", "warning", Path(error.filename), text)
+
+    for path in walk(layout.root, lost=lost):
         suffix = path.suffix.lower()
-        if is_stray(path.name):
-            text = "Left by an operating system or an interrupted copy; it is not used."
-            layout.add("", "stray-file", "note", path, text)
+        if remark := _why_not(path):
+            layout.add("", *remark[:2], path, remark[2])
         elif suffix in TABLE_ENDINGS:
             layout.tables.append(path)
         elif is_nifti(path) and path.is_file():
@@ -158,6 +163,32 @@ def _by_folder(layout: Layout) -> dict[Path, list[Path]]:
         text = f"{len(paths):,} {kind} file{'s' if len(paths) > 1 else ''} found and not read, such as this one."
         layout.add("", "unread-format", "warning", paths[0], f"{text} {_UNREAD[kind].format(kind)}")
     return folders
+
+
+def _why_not(path: Path) -> tuple[str, str, str] | None:
+    """Code, severity and message about what `walk` found and nobody can use, whatever it is called."""
+    if is_stray(path.name):
+        return "stray-file", "note", "Left by an operating system or an interrupted copy; it is not used."
+    if not is_text(path):
+        text = "A name that is not UTF-8, as old archives hold them; it is not used. Give it another name."
+        return "unreadable-name", "warning", text
+    if path.is_file():
+        return None
+    if path.is_symlink():
+        text = f"A link to {os.readlink(path)}, which is not there; it is not used. Fetch that file or mend the link."
+        return "broken-link", "warning", text
+    if path.is_dir():
+        return "empty-folder", "warning", "An empty folder. If a patient belongs there, fetch or unpack it again."
+    return None
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path can be written in UTF-8."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_dicom(path: Path) -> bool:
@@ -344,16 +375,17 @@ def _merge(layout: Layout, patient: Patient, part: Patient) -> None:
     patient.channels = part.channels | patient.channels
 
 
-def walk(root: Path) -> list[Path]:
-    """All files below `root`, sorted, and strays, files or folders, which are not entered.
+def walk(root: Path, *, lost: Callable[[OSError], None] | None = None) -> list[Path]:
+    """All files below `root`, sorted, empty folders, and strays, files or folders, which are not entered.
 
     Links to folders are followed, except those that lead back up. A folder comes once, by its own path if it has one.
+    `lost` is called with the error for each folder that cannot be read.
     """
     found: list[Path] = []
     seen: set[str] = set()
     tops = [os.fspath(root)]
     for top in tops:  # which grows by the links
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=lost):
             real = os.path.realpath(folder)
             if real in seen:
                 folders.clear()
@@ -362,6 +394,8 @@ def walk(root: Path) -> list[Path]:
             strays = [name for name in folders if is_stray(name)]
             folders[:] = sorted({*folders}.difference(strays))
             found += [Path(folder, name) for name in (*files, *strays)]
+            if not (folders or files or strays) and folder not in tops:
+                found.append(Path(folder))
             for link in (os.path.join(folder, name) for name in folders):
                 if os.path.islink(link) and not Path(real).is_relative_to(os.path.realpath(link)):
                     tops.append(link)

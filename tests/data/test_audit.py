@@ -698,6 +698,8 @@ OTHERS = {
     "spacing": lambda p: [change(path, affine=np.diag([-1, -1, 5, 1])) for path in p.iterdir()],
     "filled-share": lambda p: [change(path, lambda voxels: voxels[6:-6, 6:-6, 3:-3]) for path in p.iterdir()],
     "nan-background": lambda p: change(p / f"{p.name}_t1.nii.gz", lambda voxels: np.where(voxels, voxels, np.nan)),
+    "broken-link": lambda p: (p / "notes").symlink_to("gone"),
+    "empty-folder": lambda p: (p / "more").mkdir(),
     "unread-format": lambda p: (p / f"{p.name}_pet.mha").touch(),
     "same-copy": lambda p: shutil.copytree(p, p.parent / "copy" / p.name),
     "mask-elsewhere": lambda p: shutil.move(p / f"{p.name}_seg.nii.gz", p.parent / "good" / f"{p.name}_seg.nii.gz"),
@@ -728,7 +730,7 @@ def test_a_set_with_every_fault_at_once_trains_on_what_is_left(tmp_path, capsys)
         write_tiny_case(data, code, seed=k)
     for code, spoil in (ERRORS | OTHERS).items():
         spoil(data / code)
-    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in data.rglob("*")}
 
     notebook = read_notebooks(ROOT)["00_setup"]
     names = {name: parameter.default for name, parameter in notebook.parameters.items()}
@@ -755,4 +757,4 @@ def test_a_set_with_every_fault_at_once_trains_on_what_is_left(tmp_path, capsys)
     train, val = load_prepared(run, "train"), load_prepared(run, "val")
     settings = dataclasses.replace(SETTINGS, epochs=1)
     assert len(fit(settings, train, val, run.folder, **HOW)) == 1
-    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in data.rglob("*")} == before

@@ -1,11 +1,13 @@
 """Reading patients as people have them; every trap here has caught somebody."""
 
 import json
+import os
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from brats_helpers.__main__ import main
 from brats_helpers.data.cases import find_cases, find_segs, survey
 from brats_helpers.labels import DataError
 
@@ -176,7 +178,10 @@ def test_links_neither_run_in_circles_nor_make_a_patient_two(tmp_path):
     (tmp_path / "elsewhere/back").symlink_to(data)
     found = survey(data)
     assert [(case.id, case.folder) for case in found.cases] == [("A", data / "all/A"), ("B", data / "there/B")]
-    assert [(finding.code, finding.file) for finding in found.findings.pop("")] == [("stray-file", ".hidden")]
+    assert {(finding.code, finding.file) for finding in found.findings.pop("")} == {
+        ("stray-file", ".hidden"),
+        ("broken-link", "lost"),
+    }
     assert found.findings == {}
 
 
@@ -384,6 +389,60 @@ def test_formats_that_are_not_read_are_named(tmp_path):
     for find in (find_cases, find_segs):
         with pytest.raises(DataError, match=r"2 \.mha files found and not read.*SimpleITK"):
             find(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["all.zip", "B/B.tar", "B/B_t1.nii.bz2"])
+def test_packed_files_are_named(tmp_path, name):
+    patient(tmp_path, "A", "A")
+    touch(tmp_path, name)
+    (finding,) = survey(tmp_path).findings[""]
+    assert (finding.code, finding.severity, finding.file) == ("unread-format", "warning", name)
+
+
+def test_what_holds_no_patient_any_more_is_named(tmp_path):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    (tmp_path / "B").mkdir()
+    (tmp_path / "C").symlink_to("gone")
+    (tmp_path / "A/A_seg.nii.gz").symlink_to("../.git/annex/A_seg.nii.gz")
+    found = survey(tmp_path)
+    assert [(case.id, case.seg) for case in found.cases] == [("A", None)]
+    assert {(finding.code, finding.severity, finding.file) for finding in found.findings[""]} == {
+        ("empty-folder", "warning", "B"),
+        ("broken-link", "warning", "C"),
+        ("broken-link", "warning", "A/A_seg.nii.gz"),
+    }
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for case_id in "AB":
+        patient(tmp_path, case_id, case_id)
+    scandir = os.scandir
+
+    def refused(path):
+        if os.fspath(path) == str(tmp_path / "B"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # whoever is root may read everything
+    found = survey(tmp_path)
+    assert [case.id for case in found.cases] == ["A"]
+    (finding,) = found.findings[""]
+    assert (finding.code, finding.file) == ("unreadable-folder", "B") and "(Permission denied)" in finding.message
+
+
+def test_names_that_are_not_utf_8_are_named_and_stop_nobody(tmp_path, capsys):
+    patient(tmp_path, "A", "A")
+    try:
+        os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    (tmp_path / os.fsdecode(b"caf\xe9/B_t1.nii")).touch()
+    (finding,) = survey(tmp_path).findings[""]
+    assert (finding.code, finding.file) == ("unreadable-name", "caf\\udce9/B_t1.nii")
+    assert main(["check", str(tmp_path), "--json", str(tmp_path / "a.json")]) == 1  # A's files are empty
+    assert "caf\\udce9/B_t1.nii: A name that is not UTF-8" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"caf\\udce9'.* is not UTF-8"):
+        survey(tmp_path / os.fsdecode(b"caf\xe9"))
 
 
 def test_a_missing_modality_is_background_on_request(tmp_path):
