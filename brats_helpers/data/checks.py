@@ -161,10 +161,21 @@ def _image_problems(scan: _Scan) -> Iterator[_Problem]:
         yield "empty-image", "error", "Every voxel is 0, expected a brain; fetch the file again."
     elif brain.min() == brain.max():
         yield "constant-image", "error", "All voxels of the brain have one value, expected a scan; fetch it again."
-    elif _corners(inside) > _FILLED_CORNERS:
-        share = f"{scan.facts['filled']:.0%} of the field is not 0"
-        text = f"{share}, so air counts as brain in normalising. Was the skull stripped? Set the air to 0."
+    elif text := air_as_brain(inside, filled.size):
         yield "no-background", "warning", text
+
+
+def air_as_brain(inside: np.ndarray, voxels: int) -> str:
+    """Say so if air is not 0 in a scan; an empty string if it is.
+
+    Args:
+        inside: where the scan is not 0, bool (X, Y, Z), cropped to the bounding box of that.
+        voxels: of the whole scan.
+    """
+    if not inside.size or _corners(inside) <= _FILLED_CORNERS:
+        return ""
+    share = f"{np.count_nonzero(inside) / voxels:.0%} of the field is not 0"
+    return f"{share}, so air counts as brain in normalising. Was the skull stripped? Set the air to 0."
 
 
 def _note_voxels(scan: _Scan, filled: np.ndarray) -> tuple[slice, ...]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,8 +14,10 @@ from typing import NamedTuple, TypeVar
 import nibabel as nib
 import numpy as np
 
+from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cache import Packed, pack
 from brats_helpers.data.cases import Case, survey
+from brats_helpers.data.checks import air_as_brain
 from brats_helpers.data.content import image_hash
 from brats_helpers.data.nifti import from_lps, in_lps, placed_as, read_mask, read_nifti, spacing_mm, write_mask
 from brats_helpers.data.numbering import AUTO, count_numberings, written_as
@@ -267,10 +270,23 @@ def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | Non
     if why and seen is None and not allow_leakage:
         raise DataError(said_of({case.id: why}))
     packed = pack(replace(case, seg=None))
-    for channel, name in enumerate(case.modalities):
-        if name in case.images and not packed.images[:, channel].any():
-            raise DataError(f"all voxels of the brain in {case.images[name]} have one value; fetch the file again.")
+    _check(case, packed)
     return _Scans(case, packed, *stored(case), bool(why))
+
+
+def _check(case: Case, packed: Packed) -> None:
+    """Look for what `audit` would find in the voxels: refuse what cannot be right, warn of what is doubtful."""
+    scans = {name: packed.images[:, k] for k, name in enumerate(case.modalities) if name in case.images}
+    for name, scan in scans.items():
+        if not scan.any():
+            raise DataError(f"all voxels of the brain in {case.images[name]} have one value; fetch the file again.")
+        filled = scan != 0
+        if text := air_as_brain(filled[bounding_box(filled)], prod(packed.shape)):
+            warn(f"{case.id}: {case.images[name].name}: {text}")
+    for one, other in combinations(scans, 2):
+        if np.array_equal(scans[one], scans[other]):
+            files = f"{case.images[one]} and {case.images[other]}"
+            raise DataError(f"{one} and {other} have the same voxels, {files}; one of the two is misnamed.")
 
 
 def stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:

@@ -4,6 +4,7 @@ Helpers of every row: `made` runs a script, `checked` runs the verb `check`, `sc
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,21 +19,24 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
 from brats_helpers.data.numbering import number, resolve
+from brats_helpers.evaluation import inference
 from brats_helpers.labels import MODALITIES, DataError
+from tests.conftest import write_tiny_case
+from tests.evaluation.echo import echo
 
 SCRIPTS = Path(__file__).parents[3] / "shared" / "cases"
 
 
 @pytest.fixture
 def made(tmp_path):
-    """Run the script whose name starts with a row's name; return the folder it filled."""
+    """Run the script whose name starts with a row's name, on what else it needs; return the folder it filled."""
 
-    def run(row: str) -> Path:
+    def run(row: str, *needs: Path) -> Path:
         found = sorted(SCRIPTS.glob(f"{row}_*.py"))
         if not found:
             pytest.skip(f"no script {row} in {SCRIPTS}")
         out = tmp_path / row
-        subprocess.run([sys.executable, found[0], out], check=True, capture_output=True)
+        subprocess.run([sys.executable, found[0], out, *needs], check=True, capture_output=True)
         return out
 
     return run
@@ -285,6 +289,22 @@ def test_r17_air_that_is_not_0_is_named(made, name):
     expected = set() if name == "stripped" else {"no-background"}
     assert [found for case_id, found in codes.items() if case_id] == [expected] * 3
     assert ("of the field is not 0" in said) == bool(expected)
+
+
+def test_r17b_noisy_air_around_a_patient_is_named_by_check_and_by_predict(made, tmp_path, monkeypatch, capsys):
+    out = made("r17b", write_tiny_case(tmp_path, "Quiet_001", seed=1))
+    code, codes, _ = checked(out)
+    assert code == 0 and codes["Noisy_001"] == {"no-background"}
+    capsys.readouterr()
+    monkeypatch.setattr(inference, "load_networks", lambda checkpoints, device: [echo()])
+    for folder, warnings in ((out, 4), (tmp_path / "Quiet_001", 0)):
+        assert (
+            main(["predict", str(folder), "--checkpoint", "x.pt", "--out", str(tmp_path / "pred"), "--device", "cpu"])
+            == 0
+        )
+        said = capsys.readouterr().out
+        assert len(re.findall(r"⚠️ Noisy_001: Noisy_001_\w+\.nii\.gz: \d+% of the field is not 0", said)) == warnings
+    assert "⚠️" not in said
 
 
 # --- r28: modalities missing at random

@@ -131,8 +131,9 @@ def test_a_run_that_lacks_a_modality_is_refused_before_anything_is_predicted(che
 
 
 def test_a_faulty_patient_is_skipped_with_its_reason_and_the_rest_predicted(checkpoint, tmp_path, capsys):
-    for k, name in enumerate(["A", "Blank", "Broken", "Flat", "Lacking", "Z"]):
+    for k, name in enumerate(["A", "Blank", "Broken", "Flat", "Lacking", "Twice", "Z"]):
         write_tiny_case(tmp_path / "in", name, seed=k)
+    shutil.copy(tmp_path / "in" / "Twice" / "Twice_t1.nii.gz", tmp_path / "in" / "Twice" / "Twice_t1ce.nii.gz")
     (tmp_path / "in" / "Broken" / "Broken_t1.nii.gz").write_bytes(b"no gzip")
     (tmp_path / "in" / "Lacking" / "Lacking_t2.nii.gz").unlink()
     blank = tmp_path / "in" / "Blank" / "Blank_t1.nii.gz"
@@ -144,9 +145,9 @@ def test_a_faulty_patient_is_skipped_with_its_reason_and_the_rest_predicted(chec
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A_seg.nii.gz", "Z_seg.nii.gz"]
     said = capsys.readouterr().out
     named = {"Blank": "Blank_t1.nii.gz", "Broken": "Broken_t1.nii.gz", "Flat": "Flat_t2.nii.gz"}
-    for name, word in (named | {"Lacking": "Lacking_t2.nii"}).items():
+    for name, word in (named | {"Lacking": "Lacking_t2.nii", "Twice": "Twice_t1ce.nii.gz"}).items():
         assert any(line.startswith(f"⚠️ {name} is skipped") and word in line for line in said.splitlines()), said
-    assert "4 skipped: " in said
+    assert "5 skipped: " in said
 
 
 def test_a_patient_that_cannot_be_scored_does_not_stop_the_others(checkpoint, tmp_path):
