@@ -323,7 +323,7 @@ def test_r28_missing_modalities_are_background_on_request(made):
     assert report["summary"]["codes"] == {"filled-modality": 4}
     code, codes, said = checked(out, "--fill-missing")
     assert code == 0 and [*codes.values()].count({"filled-modality"}) == 4
-    assert all(f"No {name}: as requested" in said for name in MODALITIES)
+    assert all(f"No {name}: every voxel there counts as background" in said for name in MODALITIES)
 
 
 # --- r29: one patient twice
