@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from brats_helpers.suite import bootstrap
-from brats_helpers.suite.bootstrap import HOME, set_up
+from brats_helpers.suite.bootstrap import set_up
 from brats_helpers.suite.environment import version_of
 from tests.suite.checkout import clone
 
 ROOT = Path(__file__).parents[2]
+HOME = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Repository"]
 TAKEN = ("brats_helpers", "__editable__", "brats-helpers")
 THEN = """
 import importlib.util, json
@@ -27,6 +28,16 @@ from brats_helpers.data import kaggle
 torch = importlib.util.find_spec("torch").origin
 print(json.dumps({"from": brats_helpers.__file__, "torch": torch, "clients": kaggle.clients(),
     "version": installed("brats-helpers")}))
+"""
+HOOK = """
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "brats_helpers":
+            return importlib.util.spec_from_file_location(
+                name, "{package}/__init__.py", submodule_search_locations=["{package}"]
+            )
+sys.meta_path.append(Finder)
 """
 
 
@@ -49,7 +60,6 @@ def machine(tmp_path, cell):
 
     def open_notebook(here, *, run_dir="runs/demo", **environ):
         code = cell.replace("/content", str(tmp_path / "content")).replace("/kaggle", str(tmp_path / "kaggle"))
-        code = code.replace("{home}/raw/HEAD", f"file://{tmp_path}/raw")
         code = f"run_dir = {str(run_dir)!r}\n{code}\n{THEN}"
         clean = {
             name: value for name, value in os.environ.items() if not name.startswith(("KAGGLE", "COLAB", "PYTHON"))
@@ -73,7 +83,7 @@ def machine(tmp_path, cell):
 
 
 def test_colab_with_a_clone_and_results_on_drive(machine, tmp_path):
-    clone(tmp_path / "content" / "brats-helpers")
+    with_drive_in(clone(tmp_path / "content" / "brats-helpers"), tmp_path / "content" / "drive")
     drive = tmp_path / "modules" / "google" / "colab"
     drive.mkdir(parents=True)
     (drive / "drive.py").write_text(
@@ -107,16 +117,21 @@ def test_kaggle_with_the_suite_attached_read_only(machine, tmp_path, attached):
         path.chmod(0o755)
 
 
-def publish(folder: Path) -> None:
-    """Put the one file that a notebook fetches to where the simulated machine finds it."""
-    place = folder / "raw" / "brats_helpers" / "suite"
-    place.mkdir(parents=True)
-    shutil.copy(bootstrap.__file__, place)
+def with_drive_in(suite: Path, folder: Path) -> Path:
+    """Let a copy of the suite look for Google Drive in a folder of the simulated machine."""
+    path = suite / "brats_helpers" / "suite" / "bootstrap.py"
+    path.write_text(path.read_text("utf-8").replace(f'"{bootstrap.DRIVE}"', f'"{folder}"'), "utf-8")
+    return suite
+
+
+def test_a_run_on_drive_needs_colab(machine, tmp_path):
+    with_drive_in(clone(tmp_path / "content" / "brats-helpers"), tmp_path / "content" / "drive")
+    done, facts = machine(tmp_path / "content", run_dir=tmp_path / "content/drive/MyDrive/first")
+    assert not facts and "which only Colab can mount. Set run_dir to a folder here." in done.stderr
 
 
 def test_a_notebook_alone_fetches_the_suite(machine, tmp_path):
     home = clone(tmp_path / "home")
-    publish(tmp_path)
     git = ["git", "-C", home, "-c", "user.name=n", "-c", "user.email=e@e"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "suite"]):
         subprocess.run([*git, *command], check=True)
@@ -127,21 +142,39 @@ def test_a_notebook_alone_fetches_the_suite(machine, tmp_path):
     assert (tmp_path / "alone" / "brats-helpers" / "brats_helpers" / "suite" / "environment.py").exists()
 
 
-def test_an_offline_laptop_without_the_suite_fails_at_once(machine, tmp_path):
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_without_the_suite_and_a_network_the_notebook_says_what_to_do(machine, tmp_path, unfinished):
+    if unfinished:  # an earlier clone that was interrupted
+        (tmp_path / "brats-helpers" / ".git").mkdir(parents=True)
     done, facts = machine(tmp_path)
-    assert not facts and "URLError" in done.stderr
+    assert not facts and f"AssertionError: The suite could not be fetched from {HOME}. Turn the internet" in done.stderr
 
 
-def test_a_fetched_bootstrap_says_what_to_do_without_a_network(machine, tmp_path):
-    publish(tmp_path)
-    (tmp_path / "alone").mkdir()
+@pytest.mark.parametrize("editable", [True, False])
+def test_an_installed_suite_is_found_from_anywhere(machine, tmp_path, editable):
+    """An editable installation is known to an import hook alone: no folder of it is in sys.path."""
+    home = clone(tmp_path / "home")
+    packages = next((tmp_path / "python" / "lib").glob("python*/site-packages"))
+    if editable:
+        (packages / "hook.pth").write_text("import hook\n")
+        (packages / "hook.py").write_text(HOOK.format(package=home / "brats_helpers"))
+    else:
+        shutil.copytree(home / "brats_helpers", packages / "brats_helpers")
+    (tmp_path / "elsewhere").mkdir()
+    done, facts = machine(tmp_path / "elsewhere")
+    assert facts, done.stderr
+    assert Path(facts["from"]).parent == (home if editable else packages) / "brats_helpers"
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_package_without_its_requirements_is_named(machine, tmp_path):
+    """The folder of the package, copied out of the suite."""
+    home = clone(tmp_path / "home")
+    shutil.copytree(home / "brats_helpers", tmp_path / "alone" / "brats_helpers")
+    packages = next((tmp_path / "python" / "lib").glob("python*/site-packages"))
+    (packages / "segmentation_models_pytorch").unlink()
     done, facts = machine(tmp_path / "alone")
-    assert not facts and f"could not be fetched from {HOME}" in done.stderr
-    assert "Put its folder beside this notebook" in done.stderr
-
-    (tmp_path / "alone" / "brats-helpers").mkdir()  # an unfinished clone
-    done, facts = machine(tmp_path / "alone")
-    assert not facts and "is no usable copy of the suite. Rename or remove it" in done.stderr
+    assert not facts and "is there without the packages that it needs" in done.stderr
 
 
 def test_a_failed_installation_stops_the_notebook(machine, tmp_path):
@@ -156,12 +189,6 @@ def test_a_python_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10))
     with pytest.raises(RuntimeError, match="needs Python 3.11 or newer"):
         set_up(Path(bootstrap.__file__))
-
-
-def test_the_address_is_that_of_the_project():
-    """Before the suite is fetched, pyproject.toml cannot be read."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["urls"]["Repository"] == HOME
 
 
 def test_where_the_package_is_nothing_is_done(machine, tmp_path):
