@@ -370,7 +370,7 @@ def nnunet(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Pat
     for case in cases:
         for channel, path in enumerate(case.images.values()):
             (folder / "imagesTr" / f"{case.id}_{channel:04d}.nii").symlink_to(path)
-        labels = nib.Nifti1Image(read_mask(case.seg), nib.load(case.seg).affine)
+        labels = nib.Nifti1Image(read_mask(case.seg, case.numbering), nib.load(case.seg).affine)
         nib.save(labels, folder / "labelsTr" / f"{case.id}.nii")
     facts = {
         "channel_names": {str(channel): name for channel, name in enumerate(cases[0].images)},
@@ -462,7 +462,9 @@ def label_index(case: Case, packed: Packed) -> dict[str, Callable[[], float]]:
 
     return {
         "brats_helpers, as part of the preparation": lambda: ms(lambda: count_classes(labels, brain)),
-        "brats_helpers, from the file": lambda: ms(lambda: count_classes(read_mask(case.seg).T, everywhere)),
+        "brats_helpers, from the file": lambda: ms(
+            lambda: count_classes(read_mask(case.seg, case.numbering).T, everywhere)
+        ),
         "get_fdata, slice by slice": lambda: ms(get_fdata),
     }
 
@@ -487,7 +489,7 @@ def eight_bits(checkpoint: Path, root: Path) -> None:
             scores[brain] = np.rint((scores[brain].clip(low, high) - low) / steps[-1]) * steps[-1] + low
         error = (rounded - packed.images)[packed.images != 0].std(dtype=np.float64)
         pair = (packed, replace(packed, images=rounded.astype(np.float16)))
-        truth = read_mask(case.seg)
+        truth = read_mask(case.seg, case.numbering)
         soft = [predict([network], one, channels=network.modalities, flips=False) for one in pair]
         maps = [packed.to_volume(one.argmax(axis=1).astype(np.uint8)) for one in soft]
         scores = [score_case(one, truth, spacing_mm=(1.0, 1.0, 1.0), convention="brats2020") for one in maps]

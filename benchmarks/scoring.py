@@ -24,8 +24,9 @@ if __name__ == "__main__":
 import numpy as np
 from scipy import ndimage
 
-from brats_helpers.data.cases import find_segs
+from brats_helpers.data.cases import survey
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.data.numbering import number
 from brats_helpers.labels import REGIONS
 from brats_helpers.scoring.rules import YEARS
 from brats_helpers.scoring.scores import score_case
@@ -54,7 +55,8 @@ def main() -> None:
 
     pairs = {"simulated tumour": simulated_tumour()}
     if options.real.is_dir():
-        pairs |= {case: read_mask(seg) for case, seg in find_segs(options.real).items() if seg}
+        found = number(survey(options.real))[0].cases
+        pairs |= {case.id: read_mask(case.seg, case.numbering) for case in found if case.seg}
     results = {"machine": machine(), "repeats": options.repeats, "pairs": {}}
     print(f"{results['machine']}\nmedians of {options.repeats}, in ms: wall clock (processor time); HD95 in mm")
     for name, truth in pairs.items():

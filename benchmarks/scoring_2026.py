@@ -25,8 +25,9 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from brats_helpers.data.cases import find_segs
+from brats_helpers.data.cases import survey
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.data.numbering import number
 from brats_helpers.scoring.rules import NO_MATCH_MM
 from brats_helpers.scoring.scores import score_case
 
@@ -168,15 +169,15 @@ def main() -> int:
     parser.add_argument("--peer", metavar="VENV", type=Path, required=True, help="environment with BraTS-evaluation")
     parser.add_argument("--each", metavar="N", type=int, default=2, help="patients per way, in turn (default 2)")
     options = parser.parse_args()
-    segs = [seg for seg in find_segs(options.patients).values() if seg]
-    chosen = islice(cycle(segs), options.each * len(WAYS))
+    cases = [case for case in number(survey(options.patients))[0].cases if case.seg]
+    chosen = islice(cycle(cases), options.each * len(WAYS))
     worst = dict.fromkeys(FIGURES, 0.0)
     compared = dict.fromkeys(FIGURES, 0)
     with tempfile.TemporaryDirectory() as folder:
         pairs, seconds = {}, 0.0
-        for k, (seg, way) in enumerate(zip(chosen, list(WAYS) * options.each, strict=True)):
+        for k, (case, way) in enumerate(zip(chosen, list(WAYS) * options.each, strict=True)):
             name = f"BraTS-GLI-{k:05d}-000"
-            pred, truth = perturbed(read_mask(seg), way, k)
+            pred, truth = perturbed(read_mask(case.seg, case.numbering), way, k)
             write(Path(folder), name, pred, truth)
             started = time.perf_counter()
             pairs[name] = {

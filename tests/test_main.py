@@ -62,7 +62,7 @@ def test_whoever_cannot_be_scored_is_named_and_exit_1(folders, capsys):
 def test_swapped_labels_in_the_reference_score_as_wrong(folders, capsys, tmp_path):
     """NCR and ED swapped: WT and ET cannot show it, TC, NCR and ED do."""
     path = folders[1] / "P0" / "P0_seg.nii.gz"
-    truth = read_mask(path)
+    truth = read_mask(path, "brats2020")
     rewrite(path, change=lambda labels: np.array([0, 2, 1, 3, 4], np.uint8)[labels])
     file = tmp_path / "scores.json"
     assert score(folders, "--json", str(file)) == 0
@@ -83,7 +83,7 @@ def test_a_flipped_affine_in_the_reference_is_refused(folders, capsys):
 
 def test_a_reference_shifted_by_one_slice_scores_as_wrong(folders, tmp_path):
     path = folders[1] / "P0" / "P0_seg.nii.gz"
-    truth = read_mask(path)
+    truth = read_mask(path, "brats2020")
     rewrite(path, change=lambda labels: np.roll(labels, 1, axis=2))
     file = tmp_path / "scores.json"
     assert score(folders, "--json", str(file)) == 0

@@ -76,7 +76,7 @@ def write_tiny_run(root: Path) -> Run:
     run.predictions.mkdir()
     scores = {}
     for case_id in PARTS["test"]:
-        truth = read_mask(cases[case_id].seg)
+        truth = read_mask(cases[case_id].seg, cases[case_id].numbering)
         pred = {"Exact_0": truth, HOSTILE: np.roll(truth, 1, axis=0), "NoET_0": np.where(truth == 3, 1, truth)}[case_id]
         path = run.predictions / f"{case_id}_seg.nii.gz"
         write_mask(path, pred.astype(np.uint8), read_nifti(cases[case_id].images["flair"]))

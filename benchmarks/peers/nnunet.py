@@ -41,7 +41,7 @@ def main() -> None:
     for case_id in [*parts["train"], *parts["val"]]:
         write_images(cases[case_id], raw / "imagesTr")
         image = read_nifti(cases[case_id].seg)
-        labels = nib.Nifti1Image(TO_THEIRS[read_mask(cases[case_id].seg)], image.affine)
+        labels = nib.Nifti1Image(TO_THEIRS[read_mask(cases[case_id].seg, cases[case_id].numbering)], image.affine)
         nib.save(labels, raw / "labelsTr" / f"{case_id}.nii.gz")
     for case_id in parts["test"]:
         write_images(cases[case_id], raw / "imagesTs")

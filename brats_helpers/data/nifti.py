@@ -208,12 +208,12 @@ def from_lps(volume: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
     return turned
 
 
-def read_mask(path: Path, numbering: str = USUAL) -> np.ndarray:
+def read_mask(path: Path, numbering: str) -> np.ndarray:
     """Read a segmentation as class indices 0 to 3, uint8, shape (X, Y, Z), LPS order. See `read_seg`."""
     return read_seg(path, numbering)[0]
 
 
-def read_seg(path: Path, numbering: str = USUAL) -> tuple[np.ndarray, nib.Nifti1Image]:
+def read_seg(path: Path, numbering: str) -> tuple[np.ndarray, nib.Nifti1Image]:
     """Read a segmentation as `read_mask` does, and the NIfTI image around it.
 
     Args:

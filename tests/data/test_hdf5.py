@@ -83,7 +83,7 @@ def test_masks_and_t1ce_are_recognised_on_real_patients(real_patients):
     labelled = [case for case in find_cases(real_patients, ("flair", "t1ce")) if case.seg]
     assert labelled
     for case in labelled:
-        classes = read_mask(case.seg)
+        classes = read_mask(case.seg, case.numbering)
         masks = np.stack([classes == k for k in (2, 3, 1)], axis=-1)
         assert mask_order(masks) == ("tissues", (2, 0, 1))
         flair, t1ce = (read_image(path)[0].astype(np.float32) for path in case.images.values())
@@ -105,7 +105,7 @@ def test_patients_come_back_whole(first, kind, brains, tmp_path):
     cases = find_cases(out)
     assert [case.id for case in cases] == ["volume_001", "volume_002"]
     for case, (images, labels) in zip(cases, brains, strict=True):
-        np.testing.assert_array_equal(read_mask(case.seg), labels_to_classes(labels))
+        np.testing.assert_array_equal(read_mask(case.seg, case.numbering), labels_to_classes(labels))
         for place, name in enumerate(MODALITIES):
             volume, file = read_image(case.images[name])
             truth = images[..., place]

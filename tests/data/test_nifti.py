@@ -122,7 +122,7 @@ def test_any_orientation_is_read_as_lps_and_written_back_as_it_was(tmp_path, cod
     assert nifti.spacing_mm(image) == pytest.approx(nifti.spacing_mm(stored), abs=1e-5)
 
     like = nifti.read_nifti(tmp_path / "seg.nii.gz")
-    nifti.write_mask(tmp_path / "again.nii.gz", read_mask(tmp_path / "seg.nii.gz"), like)
+    nifti.write_mask(tmp_path / "again.nii.gz", read_mask(tmp_path / "seg.nii.gz", "brats2020"), like)
     again = nib.load(tmp_path / "again.nii.gz")
     np.testing.assert_array_equal(again.dataobj, other.dataobj)
     np.testing.assert_array_equal(again.affine, like.affine)
@@ -142,7 +142,7 @@ def test_further_axes_of_length_one_are_dropped(tmp_path, more):
     np.testing.assert_array_equal(read_image(path)[0], grid())
     like = nifti.read_nifti(path)
     assert [code for code, _ in nifti.grid_of(like).remarks] == ["fourth-axis"]
-    nifti.write_mask(tmp_path / "b.nii.gz", read_mask(path), like)
+    nifti.write_mask(tmp_path / "b.nii.gz", read_mask(path, "brats2020"), like)
     assert nib.load(tmp_path / "b.nii.gz").shape == (2, 3, 4)
 
 
@@ -192,7 +192,7 @@ def test_a_singular_sform_gives_way_to_the_qform(tmp_path, sform):
     np.testing.assert_allclose(image.affine, AFFINE)
     like = nifti.read_nifti(tmp_path / "a.nii")
     assert [code for code, _ in nifti.grid_of(like).remarks] == ["singular-affine"]
-    nifti.write_mask(tmp_path / "b.nii", read_mask(tmp_path / "a.nii"), like)
+    nifti.write_mask(tmp_path / "b.nii", read_mask(tmp_path / "a.nii", "brats2020"), like)
     np.testing.assert_allclose(nib.load(tmp_path / "b.nii").affine, AFFINE)
     save_forms(tmp_path / "c.nii", None, sform)
     with pytest.raises(DataError, match="c.nii has a singular affine"):
@@ -205,7 +205,7 @@ def test_a_qform_elsewhere_is_said_and_not_passed_on(tmp_path):
     like = nifti.read_nifti(tmp_path / "a.nii")
     ((code, text),) = nifti.grid_of(like).remarks
     assert code == "qform-sform" and "up to 10 mm apart" in text and "(10, 0, 0) mm" in text
-    nifti.write_mask(tmp_path / "b.nii", read_mask(tmp_path / "a.nii"), like)
+    nifti.write_mask(tmp_path / "b.nii", read_mask(tmp_path / "a.nii", "brats2020"), like)
     header = nib.load(tmp_path / "b.nii").header
     np.testing.assert_allclose(header.get_qform(), AFFINE)
     np.testing.assert_allclose(header.get_sform(), AFFINE)
@@ -250,8 +250,8 @@ def test_round_trip(tmp_path, dtype, numbering, stored):
     path = tmp_path / "a_seg.nii.gz"
     nifti.write_mask(path, classes, like, numbering=numbering)
 
-    np.testing.assert_array_equal(read_mask(path), classes)
-    again, image = nifti.read_seg(path)
+    np.testing.assert_array_equal(read_mask(path, "brats2020"), classes)
+    again, image = nifti.read_seg(path, "brats2020")
     np.testing.assert_array_equal(again, classes)
     raw = nib.load(path)
     np.testing.assert_array_equal(np.asanyarray(raw.dataobj), np.array(stored)[classes])
@@ -290,7 +290,7 @@ def test_a_second_reader_sees_the_same(tmp_path):
     ],
 )
 def test_voxels_of_real_patients(real_patients, case, voxels):
-    classes, image = nifti.read_seg(find_segs(real_patients)[case])
+    classes, image = nifti.read_seg(find_segs(real_patients)[case], "brats2020")
     assert classes.shape == (240, 240, 155)
     assert nifti.spacing_mm(image) == (1, 1, 1)
     assert tuple(np.bincount(classes.ravel(), minlength=4)[1:]) == voxels

@@ -23,7 +23,7 @@ def made(tmp_path_factory):
 
 def load(folder):
     (case,) = find_cases(folder)
-    return {name: read_image(path)[0] for name, path in case.images.items()}, read_mask(case.seg)
+    return {name: read_image(path)[0] for name, path in case.images.items()}, read_mask(case.seg, case.numbering)
 
 
 def test_files_are_brats_files(made):

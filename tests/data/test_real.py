@@ -51,7 +51,9 @@ def test_a_short_training_and_the_prediction_of_the_unlabelled_patient(real_pati
     inference.predict_folders(
         [checkpoint], [chosen_by.folder], tmp_path / "seen", device="cpu", flips=False, allow_leakage=True
     )
-    pred, truth = (read_mask(path) for path in (tmp_path / "seen" / f"{chosen_by.id}_seg.nii.gz", chosen_by.seg))
+    pred, truth = (
+        read_mask(path, "brats2020") for path in (tmp_path / "seen" / f"{chosen_by.id}_seg.nii.gz", chosen_by.seg)
+    )
     dice, mirrored = (score_case(p, truth, **RULES)["WT"]["dice"] for p in (pred, pred[::-1]))
     assert dice > 0.5 and dice > 2 * mirrored
 
@@ -88,7 +90,7 @@ def test_a_real_segmentation_agrees_with_itself_and_not_with_itself_one_slice_of
     for case in find_cases(real_patients, ["flair", "t1ce"]):
         if case.seg is None:
             continue
-        classes, like = read_mask(case.seg), read_nifti(case.seg)
+        classes, like = read_mask(case.seg, case.numbering), read_nifti(case.seg)
         for name, moved in (("same", classes), ("shifted", np.roll(classes, 1, axis=2))):
             (tmp_path / name).mkdir(exist_ok=True)
             write_mask(tmp_path / name / f"{case.id}_seg.nii.gz", moved, like)

@@ -21,6 +21,8 @@ from brats_helpers.data.nifti import read_mask, read_nifti, write_mask
 from brats_helpers.data.numbering import number, resolve
 from brats_helpers.evaluation import inference
 from brats_helpers.labels import MODALITIES, DataError
+from brats_helpers.suite.environment import ROOT
+from brats_helpers.suite.parameters import read_notebooks
 from tests.conftest import write_tiny_case
 from tests.evaluation.echo import echo
 
@@ -126,7 +128,7 @@ def test_r05_masks_of_another_numbering_are_read_by_their_anatomy(made):
     code, codes, said = checked(out / "swapped")
     assert code == 0 and "label-numbering" in codes[""]
     assert "read as msd (1 ED, 2 NCR, 3 ET), by the anatomy of 4 of 4 patients" in said
-    truth = {case.id: read_mask(case.seg) for case in find_cases(out / "ref")}
+    truth = {case.id: read_mask(case.seg, case.numbering) for case in find_cases(out / "ref")}
     for case in number(survey(out / "swapped"))[0].cases:
         assert (read_mask(case.seg, case.numbering) == truth[case.id]).all()
 
@@ -362,6 +364,29 @@ def test_x23_unread_formats_are_named(made, capsys):
     assert main(["check", str(made("x23"))]) == 2
     printed = capsys.readouterr().out
     assert "10 .mha files found and not read" in printed and "SimpleITK" in printed
+
+
+# --- a409: thick slices
+
+
+def test_a409_notebook_01_shows_volumes_in_ml_by_the_spacing(made, tmp_path):
+    notebooks, run = read_notebooks(ROOT), {"run_dir": str(tmp_path / "run")}
+    places = {f"{name}_dir": str(tmp_path / name) for name in ("data", "cache")}
+    run_cells(notebooks["00_setup"], run | places | {"data": str(made("a409")), "split": "1,1,1", "workers": 1})
+    names = run_cells(notebooks["01_explore"], run, until="tumour_ml")
+    cases = find_cases(tmp_path / "a409")
+    truth = {case.id: np.count_nonzero(nib.load(case.seg).dataobj) * 5 / 1000 for case in cases}
+    assert names["patients"]["tumour_ml"].to_dict() == pytest.approx(truth)
+
+
+def run_cells(notebook, parameters: dict, until: str = "") -> dict:
+    """Run the cells of a notebook up to the first that holds `until`, or all; return its names."""
+    names = {name: parameter.default for name, parameter in notebook.parameters.items()} | parameters
+    for code in notebook.code[1:]:  # without the bootstrap
+        exec(code, names)
+        if until and until in code:
+            break
+    return names
 
 
 # --- a410: derived images

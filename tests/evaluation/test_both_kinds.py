@@ -34,4 +34,4 @@ def test_the_verb_predicts_into_the_patients_geometry_with_either_kind_or_both(t
 
     checkpoints = [word for file in files for word in ("--checkpoint", str(file))]
     assert main(["predict", *checkpoints, "--out", str(tmp_path / "out"), "--device", "cpu", str(source)]) == 0
-    assert read_mask(tmp_path / "out" / "New_seg.nii.gz").shape == (48, 56, 20)
+    assert read_mask(tmp_path / "out" / "New_seg.nii.gz", "brats2020").shape == (48, 56, 20)

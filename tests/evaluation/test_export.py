@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     run = Run(root / "runs" / "tiny")
     fit_tiny(prepared, run.folder, modalities=tuple(MODALITIES), epochs=8, slices_per_epoch=64, batch_size=8)
     run.record(data=str(root / "data"), simulated=True, origin="five tiny patients")
-    truth = read_mask(cases[0].seg)
+    truth = read_mask(cases[0].seg, cases[0].numbering)
     scores = {"New_0": score_case(truth, truth, spacing_mm=(1.0, 1.0, 1.0), convention="brats2020")}
     write_json(run.metrics, collect(scores, convention="brats2020", simulated=True, not_scored={}, leakage=[]))
     return run
@@ -60,7 +60,7 @@ def predictions(run, models, tmp_path_factory):
     for kind, path in models.items():
         out = tmp_path_factory.mktemp(kind)
         assert main(["predict", "--checkpoint", str(path), "--out", str(out), patient]) == 0
-        found[kind] = read_mask(out / "New_0_seg.nii.gz")
+        found[kind] = read_mask(out / "New_0_seg.nii.gz", "brats2020")
     return found
 
 
@@ -86,7 +86,9 @@ def test_the_example_of_the_docs_segments_a_patient_without_this_suite(run, mode
     out = tmp_path / "seg.nii.gz"
     subprocess.run([sys.executable, "example.py", models["onnx"], out, *scans], cwd=tmp_path, check=True)
     assert "brats_helpers" not in example and "torch" not in example
-    assert agreement(read_mask(out), predictions["checkpoint"]) > 0.95  # its slices are padded at another place
+    assert (
+        agreement(read_mask(out, "brats2020"), predictions["checkpoint"]) > 0.95
+    )  # its slices are padded at another place
     assert np.allclose(nib.load(out).affine, nib.load(scans[0]).affine)
 
 

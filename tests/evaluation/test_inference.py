@@ -46,7 +46,7 @@ def test_predictions_lie_in_the_patients_own_geometry(checkpoint, tmp_path):
     assert written.shape == image.shape and (written.affine == image.affine).all()
     assert written.get_data_dtype() == image.get_data_dtype()
     assert set(np.unique(written.dataobj)) <= {0, 1, 2, 4}
-    assert read_mask(tmp_path / "out" / "New_seg.nii.gz").any()
+    assert read_mask(tmp_path / "out" / "New_seg.nii.gz", "brats2020").any()
 
 
 @pytest.mark.parametrize("codes", ["RAS", "PIR", "ASL"])
@@ -114,7 +114,7 @@ def test_channels_follow_the_networks_order(checkpoint, tmp_path):
     networks = [inference.load_network(checkpoint, device=CPU)]
     for name, each in (("a", case), ("b", turned)):
         inference.evaluate(networks, [each], tmp_path / name, **RULES)
-    one, other = (read_mask(tmp_path / name / "New_seg.nii.gz") for name in "ab")
+    one, other = (read_mask(tmp_path / name / "New_seg.nii.gz", "brats2020") for name in "ab")
     np.testing.assert_array_equal(one, other)
     (pair,) = inference.predict_validation(networks, [case], [pack(case)], flips=False)
     (again,) = inference.predict_validation(networks, [turned], [pack(turned)], flips=False)
@@ -189,7 +189,10 @@ def test_predictions_are_scored_as_written(checkpoint, tmp_path):
     assert metrics["leakage"] == [] and not (tmp_path / "out" / "leakage.json").exists()
     assert metrics["uncertainty"]["checkpoints"] == 1 and not metrics["uncertainty"]["flips"]
     assert list(metrics["uncertainty"]["cases"]) == ["New_0"] and 0.5 < metrics["uncertainty"]["auc"] <= 1
-    truth, pred = read_mask(unseen[0].seg) > 0, read_mask(tmp_path / "out" / "New_0_seg.nii.gz") > 0
+    truth, pred = (
+        read_mask(unseen[0].seg, unseen[0].numbering) > 0,
+        read_mask(tmp_path / "out" / "New_0_seg.nii.gz", "brats2020") > 0,
+    )
     expected = 2 * (truth & pred).sum() / (truth.sum() + pred.sum())
     assert metrics["cases"]["New_0"]["WT"]["dice"] == pytest.approx(expected)
     assert (tmp_path / "out" / "New_1_seg.nii.gz").exists()
@@ -201,7 +204,7 @@ def test_post_processing_is_applied_and_what_it_costs_is_told(checkpoint, tmp_pa
     plain = inference.evaluate(networks, [case], tmp_path / "plain", **RULES)
     no_et = dataclasses.replace(NO_RULES, et_voxels=10**6)  # whatever is found is too little
     ruled = inference.evaluate(networks, [case], tmp_path / "ruled", **RULES, rules=no_et)
-    found, left = (read_mask(tmp_path / name / "New_seg.nii.gz") for name in ("plain", "ruled"))
+    found, left = (read_mask(tmp_path / name / "New_seg.nii.gz", "brats2020") for name in ("plain", "ruled"))
     np.testing.assert_array_equal(left, np.where(found == 3, 1, found))
     assert (found == 3).any() and plain["cases"]["New"]["ET"]["dice"] > 0
     means = {region: plain["summary"][region]["dice"]["mean"] for region in ("WT", "TC", "ET")}
@@ -216,7 +219,9 @@ def test_labels_are_numbered_as_asked(tiny_patients, tmp_path, numbering, monkey
     list(inference.predict_files([echo()], [case], tmp_path, flips=False, numbering=numbering))
     written = np.unique(nib.load(tmp_path / "Tiny_0_seg.nii.gz").dataobj)
     assert written.tolist() == [0, 1, 2, {"2020": 4, "2023": 3}[numbering]]
-    np.testing.assert_array_equal(read_mask(tmp_path / "Tiny_0_seg.nii.gz"), read_mask(case.seg))
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "Tiny_0_seg.nii.gz", "brats2020"), read_mask(case.seg, case.numbering)
+    )
 
 
 def test_soft_outputs_are_the_probabilities_in_the_patients_geometry(checkpoint, tmp_path):

@@ -63,7 +63,7 @@ def packaged(exported, monkeypatch):
 
 def predicted(out, *patients):
     assert main(["predict", *map(str, patients), "--out", str(out), "--device", "cpu"]) == 0
-    return {path.name.removesuffix("_seg.nii.gz"): read_mask(path) for path in out.glob("*_seg.nii.gz")}
+    return {path.name.removesuffix("_seg.nii.gz"): read_mask(path, "brats2020") for path in out.glob("*_seg.nii.gz")}
 
 
 def test_predict_without_a_checkpoint_says_which_network_it_takes_and_how_it_scored(packaged, tmp_path, capsys):

@@ -85,12 +85,12 @@ def inside(mask, index):
 def test_overlay_has_the_colours_of_the_legend(case):
     figure = plots.modalities(case, simulated=True)
     plain, marked = panels(figure)["T1ce"], panels(figure)["T1ce, segmentation"]
-    at = int((read_mask(case.seg) > 0).sum(axis=(0, 1)).argmax())
+    at = int((read_mask(case.seg, case.numbering) > 0).sum(axis=(0, 1)).argmax())
     assert f"{case.id} · FLAIR, T1, T1ce, T2 · axial slice {at} · simulated" in everything_said(figure)
     assert "arbitrary units" in everything_said(figure)
 
     # Where the brain's box begins is read off the picture shown; X runs right, Y down.
-    volume, mask = read_image(case.images["t1ce"])[0][:, :, at], read_mask(case.seg)[:, :, at]
+    volume, mask = read_image(case.images["t1ce"])[0][:, :, at], read_mask(case.seg, case.numbering)[:, :, at]
     shown = plain.images[0].get_array()
     x, y = next(
         (x, y)
@@ -136,7 +136,7 @@ def test_anterior_is_up_and_the_patients_right_on_the_left(tmp_path, axes):
 
 def test_montage_shows_the_slices_it_names(case):
     figure = plots.montage(case, "t2", count=3, simulated=True)
-    depth = np.flatnonzero((read_mask(case.seg) > 0).any(axis=(0, 1)))
+    depth = np.flatnonzero((read_mask(case.seg, case.numbering) > 0).any(axis=(0, 1)))
     expected = [depth[0], round((depth[0] + depth[-1]) / 2), depth[-1]]
     assert list(panels(figure)) == [f"slice {at}" for at in expected]
     volume = read_image(case.images["t2"])[0]
@@ -167,7 +167,7 @@ def test_full_size_gif_stays_small(real_patients, tmp_path):
 
 def test_planes_name_the_tumours_centre_in_mm(case):
     figure = plots.planes(case, "flair", simulated=True)
-    tumour = read_mask(case.seg) > 0
+    tumour = read_mask(case.seg, case.numbering) > 0
     i, j, k = (tumour.sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1)))
     x, y, z = -i, 55 - j, k  # the affine of the tiny patients
     assert f"{case.id} · FLAIR · three planes through x = {x}, y = {y}, z = {z} mm" in everything_said(figure)
@@ -186,7 +186,7 @@ def test_interactive_view_loads_nothing_and_escapes_names(case):
 
 def test_histograms_are_of_z_scores_per_tissue(case):
     figure = plots.histograms(case, simulated=True)
-    volume, mask = read_image(case.images["t1ce"])[0].astype(float), read_mask(case.seg)
+    volume, mask = read_image(case.images["t1ce"])[0].astype(float), read_mask(case.seg, case.numbering)
     scores = (volume - volume[volume != 0].mean()) / volume[volume != 0].std()
     curves = {patch.get_label().split()[0]: patch.get_data() for patch in panels(figure)["T1ce"].patches}
     assert list(curves) == ["brain", "NCR", "ED", "ET"]
@@ -245,7 +245,11 @@ def test_augmentation_shows_before_above_after():
 
 def test_overlays_of_best_median_and_worst(cases, tmp_path, metrics):
     for case in cases[:3]:
-        write_mask(tmp_path / f"{case.id}_seg.nii.gz", np.roll(read_mask(case.seg), 2, 0), read_image(case.seg)[1])
+        write_mask(
+            tmp_path / f"{case.id}_seg.nii.gz",
+            np.roll(read_mask(case.seg, case.numbering), 2, 0),
+            read_image(case.seg)[1],
+        )
     scores = {case.id: metrics["cases"][name] for case, name in zip(cases, DICE, strict=False)}
     figure = plots.overlays(cases, tmp_path, metrics | {"cases": scores}, modality="t1ce", simulated=True)
     said = everything_said(figure)
@@ -267,7 +271,7 @@ def test_overlays_of_best_median_and_worst(cases, tmp_path, metrics):
 
 
 def test_overlays_of_one_patient_without_tumour(tmp_path, case):
-    empty = np.zeros_like(read_mask(case.seg))
+    empty = np.zeros_like(read_mask(case.seg, case.numbering))
     for folder in (tmp_path, tmp_path / "truth"):
         folder.mkdir(exist_ok=True)
         write_mask(folder / f"{case.id}_seg.nii.gz", empty, read_image(case.seg)[1])
@@ -432,7 +436,7 @@ def untiled(content, shape, columns):
 
 def test_viewer_tiles_hold_the_brain_and_both_segmentations(case, tmp_path):
     volume, image = read_image(case.images["t1ce"])
-    truth = read_mask(case.seg)
+    truth = read_mask(case.seg, case.numbering)
     pred = np.roll(truth, 2, axis=1)
     write_mask(tmp_path / "p_seg.nii.gz", pred, image)
     tiles = plots.viewer_tiles(case, tmp_path / "p_seg.nii.gz")
