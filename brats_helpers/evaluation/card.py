@@ -22,7 +22,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     """
     saved, metrics = read_checkpoint(run.best), read_json(run.metrics, {})
     manifest = run.manifest
-    settings = saved["settings"]
+    settings, own = saved["settings"], manifest.get("patients", {})  # without those that its start had seen
     simulated = bool(manifest.get("simulated"))
     patients = "simulated patients" if simulated else "patients"
     lines = _front_matter(run.name, metrics, simulated=simulated)
@@ -38,7 +38,8 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         "",
         "## What it learnt from",
         "",
-        f"- {len(saved['train_cases'])} training and {len(saved['val_cases'])} validation {patients}:"
+        f"- {own.get('train', len(saved['train_cases']))} training and"
+        f" {own.get('val', len(saved['val_cases']))} validation {patients}:"
         f" {manifest.get('origin', 'origin not recorded')}.",
         f"- Encoder {settings['encoder']}, starting weights {settings['encoder_weights']}, seed {settings['seed']},"
         f" epoch {saved['epoch']}.",

@@ -23,7 +23,7 @@ from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, interval_text
-from brats_helpers.training.checkpoint import fingerprint, learnt_from
+from brats_helpers.training.checkpoint import fingerprint, learnt_from, weights_file
 from brats_helpers.training.loop import fit
 from brats_helpers.training.model import build_model, summary
 from brats_helpers.training.settings import Settings, shown
@@ -198,7 +198,7 @@ class Bench:
 
     def _key(self, settings: Settings, *cases: Sequence[Packed]) -> str:
         """Changes with everything that scores follow from, the machine's speed and precision included."""
-        start = Path(settings.encoder_weights)
+        start = weights_file(settings.encoder_weights)
         weights = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else ""
         hardware = machine.describe(self.device)
         speed = [hardware[name] for name in ("device", "precision", "cores")]

@@ -12,10 +12,14 @@ import torch
 from brats_helpers.data.cache import Packed
 from brats_helpers.files import whole_file
 from brats_helpers.labels import DataError
-from brats_helpers.training.model_zip import is_model, read_model
+from brats_helpers.training.model_zip import is_model, packaged_model, read_model
 
 FORMAT = 3
 """Of the checkpoints; raised when their content changes. Checkpoints of another format are refused."""
+
+
+SIMULATED = "simulated"
+"""As weights to start from: the packaged network."""
 
 
 class WeightsError(Exception):
@@ -94,19 +98,27 @@ def _start(weights: str) -> dict | None:
     return state if "model" in state else None
 
 
+def weights_file(weights: str) -> Path:
+    """The file that weights to start from come from; `ModelZipError` if the packaged network is not there."""
+    return packaged_model() if weights == SIMULATED else Path(weights)
+
+
 def read_weights(path: str) -> dict:
-    """Load a file with an encoder's weights, or a checkpoint, onto the CPU.
+    """Load a file with an encoder's weights, or a checkpoint, onto the CPU; `simulated` is the packaged network.
 
     Raises:
         WeightsError: there is no such file, or torch cannot read it.
         CheckpointError: it is a checkpoint of another format.
+        ModelZipError: see `model_zip.read_facts`.
     """
-    if is_model(Path(path)):
-        return read_checkpoint(Path(path))
+    if is_model(weights_file(path)):
+        return read_checkpoint(weights_file(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise WeightsError(f"encoder_weights {path!r}: expected imagenet, none, or a file that exists.") from error
+        raise WeightsError(
+            f"encoder_weights {path!r}: expected imagenet, simulated, none, or a file that exists."
+        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WeightsError(f"encoder_weights {path!r} is no state dict of torch ({error}).") from error
     if "model" in state:

@@ -38,7 +38,13 @@ def sees_patches(encoder: str) -> bool:
 
 
 def build_model(
-    *, encoder: str, weights: str, in_channels: int, patch_size: int = 0, decoder: Sequence[int] = DECODER
+    *,
+    encoder: str,
+    weights: str,
+    in_channels: int,
+    patch_size: int = 0,
+    decoder: Sequence[int] = DECODER,
+    modalities: Sequence[str] = (),
 ) -> nn.Module:
     """A network with four output channels, the class indices of `cases.CLASSES`.
 
@@ -46,11 +52,13 @@ def build_model(
         encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
             or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
-            from which the whole network goes on.
+            from which the whole network goes on; `simulated` is the packaged one.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
         patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; no effect on a network of slices.
         decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on a network of patches.
+        modalities: of the input channels, in order, which a checkpoint's channels are matched with by name; empty
+            takes them as they are. See `weights.fine_tune`.
 
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
@@ -77,7 +85,9 @@ def build_model(
             load_encoder(model.encoder, state)
     with torch.no_grad():
         head.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
-    return fine_tune(model, state, weights) if "model" in state else model
+    if "model" not in state:
+        return model
+    return fine_tune(model, state, weights, encoder=encoder, decoder=decoder, modalities=modalities)
 
 
 class SlicesUnet(smp.Unet):

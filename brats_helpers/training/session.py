@@ -99,6 +99,7 @@ class Session:
             in_channels=origin["in_channels"],
             patch_size=settings.patch_size,
             decoder=settings.decoder,
+            modalities=settings.modalities,
         ).to(device)
         rest = [weight for name, weight in network.named_parameters() if not name.startswith("encoder.")]
         groups = [

@@ -1,10 +1,13 @@
 """Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
 
+from collections.abc import Collection, Mapping, Sequence
+
 import torch
 from torch import nn
 
 from brats_helpers.log import warn
-from brats_helpers.training.checkpoint import WeightsError
+from brats_helpers.training.checkpoint import SIMULATED, WeightsError
+from brats_helpers.training.model_zip import packaged_model, read_facts
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
@@ -12,9 +15,14 @@ PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
-    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged encoder, with a warning."""
+    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged encoder, with a warning.
+
+    For the weights `simulated` it is the packaged network's own encoder.
+    """
     if encoder != "auto":
         return encoder
+    if weights == SIMULATED:
+        return read_facts(packaged_model())["checkpoint"]["settings"]["encoder"]
     if weights != "imagenet":
         return DEFAULT_ENCODER
     problem = why_unreachable(DEFAULT_ENCODER)
@@ -38,15 +46,85 @@ def choose_weights(encoder: str, weights: str) -> str:
     return "none"
 
 
-def fine_tune(model: nn.Module, checkpoint: dict, path: str) -> nn.Module:
+def fine_tune(
+    model: nn.Module,
+    checkpoint: Mapping,
+    path: str,
+    *,
+    encoder: str,
+    decoder: Sequence[int],
+    modalities: Sequence[str],
+) -> nn.Module:
+    """Load the weights of a checkpoint into a network of the same encoder and decoder.
+
+    A network of slices may see other modalities, in another order, and more neighbouring slices than the checkpoint:
+    each input channel takes the weights of the same modality and slice, and a channel that the checkpoint does not
+    know starts at 0.
+
+    Args:
+        model: see `model.build_model`, as for the other arguments.
+        checkpoint: see `checkpoint.read_checkpoint`.
+        path: of the checkpoint, for messages.
+        encoder, decoder: of `model`.
+        modalities: of the input channels of `model`, in order; empty takes the checkpoint's channels as they are.
+
+    Raises:
+        WeightsError: the networks differ in more than their input.
+    """
+    then, state = checkpoint["settings"], checkpoint["model"]
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    flat = model.get_parameter(f"{first}.weight").ndim == 4
+    if then["encoder"] != encoder or (flat and list(then["decoder"]) != list(decoder)):
+        raise WeightsError(
+            f"encoder_weights {path!r} is a network with encoder {then['encoder']} and decoder"
+            f" {','.join(map(str, then['decoder']))}; asked for are {encoder} and {','.join(map(str, decoder))}. Take"
+            f" -p encoder {then['encoder']} -p decoder {','.join(map(str, then['decoder']))}, or other weights."
+        )
+    if modalities and flat:
+        name = f"{first}.weight"
+        known = _channels(then["modalities"], 2 * then["context_slices"] + 1)
+        wanted = _channels(modalities, model.get_parameter(name).shape[1] // len(modalities))
+        _check_input(path, known, wanted)
+        state = state | {name: _by_name(state[name], known, wanted)}
+    elif modalities and tuple(modalities) != tuple(then["modalities"]):
+        raise WeightsError(
+            f"encoder_weights {path!r} is a 3D network of {', '.join(then['modalities'])}, in this order. Take"
+            f" -p modalities {','.join(then['modalities'])}."
+        )
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise WeightsError(
-            f"encoder_weights {path!r} is a network of {checkpoint['settings']['encoder']} with"
-            f" {checkpoint['in_channels']} channels, which does not fit: {error}."
+            f"encoder_weights {path!r} is a network of {then['encoder']} with {checkpoint['in_channels']} channels,"
+            f" which does not fit: {error}."
         ) from error
     return model
+
+
+def _channels(modalities: Sequence[str], slices: int) -> list[tuple[int, str]]:
+    """Input channels as pairs of slice, counted from the middle one, and modality."""
+    return [(z - slices // 2, name) for z in range(slices) for name in modalities]
+
+
+def _check_input(path: str, known: Collection[tuple[int, str]], wanted: Collection[tuple[int, str]]) -> None:
+    reach, wanted_reach = max(known)[0], max(wanted)[0]
+    if reach > wanted_reach:
+        raise WeightsError(
+            f"encoder_weights {path!r} sees {reach} neighbouring slices on each side, not {wanted_reach}. Take"
+            f" -p context_slices {reach}."
+        )
+    if not {*known} & {*wanted}:
+        names = (", ".join(dict.fromkeys(name for _, name in channels)) for channels in (known, wanted))
+        raise WeightsError("encoder_weights {!r} is a network of {}, which knows none of {}.".format(path, *names))
+
+
+def _by_name(weight: torch.Tensor, known: list[tuple[int, str]], wanted: Sequence[tuple[int, str]]) -> torch.Tensor:
+    """A convolution's weights (out, in, height, width) for other input channels; new ones are 0."""
+    taken = torch.zeros(len(weight), len(wanted), *weight.shape[2:], dtype=weight.dtype)
+    for place, channel in enumerate(wanted):
+        if channel in known:
+            taken[:, place] = weight[:, known.index(channel)]
+    return taken
 
 
 def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:

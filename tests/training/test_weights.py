@@ -1,7 +1,125 @@
 """Where weights come from: ImageNet's, a file's, a checkpoint's."""
 
-from brats_helpers.training import weights
+import dataclasses
+
+import pytest
+import torch
+
+from brats_helpers.data.cache import pack
+from brats_helpers.data.cases import find_cases
+from brats_helpers.labels import MODALITIES
+from brats_helpers.training import model_zip, weights
+from brats_helpers.training.checkpoint import FORMAT, WeightsError
+from brats_helpers.training.model import build_model
 from brats_helpers.training.weights import PACKAGED_ENCODER
+from tests.tiny_training import CUBES, SETTINGS, fit_tiny
+from tests.tiny_training import weights as saved_by
+
+NETWORK = {"encoder": SETTINGS.encoder, "decoder": SETTINGS.decoder}
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """A packaged network that reads the modalities in another order than runs do."""
+    path = tmp_path_factory.mktemp("packaged") / "simulated.safetensors"
+    settings = dataclasses.asdict(SETTINGS) | {"modalities": ["t2", "t1ce", "flair", "t1"], "modality_dropout": 0.5}
+    model = build_model(**NETWORK, weights="none", in_channels=4)
+    checkpoint = {"format": FORMAT, "settings": settings, "in_channels": 4, "model": model.state_dict(), "epoch": 1}
+    checkpoint |= {"train_cases": ["Sim_9_000"], "val_cases": ["Sim_9_001"], "facts": {"patients": {"Sim_9_000": {}}}}
+    model_zip.write_model(path, checkpoint, facts={}, card="", half=True)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_place(packaged, monkeypatch):
+    monkeypatch.setattr(model_zip, "PACKAGED", packaged)
+
+
+def logits(network, **modalities):
+    """What a network answers to images of some modalities, (2, 64, 64), in the order given; the middle of 2.5D."""
+    with torch.no_grad():
+        return network.eval()(torch.cat([images[:, None] for images in modalities.values()], dim=1))
+
+
+def some_images():
+    random = torch.Generator().manual_seed(0)
+    return {name: torch.randn(2, 64, 64, generator=random) for name in MODALITIES}
+
+
+def stored(packaged):
+    """The packaged network as it was trained."""
+    network = build_model(**NETWORK, weights="none", in_channels=4)
+    network.load_state_dict(model_zip.read_model(packaged)["model"])
+    return network
+
+
+@pytest.mark.parametrize("names", [MODALITIES, ("t1ce", "flair"), ("t2",)])
+def test_training_starts_from_the_packaged_network_whatever_modalities_it_has(packaged, names):
+    start = build_model(**NETWORK, weights="simulated", in_channels=len(names), modalities=names)
+    images = some_images()
+    hidden = {name: images[name] if name in names else torch.zeros(2, 64, 64) for name in ("t2", "t1ce", "flair", "t1")}
+    expected = logits(stored(packaged), **hidden)
+    torch.testing.assert_close(logits(start, **{name: images[name] for name in names}), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_neighbouring_slices_and_modalities_that_a_start_does_not_know_begin_without_effect(packaged):
+    images, others = some_images(), {name: 5 + image for name, image in some_images().items()}
+    start = build_model(**NETWORK, weights="simulated", in_channels=12, modalities=MODALITIES)
+    slices = torch.stack([torch.stack([*some.values()], dim=1) for some in (others, images, others)], dim=1)
+    with torch.no_grad():
+        found = start.eval()(slices.flatten(1, 2))
+    expected = logits(stored(packaged), **{name: images[name] for name in ("t2", "t1ce", "flair", "t1")})
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"encoder": "resnet18"}, f"with encoder {SETTINGS.encoder} and decoder 256,.*asked for are resnet18"),
+        (
+            {"decoder": (128, 64, 32, 16, 16)},
+            "asked for are .* and 128,64,32,16,16. Take .*-p decoder 256,128,64,32,16",
+        ),
+    ],
+)
+def test_another_network_than_the_start_is_refused_with_what_to_take(asked, said):
+    with pytest.raises(WeightsError, match=f"'simulated' is a network .*{said}"):
+        build_model(**NETWORK | asked, weights="simulated", in_channels=4, modalities=MODALITIES)
+
+
+@pytest.mark.parametrize(
+    "settings, asked, said",
+    [
+        (dataclasses.replace(SETTINGS, context_slices=1), {}, "sees 1 neighbouring slices on each side, not 0"),
+        (dataclasses.replace(SETTINGS, modalities=("t2",)), {"modalities": ("flair",)}, "of t2, which knows none of"),
+        (CUBES, {"modalities": ("t1", "flair", "t1ce", "t2"), "patch_size": 32}, "3D network of flair, t1, t1ce, t2"),
+    ],
+)
+def test_a_checkpoint_of_another_input_is_refused(tmp_path, settings, asked, said):
+    channels = len(settings.modalities) * (2 * settings.context_slices + 1)
+    network = {"encoder": settings.encoder, "decoder": settings.decoder, "patch_size": settings.patch_size}
+    state = build_model(**network, weights="none", in_channels=channels).state_dict()
+    saved = {"format": FORMAT, "settings": dataclasses.asdict(settings), "in_channels": channels, "model": state}
+    torch.save(saved, tmp_path / "best.pt")
+    how = {"modalities": settings.modalities} | asked
+    with pytest.raises(WeightsError, match=said):
+        build_model(**network | how, weights=str(tmp_path / "best.pt"), in_channels=len(how["modalities"]))
+
+
+def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, tiny_patients, tmp_path):
+    names = ("flair", "t1ce")
+    prepared = [pack(case) for case in find_cases(tiny_patients, names)]
+    how = {"modalities": names, "encoder_weights": "simulated", "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0}
+    fit_tiny(prepared, tmp_path, epochs=1, **how)
+    saved, start = saved_by(tmp_path, "best.pt"), model_zip.read_model(packaged)["model"]
+    assert saved["train_cases"] == ["Sim_9_000", "Sim_9_001", "Tiny_0", "Tiny_1", "Tiny_2"]
+    assert "Sim_9_000" in saved["facts"]["patients"]
+    first = "encoder.model.conv_stem.weight"
+    torch.testing.assert_close(saved["model"][first], start[first][:, [2, 1]])  # flair and t1ce among its channels
+
+
+def test_the_encoder_of_a_training_from_the_packaged_network_is_that_networks():
+    assert weights.choose_encoder("auto", "simulated") == SETTINGS.encoder
 
 
 def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
