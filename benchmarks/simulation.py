@@ -29,6 +29,7 @@ def main() -> None:
         "--weights", metavar="W", nargs="+", default=["imagenet", "none"], help="default: imagenet none"
     )
     parser.add_argument("--cases", metavar="N", type=int, default=50, help="simulated patients; default: 50")
+    parser.add_argument("--variety", default="broad", help="typical or broad patients, see make_cases; default: broad")
     parser.add_argument(
         "-p",
         nargs=2,
@@ -75,10 +76,11 @@ def show(weights: str, minutes: float, seed, dice: dict[str, float], patients: d
 
 def measure(options: argparse.Namespace, weights: str, minutes: float, seed: int) -> dict:
     """Train, predict and score once; what the real patients got."""
-    name = f"{options.name}-{SIMULATION}-{weights}-{minutes:g}min-seed{seed}"
+    name = f"{options.name}-{SIMULATION}-{options.variety}-{weights}-{minutes:g}min-seed{seed}"
+    patients = ROOT / "data" / f"simulation-{SIMULATION}-{options.variety}-{seed}-{options.cases}"
+    verb("phantom", patients, "--cases", options.cases, "--seed", seed, "--variety", options.variety)
     parameters = {
-        "data_dir": ROOT / "data" / f"simulation-{SIMULATION}",
-        "phantom_cases": options.cases,
+        "data": patients,
         "split": f"{options.cases - 3},2,1",
         "modalities": "flair,t1ce",
         "encoder_weights": weights,

@@ -80,6 +80,12 @@ def _add_phantom(verbs) -> None:
     verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
     verb.add_argument("--cases", metavar="N", type=int, required=True, help="how many patients")
     verb.add_argument("--seed", metavar="S", type=int, default=0, help="the same seed, the same patients; default: 0")
+    verb.add_argument(
+        "--variety",
+        choices=["typical", "broad"],
+        default="typical",
+        help="broad: more low-grade tumours, flawed images and unusual contrasts, for pretraining; default: typical",
+    )
     verb.set_defaults(verb=_phantom)
 
 
@@ -272,7 +278,8 @@ def _check(options: argparse.Namespace) -> int:
 def _phantom(options: argparse.Namespace) -> None:
     from brats_helpers.data.phantom import make_cases
 
-    cases = make_cases(options.out, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
+    how = {"n_cases": options.cases, "seed": options.seed, "variety": options.variety}
+    cases = make_cases(options.out, workers=os.cpu_count(), **how)
     done(f"{len(cases)} simulated patients in {options.out}")
 
 

@@ -115,8 +115,9 @@ def noise_field(
 
 @dataclass
 class Mass:
-    """Where the tumour lies and how large it is. Decided before the brain is built, because the brain yields to it."""
+    """The tumour's kind, place and size. Decided before the brain is built, because the brain yields to it."""
 
+    low_grade: bool  # hardly enhances, if at all, and most of it is core
     centre: np.ndarray  # voxel in BraTS space
     core_ml: float
     oedema_ml: float
@@ -126,6 +127,7 @@ class Mass:
 class Anatomy:
     """One brain in its box of BraTS space. `where` indexes the simulated voxels of the flattened box."""
 
+    variety: float  # 0 to 1: how often the unusual happens, and how far it goes
     origin: np.ndarray  # first voxel of the box
     inside: np.ndarray  # bool, what the skull strip left
     outside: np.ndarray  # positions in `where` of what the strip left of the rest of the head; empty in most patients
@@ -136,6 +138,7 @@ class Anatomy:
     fluid: np.ndarray
     deep: np.ndarray
     depth: np.ndarray  # mm below the brain's surface at `where`
+    margin: np.ndarray  # mm inside the border of the skull strip at `where`
     ventricle: np.ndarray  # mm from the ventricles at `where`
     midline: np.ndarray  # mm from the plane between the hemispheres at `where`
     below: np.ndarray  # mm below the brain's centre at `where`
@@ -199,15 +202,18 @@ def _interpolate(volume: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
     return list(values)
 
 
-def draw_anatomy(rng: np.random.Generator) -> Anatomy:
-    """Draw a head: pose, shape, age, tissue, and what the skull strip leaves of it."""
+def draw_anatomy(rng: np.random.Generator, *, variety: float) -> Anatomy:
+    """Draw a head: pose, shape, age, tissue, and what the skull strip leaves of it.
+
+    The higher `variety` (0 to 1), the more often something unusual happens, here and in all that follows.
+    """
     templates = _templates()
     sizes = [n // _COARSE + 2 for n in SHAPE]
     nodes = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) * _COARSE for n in sizes], indexing="ij"))
 
     # Pose: where each node lies in the template.
     centre = np.array([119, 129, 76]) + rng.normal(0, (1.0, 2.0, 1.5))
-    scale = 0.955 * np.exp(rng.normal(0, 0.02) + rng.normal(0, 0.02, 3))
+    scale = 0.945 * np.exp(rng.normal(0, 0.025) + rng.normal(0, 0.025, 3))
     turn = rotation(np.deg2rad(rng.normal(0, (4.0, 2.0, 3.0))))
     mirror = np.array([-1.0 * rng.choice([-1, 1]), -1.0, 1.0])  # BraTS counts X and Y backwards; either side may lead
     offset = np.einsum("ij,jxyz->ixyz", turn, nodes - centre[:, None, None, None])
@@ -223,7 +229,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     source -= mirror[:, None, None, None] * growth * slope
 
     depth = ndimage.map_coordinates(templates.depth, source / 2, order=1, mode="nearest")
-    mass = _draw_mass(rng, nodes, source, depth)
+    mass = _draw_mass(rng, nodes, source, depth, variety)
     left, eye = _draw_remnants(rng, source, depth)
     source += mirror[:, None, None, None] * _pull(nodes, mass, depth, rng.uniform(0.15, 0.75))
 
@@ -254,8 +260,9 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     white, grey, fluid = _softmax((white + 0.5 * rough) * sharp, (grey - 0.5 * rough) * sharp, wide * sharp)
 
     strip = deep_in + noise_field(rng, shape, 12) * rng.uniform(0.3, 1.2) + noise_field(rng, shape, 3) * 0.4
+    strip -= rng.normal(0.4, 1.0)
     outside = (deep_in < 0) & (off_brain > 0) if off_brain is not None else np.zeros(shape, bool)
-    inside = (strip > rng.normal(-0.8, 0.8)) | outside
+    inside = (strip > 0) | outside
     _cut_view(rng, inside)
     outside = np.flatnonzero((outside & inside).ravel()[where])
     kind, grain = noise_field(rng, shape, 7, where[outside]), rng.uniform(2, 8)
@@ -264,6 +271,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
     remnants = {name: share * (1 - ball) for name, share in zip(("muscle", "fat", "bone"), shares, strict=True)}
     wall = ndimage.map_coordinates(templates.ventricle, source / 2, order=1, mode="nearest")
     return Anatomy(
+        variety=variety,
         origin=low,
         inside=inside,
         outside=outside,
@@ -274,6 +282,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
         fluid=fluid,
         deep=deep,
         depth=deep_in.ravel()[where],
+        margin=strip.ravel()[where],
         ventricle=spread_at(where, wall, finer),
         midline=np.abs(at[0] - float(templates.centre[0])),
         below=float(templates.centre[2]) - at[2],
@@ -299,18 +308,24 @@ def rotation(angles: np.ndarray) -> np.ndarray:
     )
 
 
-def _draw_mass(rng: np.random.Generator, nodes: np.ndarray, source: np.ndarray, depth: np.ndarray) -> Mass:
-    """Choose size and place: the cerebrum, mostly its white matter, at times close to the surface."""
-    whole_ml = float(np.clip(75 * np.exp(rng.normal(0, 0.7)), 10, 200))
-    core_ml = max(whole_ml * rng.beta(2.2, 3.2), 1.0)
+def _draw_mass(
+    rng: np.random.Generator, nodes: np.ndarray, source: np.ndarray, depth: np.ndarray, variety: float
+) -> Mass:
+    """Choose kind, size and place: the cerebrum, mostly its white matter, at times close to the surface or midline."""
+    low_grade = rng.random() < 0.28 * variety
+    whole_ml = float(np.clip(95 * np.exp(rng.normal(0, 0.7)), 8, 250))
+    core_ml = max(whole_ml * (rng.beta(4, 2.5) if low_grade else rng.beta(1.9, 2.5)), 1.0)
     white = ndimage.map_coordinates(_templates().white, source, order=1)
     centre = _templates().centre
     cerebellum = (source[1] < centre[1] - 20) & (source[2] < centre[2] - 12)
     cerebrum = (depth > 8) & (source[2] > centre[2] - 25) & ~cerebellum
-    lobes = np.clip((np.abs(source[0] - centre[0]) - 6) / 20, 0.06, 1) * np.clip(1.6 - depth / 40, 0.1, 1)
+    aside = np.abs(source[0] - centre[0])
+    lobes = np.clip((aside - 6) / 20, 0.06, 1) * np.clip(1.6 - depth / 40, 0.1, 1)
+    if rng.random() < 0.12 * variety:  # across the corpus callosum
+        lobes = np.exp(-((aside / 8) ** 2))
     weight = np.where(cerebrum, np.clip(white, 0.1, 1) * lobes, 0).ravel()
     node = rng.choice(weight.size, p=weight / weight.sum())
-    return Mass(nodes.reshape(3, -1)[:, node] + rng.uniform(-2, 2, 3), core_ml, whole_ml - core_ml)
+    return Mass(low_grade, nodes.reshape(3, -1)[:, node] + rng.uniform(-2, 2, 3), core_ml, whole_ml - core_ml)
 
 
 def _draw_remnants(rng: np.random.Generator, source: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

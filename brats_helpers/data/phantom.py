@@ -26,13 +26,17 @@ from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])
 """BraTS' voxel-to-world matrix."""
 MARKER = "SIMULATED.txt"
-VERSION = 2  # of the simulation: raise it when the same seed gives other patients
+VERSION = 3  # of the simulation: raise it when the same seed gives other patients
+VARIETIES = {"typical": 0.4, "broad": 1.0}
+"""How often patients have something unusual, and how far it goes; see `make_cases`."""
 
 # Lets glibc keep freed memory: fetching it again from the system takes a tenth of a patient's time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
-def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None) -> list[Path]:
+def make_cases(
+    root: Path | str, *, n_cases: int, seed: int, workers: int | None, variety: str = "typical"
+) -> list[Path]:
     """Write simulated patients in the layout of BraTS 2020 and mark `root` as simulated.
 
     A patient's folder appears only when all its files are written, and an existing one is kept, so an interrupted call
@@ -44,28 +48,35 @@ def make_cases(root: Path | str, *, n_cases: int, seed: int, workers: int | None
         n_cases: number of patients.
         seed: random seed of all patients.
         workers: number of processes; None means one per CPU core.
+        variety: `typical` patients suit a short training. `broad` ones are for pretraining: in 28 % of them the tumour
+            looks low-grade and enhances hardly or not at all; modalities are more often blurred, noisy, saturated or
+            incomplete; contrasts vary more.
 
     Returns:
         The patients' folders, in order.
 
     Raises:
-        DataError: `root` holds anything but simulated patients of this seed and version.
+        DataError: `root` holds anything but simulated patients of this seed, variety and version.
+        ValueError: there is no such variety.
     """
+    if variety not in VARIETIES:
+        raise ValueError(f"variety {variety!r}: expected one of {', '.join(VARIETIES)}.")
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    mark = f"These patients are simulated by brats_helpers.phantom, version {VERSION}, from seed {seed}."
+    mark = f"These patients are simulated by brats_helpers.phantom, version {VERSION}, from seed {seed}, {variety}."
     held = any(not path.name.startswith(PART) for path in root.iterdir())
     found = (root / MARKER).read_text("utf-8") if (root / MARKER).exists() else ""  # written before the first patient
     if not found.startswith(mark) and (found or held):
         what = "other simulated patients" if found else "files that are no simulated patients"
-        raise DataError(f"{root} holds {what}. Give a new folder, or the one of seed {seed} and version {VERSION}.")
+        wanted = f"{variety} patients of seed {seed} and version {VERSION}"
+        raise DataError(f"{root} holds {what}. Give a new folder, or the one of the {wanted}.")
     if not found:
         with whole_file(root / MARKER) as file:
             file.write(f"{mark}\n")
     sweep(root)
     name = f"Sim_{seed}_" if seed else "Sim_"
     folders = [root / f"{name}{index:03d}" for index in range(n_cases)]
-    missing = [(folder, seed, index) for index, folder in enumerate(folders) if not folder.exists()]
+    missing = [(folder, seed, index, VARIETIES[variety]) for index, folder in enumerate(folders) if not folder.exists()]
     workers = min(workers or os.cpu_count() or 1, len(missing))
     if workers > 1:
         keep = patch.dict(os.environ, _KEEP_MEMORY)
@@ -85,9 +96,9 @@ def is_simulated(root: Path | str) -> bool:
     return any((place / MARKER).is_file() for place in places)
 
 
-def _write_case(folder: Path, seed: int, index: int) -> None:
+def _write_case(folder: Path, seed: int, index: int, variety: float) -> None:
     with threadpool_limits(1):  # another number of threads would round sums differently
-        images, classes = simulate_case(np.random.default_rng([seed, index]))
+        images, classes = simulate_case(np.random.default_rng([seed, index]), variety=variety)
     with part_folder(folder.parent) as part:
         for name, volume in [*images.items(), ("seg", classes_to_labels(classes))]:
             _write(part / f"{folder.name}_{name}.nii.gz", volume)
@@ -105,14 +116,15 @@ def _write(path: Path, volume: np.ndarray) -> None:
     path.write_bytes(packer.compress(content) + packer.flush())
 
 
-def simulate_case(rng: np.random.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Simulate one patient.
+def simulate_case(rng: np.random.Generator, *, variety: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Simulate one patient; the higher `variety` (0 to 1), the more often something is unusual.
 
     Returns:
-        The images by modality (int16, shape `SHAPE`, 0 outside the brain, above 0 inside) and the reference
-        segmentation as class indices 0 to 3 (uint8, same shape). Whole tumour and core are never empty.
+        The images by modality (int16, shape `SHAPE`, 0 outside the brain, above 0 inside; a modality may hold less of
+        the brain than others) and the reference segmentation as class indices 0 to 3 (uint8, same shape). Whole tumour
+        and core are never empty.
     """
-    anatomy = draw_anatomy(rng)
+    anatomy = draw_anatomy(rng, variety=variety)
     tumour = draw_tumour(rng, anatomy)
     images = draw_images(rng, anatomy, tumour)
     box = tuple(slice(low, low + size) for low, size in zip(anatomy.origin, anatomy.inside.shape, strict=True))

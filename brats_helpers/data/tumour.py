@@ -17,7 +17,8 @@ class Tumour:
     classes: np.ndarray  # uint8, shape of the box: the reference segmentation
     core: np.ndarray  # fractions at `anatomy.where`, as the scanner sees them; likewise below
     enhancing: np.ndarray
-    necrosis: np.ndarray
+    necrosis: np.ndarray  # or cyst
+    blood: np.ndarray  # of the solid core; empty in most patients
     oedema: np.ndarray
 
 
@@ -30,12 +31,14 @@ def draw_tumour(rng: np.random.Generator, anatomy: Anatomy) -> Tumour:
     # Core: lobes of ellipsoids with a rough surface; `core` is about mm inside it.
     radius = float(np.cbrt(mass.core_ml * 1000 * 3 / (4 * np.pi)))
     core = np.full(anatomy.where.size, -np.inf, np.float32)
-    for lobe in range(min(rng.geometric(0.55), 5)):
+    multifocal = rng.random() < 0.15 * anatomy.variety
+    for lobe in range(min(rng.geometric(0.55) + multifocal, 5)):
         size, seat = radius, mass.centre - anatomy.origin
         if lobe > 0:  # on the first one's flank, or a focus of its own
-            size *= rng.uniform(0.4, 0.8)
+            size *= rng.uniform(0.3, 0.8)
             way = rng.normal(0, 1, 3)
-            apart = radius * rng.uniform(0.6, 1.1) + (rng.uniform(8, 25) if rng.random() < 0.2 else 0)
+            far = rng.random() < (0.7 if multifocal else 0.1)
+            apart = radius * rng.uniform(0.6, 1.1) + (rng.uniform(8, 45) if far else 0)
             seat = seat + way / np.linalg.norm(way) * apart
         axes = rotation(rng.uniform(0, 2 * np.pi, 3)) * np.exp(rng.normal(0, 0.22, 3))[:, None]
         offset = axes.astype(np.float32) @ (voxels - seat[:, None].astype(np.float32))
@@ -49,16 +52,20 @@ def draw_tumour(rng: np.random.Generator, anatomy: Anatomy) -> Tumour:
     in_core = dust_free(expit(core * 2))
 
     # Enhancement: a rim of uneven thickness, patches, or none; and what is left of the core.
-    low_grade = rng.random() < 0.1
     lumps = anatomy.noise(rng, max(0.35 * radius, 3))
     crumbs = anatomy.noise(rng, 2.2)
     ring = rng.uniform(0.2, 1.0) ** 0.5
     score = (1 - ring + 0.2) * lumps - 3 * ring * core / radius + rng.uniform(0.05, 0.25) * crumbs
-    share = float(np.clip(rng.beta(2.5, 1.9), 0.08, 0.97))
-    score -= np.inf if low_grade else _threshold(score[within & (core > 0)], share * mass.core_ml)
+    share = rng.beta(1, 3) / 4 if mass.low_grade else float(np.clip(rng.beta(2, 2), 0.06, 0.95))
+    score -= _threshold(score[within & (core > 0)], share * mass.core_ml)
+    hollow = rng.normal(-2.5, 2) if mass.low_grade else rng.normal(0, 1)  # necrosis or cyst: from none to all the rest
+    holes = expit(4 * (lumps * 0.6 - score + hollow))
+    score -= np.inf if rng.random() < (0.33 if mass.low_grade else 0.02) else 0
     enhancing = dust_free(in_core * expit(score * 14))
-    holes = expit(4 * (lumps * 0.6 - score + rng.normal(0, 1)))
-    necrosis = (in_core - enhancing) * (0.25 * holes if low_grade else holes)
+    necrosis = dust_free((in_core - enhancing) * holes)
+    blood = np.zeros(0, np.float32)
+    if rng.random() < 0.15 * anatomy.variety:
+        blood = dust_free((in_core - enhancing) * expit(8 * (anatomy.noise(rng, 8) - rng.uniform(0, 1.5))))
 
     # Oedema creeps from the core along white matter, hardly into cortex, never through fluid.
     field = _creep(anatomy, core > 0, steps=rng.integers(18, 34))
@@ -67,12 +74,12 @@ def draw_tumour(rng: np.random.Generator, anatomy: Anatomy) -> Tumour:
     field -= _threshold(field[within], mass.core_ml + mass.oedema_ml)
     soak = anatomy.white + rng.uniform(0.3, 0.8) * anatomy.grey  # cortex takes up less water
     faint = 1 - rng.uniform(0, 0.6) * expit(3 * anatomy.noise(rng, 14))
-    oedema = dust_free((1 - in_core) * soak * faint * expit(field * rng.uniform(1.0, 4.0)))
+    oedema = dust_free((1 - in_core) * soak * faint * expit(field * 4 ** rng.uniform(-0.5, 1)))
 
     # One reader draws a little wider than another.
-    reader = rng.normal((0.2, 0.1, 0.25), (0.25, 0.08, 0.25)).astype(np.float32)
+    reader = rng.normal((0.2, 0.04, 0.25), (0.25, 0.08, 0.25)).astype(np.float32)
     classes = _reference(anatomy, core + reader[0], score + reader[1], field + reader[2])
-    return Tumour(classes, in_core, enhancing, necrosis, oedema)
+    return Tumour(classes, in_core, enhancing, necrosis, blood, oedema)
 
 
 def _positions(anatomy: Anatomy) -> np.ndarray:
