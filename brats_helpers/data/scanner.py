@@ -11,15 +11,15 @@ from brats_helpers.labels import MODALITIES
 
 # Brightness of tissues where white matter is 1: (lowest, highest) per modality, drawn once a patient.
 _BRIGHTNESS = {
-    "grey": {"flair": (0.95, 1.28), "t1": (0.68, 0.93), "t1ce": (0.70, 0.95), "t2": (1.15, 1.60)},
-    "fluid": {"flair": (0.08, 0.55), "t1": (0.10, 0.42), "t1ce": (0.10, 0.42), "t2": (2.0, 3.8)},
+    "grey": {"flair": (0.95, 1.28), "t1": (0.68, 0.93), "t1ce": (0.70, 0.95), "t2": (1.10, 1.55)},
+    "fluid": {"flair": (0.08, 0.55), "t1": (0.10, 0.42), "t1ce": (0.10, 0.42), "t2": (1.6, 3.5)},
     "vessel": {"flair": (0.2, 1.2), "t1": (0.3, 2.0), "t1ce": (1.5, 4.0), "t2": (0.2, 1.2)},
     "dura": {"flair": (0.4, 2.6), "t1": (0.4, 2.2), "t1ce": (1.2, 4.0), "t2": (0.3, 2.5)},
-    "oedema": {"flair": (1.2, 2.4), "t1": (0.60, 0.97), "t1ce": (0.58, 0.92), "t2": (1.6, 3.2)},
-    "solid": {"flair": (1.1, 2.2), "t1": (0.50, 0.90), "t1ce": (0.50, 0.95), "t2": (1.6, 3.4)},
-    "necrosis": {"flair": (0.3, 2.2), "t1": (0.30, 0.80), "t1ce": (0.30, 0.90), "t2": (2.0, 3.9)},
+    "oedema": {"flair": (1.2, 2.4), "t1": (0.60, 0.97), "t1ce": (0.58, 0.92), "t2": (1.4, 2.8)},
+    "solid": {"flair": (1.1, 2.2), "t1": (0.50, 0.90), "t1ce": (0.50, 0.95), "t2": (1.4, 3.0)},
+    "necrosis": {"flair": (0.3, 2.2), "t1": (0.30, 0.80), "t1ce": (0.30, 0.90), "t2": (1.7, 3.6)},
     "blood": {"flair": (0.5, 2.2), "t1": (0.9, 1.7), "t1ce": (0.9, 1.7), "t2": (0.4, 2.6)},
-    "enhancing": {"flair": (1.1, 2.3), "t1": (0.60, 1.05), "t1ce": (1.0, 2.2), "t2": (1.3, 2.7)},
+    "enhancing": {"flair": (1.1, 2.3), "t1": (0.60, 1.05), "t1ce": (1.0, 2.2), "t2": (1.2, 2.5)},
     "vitreous": {"flair": (0.08, 0.7), "t1": (0.2, 0.5), "t1ce": (0.2, 0.5), "t2": (2.4, 4.0)},
     "muscle": {"flair": (0.3, 1.6), "t1": (0.5, 1.0), "t1ce": (0.6, 1.6), "t2": (0.4, 1.4)},
     "fat": {"flair": (0.8, 2.6), "t1": (1.2, 2.2), "t1ce": (1.2, 2.6), "t2": (1.0, 2.6)},
@@ -49,6 +49,8 @@ def draw_images(rng: np.random.Generator, anatomy: Anatomy, tumour: Tumour) -> d
     dura *= rng.uniform(0, 1)
     dust_free(dura)
 
+    specks = np.clip(3 * (grain - rng.uniform(1.6, 3.5)), 0, 1) * (anatomy.margin < 4)  # of fat, under the strip
+
     # White-matter lesions of age: bright on FLAIR and T2, but neither tumour nor labelled.
     lesions = np.zeros_like(grain)
     if rng.random() < 0.5:
@@ -63,7 +65,9 @@ def draw_images(rng: np.random.Generator, anatomy: Anatomy, tumour: Tumour) -> d
 
     levels = _draw_levels(rng, anatomy)
     views = _draw_views(rng, anatomy)
-    scene = _Scene(anatomy, tumour, grain, clump, vessel, dura, lesions, near_air, edge, t1_deep=rng.uniform(0.3, 1.2))
+    scene = _Scene(
+        anatomy, tumour, grain, clump, vessel, dura, lesions, specks, near_air, edge, t1_deep=rng.uniform(0.3, 1.2)
+    )
     images = {}
     for name in MODALITIES:
         truth = scene.brightness(name, levels[name], failing=rng.uniform(0, _FAILING[name]))
@@ -121,6 +125,7 @@ class _Scene:
     vessel: np.ndarray
     dura: np.ndarray
     lesions: np.ndarray
+    specks: np.ndarray
     near_air: np.ndarray
     edge: np.ndarray  # brightness of what the strip nearly cut: half air or bone
     t1_deep: float
@@ -161,6 +166,7 @@ class _Scene:
         truth += blood * level["blood"] * (1 + 0.12 * grain)
         truth += enhancing * level["enhancing"] * (1 + spotty * (grain + clump))
         truth += self.vessel[block] * (1 - 0.7 * sick) * (level["vessel"] - truth)
+        truth += self.specks[block] * (level["fat"] - truth)
         truth += self.dura[block] * (1 - 0.7 * sick) * (level["dura"] - truth)
         return truth
 

@@ -60,7 +60,7 @@ def draw_tumour(rng: np.random.Generator, anatomy: Anatomy) -> Tumour:
     score -= _threshold(score[within & (core > 0)], share * mass.core_ml)
     hollow = rng.normal(-2.5, 2) if mass.low_grade else rng.normal(0, 1)  # necrosis or cyst: from none to all the rest
     holes = expit(4 * (lumps * 0.6 - score + hollow))
-    score -= np.inf if rng.random() < (0.33 if mass.low_grade else 0.02) else 0
+    score -= np.inf if rng.random() < (0.4 if mass.low_grade else 0.02) else 0
     enhancing = dust_free(in_core * expit(score * 14))
     necrosis = dust_free((in_core - enhancing) * holes)
     blood = np.zeros(0, np.float32)
