@@ -260,7 +260,7 @@ def draw_anatomy(rng: np.random.Generator, *, variety: float) -> Anatomy:
     white, grey, fluid = _softmax((white + 0.5 * rough) * sharp, (grey - 0.5 * rough) * sharp, wide * sharp)
 
     strip = deep_in + noise_field(rng, shape, 12) * rng.uniform(0.3, 1.2) + noise_field(rng, shape, 3) * 0.4
-    strip -= rng.normal(0.4, 1.0)
+    strip -= rng.normal(0.9, 1.2)
     outside = (deep_in < 0) & (off_brain > 0) if off_brain is not None else np.zeros(shape, bool)
     inside = (strip > 0) | outside
     _cut_view(rng, inside)

@@ -26,7 +26,7 @@ from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])
 """BraTS' voxel-to-world matrix."""
 MARKER = "SIMULATED.txt"
-VERSION = 3  # of the simulation: raise it when the same seed gives other patients
+VERSION = 4  # of the simulation: raise it when the same seed gives other patients
 VARIETIES = {"typical": 0.4, "broad": 1.0}
 """How often patients have something unusual, and how far it goes; see `make_cases`."""
 

@@ -12,7 +12,7 @@ from brats_helpers.labels import MODALITIES
 # Brightness of tissues where white matter is 1: (lowest, highest) per modality, drawn once a patient.
 _BRIGHTNESS = {
     "grey": {"flair": (0.95, 1.28), "t1": (0.68, 0.93), "t1ce": (0.70, 0.95), "t2": (1.10, 1.55)},
-    "fluid": {"flair": (0.08, 0.55), "t1": (0.10, 0.42), "t1ce": (0.10, 0.42), "t2": (1.6, 3.5)},
+    "fluid": {"flair": (0.08, 0.55), "t1": (0.12, 0.55), "t1ce": (0.12, 0.55), "t2": (1.6, 3.4)},
     "vessel": {"flair": (0.2, 1.2), "t1": (0.3, 2.0), "t1ce": (1.5, 4.0), "t2": (0.2, 1.2)},
     "dura": {"flair": (0.4, 2.6), "t1": (0.4, 2.2), "t1ce": (1.2, 4.0), "t2": (0.3, 2.5)},
     "oedema": {"flair": (1.2, 2.4), "t1": (0.60, 0.97), "t1ce": (0.58, 0.92), "t2": (1.4, 2.8)},
@@ -49,7 +49,7 @@ def draw_images(rng: np.random.Generator, anatomy: Anatomy, tumour: Tumour) -> d
     dura *= rng.uniform(0, 1)
     dust_free(dura)
 
-    specks = np.clip(3 * (grain - rng.uniform(1.6, 3.5)), 0, 1) * (anatomy.margin < 4)  # of fat, under the strip
+    specks = np.clip(3 * (grain - rng.uniform(1.4, 3.2)), 0, 1) * (anatomy.margin < 4)  # of fat, under the strip
 
     # White-matter lesions of age: bright on FLAIR and T2, but neither tumour nor labelled.
     lesions = np.zeros_like(grain)
@@ -61,7 +61,7 @@ def draw_images(rng: np.random.Generator, anatomy: Anatomy, tumour: Tumour) -> d
     # Near the air of sinuses and ears the field is uneven and suppression fails: bright patches, above all on FLAIR.
     patchy = np.clip(anatomy.noise(rng, rng.uniform(8, 16)) + rng.uniform(-0.5, 1), 0, 2)
     near_air = expit((anatomy.below - 18) / 6) * np.clip(1.2 - anatomy.depth / 30, 0, 1) * patchy
-    edge = expit((anatomy.margin + rng.uniform(-1.5, 1)) * rng.uniform(1, 3))
+    edge = expit((anatomy.margin + rng.uniform(-1, 1)) * rng.uniform(1.5, 4))
 
     levels = _draw_levels(rng, anatomy)
     views = _draw_views(rng, anatomy)
