@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from brats_helpers.evaluation.packaged import real_lines
+from brats_helpers.evaluation.packaged import real_lines, whole_dice
 from brats_helpers.files import read_json
 from brats_helpers.labels import REGIONS
 from brats_helpers.runs import Run
@@ -25,7 +25,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     settings, own = saved["settings"], manifest.get("patients", {})  # without those that its start had seen
     simulated = bool(manifest.get("simulated"))
     patients = "simulated patients" if simulated else "patients"
-    lines = _front_matter(run.name, metrics, simulated=simulated)
+    lines = _front_matter(run.name, metrics, real, simulated=simulated)
     lines += [
         f"# {run.name}: brain-tumour segmentation on MRI",
         "",
@@ -47,7 +47,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         "",
         "## How it scored",
         "",
-        *_scores(metrics, patients),
+        *(_scores(metrics, patients) if metrics.get("summary") or not real else ()),
         *real_lines(real),
         "",
         "## What it is not for",
@@ -83,22 +83,21 @@ def _input(settings: Mapping) -> str:
     return f"axial slices of {modalities}" if slices == 1 else f"{slices} neighbouring axial slices of {modalities}"
 
 
-def _front_matter(name: str, metrics: Mapping, *, simulated: bool) -> list[str]:
-    data = "simulated patients" if simulated else "BraTS"
+def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simulated: bool) -> list[str]:
     lines = ["---", "license: mit", "library_name: brats_helpers", "pipeline_tag: image-segmentation"]
     lines += ["tags:", "- brain-tumour", "- BraTS", "- MRI", "- U-Net", "metrics:", "- dice"]
+    results = []
     if summary := metrics.get("summary"):
-        lines += ["model-index:", f"- name: {name}", "  results:", "  - task:", "      type: image-segmentation"]
-        lines += [
-            "    dataset:",
-            f"      name: {data}",
-            f"      type: {'simulated' if simulated else 'brats'}",
-            "    metrics:",
-        ]
-        for region in REGIONS:
-            if region in summary:
-                lines += ["    - type: dice", f"      name: Dice {region}"]
-                lines += [f"      value: {summary[region]['dice']['mean']:.4f}"]
+        dice = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
+        results.append(("simulated patients" if simulated else "BraTS", "simulated" if simulated else "brats", dice))
+    results += [(f"{one['n']} real patients, {one['patients']}", "brats", whole_dice(one)[1]) for one in real]
+    if results:
+        lines += ["model-index:", f"- name: {name}", "  results:"]
+    for data, kind, dice in results:
+        lines += ["  - task:", "      type: image-segmentation", "    dataset:", f"      name: {data}"]
+        lines += [f"      type: {kind}", "    metrics:"]
+        for region, value in dice.items():
+            lines += ["    - type: dice", f"      name: Dice {region}", f"      value: {value:.4f}"]
     return [*lines, "---", ""]
 
 

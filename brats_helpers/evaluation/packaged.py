@@ -37,8 +37,13 @@ def introduction(facts: Mapping) -> str:
     )
     if not (listed := facts.get("real")):
         return f"{line}; not scored on real patients yet"
-    scored = [f"{figures_text(best_subset(one))} on {one['n']} real patients ({one['patients']})" for one in listed]
-    return f"{line}; mean Dice {', and '.join(scored)}"
+    scored = []
+    for scores in listed:
+        names, dice = whole_dice(scores)
+        text = f"{figures_text(dice)} on {scores['n']} real patients ({scores['patients']})"
+        lacks = {*saved["settings"]["modalities"]} - {*names.split(",")}
+        scored.append(f"{text} who have {names} alone" if lacks else text)
+    return f"{line}; mean Dice {'; '.join(scored)}"
 
 
 def without_lines(facts: Mapping, cases: Iterable[Case]) -> list[str]:
@@ -57,9 +62,9 @@ def without_lines(facts: Mapping, cases: Iterable[Case]) -> list[str]:
     return lines
 
 
-def best_subset(scores: Mapping) -> Mapping[str, float]:
-    """Mean Dice by region where the patients show all the modalities that they have."""
-    return scores["dice"][max(scores["dice"], key=lambda names: names.count(","))]
+def whole_dice(scores: Mapping) -> tuple[str, Mapping[str, float]]:
+    """The modalities that all patients have, comma-separated, and the mean Dice by region with all of them."""
+    return max(scores["dice"].items(), key=lambda item: item[0].count(","))
 
 
 def figures_text(dice: Mapping[str, float]) -> str:
@@ -81,6 +86,7 @@ def real_lines(listed: Iterable[Mapping]) -> list[str]:
             figures = [dice[region] for region in REGIONS]
             cells = [f"{figure:.3f}" for figure in (*figures, sum(figures) / len(figures))]
             lines.append(f"| {names.replace(',', ', ')} | {' | '.join(cells)} |")
-        lines += ["", f"Mean Dice, scored by {scores['convention']}. Modalities that are not named were background."]
-        lines += [f"`{scores['command']}`, {scores['device']}, {scores['date']}."]
+        rule = scores["convention"].split(":")[0]
+        lines += ["", f"Mean Dice by the rule {rule}; modalities that are not named were taken as background."]
+        lines += [f"Measured with `{scores['command']}` on {scores['date']}: {scores['device']}."]
     return lines

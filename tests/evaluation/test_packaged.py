@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack, prepare
@@ -71,7 +72,7 @@ def test_predict_without_a_checkpoint_says_which_network_it_takes_and_how_it_sco
     assert (predicted(tmp_path / "out", patient)["New"] > 0).sum() > 100
     said = capsys.readouterr().out
     assert "the packaged network, tu-tf_mobilenetv3_small_minimal_100 trained on 3 simulated patients" in said
-    assert "mean Dice WT 0.86, TC 0.76, ET 0.65 on 16 real patients (glioma16)" in said
+    assert "mean Dice WT 0.86, TC 0.76, ET 0.65 on 16 real patients (glioma16)\n" in said
     assert "alone" not in said
 
 
@@ -132,7 +133,10 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_answers(run, expo
 def test_the_card_beside_the_file_has_scores_by_modalities_and_the_way_to_repeat_it(exported):
     card = exported.with_suffix(".md").read_text("utf-8")
     assert "| flair, t1, t1ce, t2 | 0.861 | 0.762 | 0.653 | 0.759 |" in card
-    assert "`python benchmarks/packaged.py`, a CPU, 2026-11-30." in card
+    assert "Measured with `python benchmarks/packaged.py` on 2026-11-30: a CPU." in card
+    assert "Not scored yet" not in card
+    (result,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "16 real patients, glioma16" and result["metrics"][0]["value"] == 0.861
     assert "- `./run_all.sh --run x`, two cores" in card and "in 50% of the training samples" in card
     assert "--checkpoint simulated.safetensors" in card
 
@@ -167,7 +171,8 @@ def test_the_packaged_file_is_small_and_complete_and_the_only_weights_in_the_rep
     facts = model_zip.read_facts(model_zip.PACKAGED)
     assert facts["checkpoint"]["settings"]["modality_dropout"] > 0 and facts["real"]
     assert model_zip.PACKAGED.with_suffix(".md").is_file()
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     weights = (".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".h5", ".npz", ".zip")
     if listed.returncode == 0:
         assert [name for name in listed.stdout.split() if name.endswith(weights)] == [
