@@ -1,10 +1,14 @@
 """The vocabulary: modalities, label numberings, classes and regions."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # before anything is installed, the command line needs the names below
+    import numpy as np
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 CLASSES = ("background", "NCR", "ED", "ET")
@@ -156,7 +160,8 @@ def numbering_of_names(labels: Mapping) -> str:
     """
     members: dict[str, set[int]] = {}
     for key, value in labels.items():
-        name, numbers = (value, [int(key)]) if isinstance(value, str) else (key, np.atleast_1d(value).tolist())
+        name, numbers = (value, int(key)) if isinstance(value, str) else (key, value)
+        numbers = numbers if isinstance(numbers, list) else [numbers]
         tissue = next((tissue for tissue, words in _TISSUES if re.search(words, str(name), re.IGNORECASE)), None)
         if tissue:
             members.setdefault(tissue, set()).update(map(int, numbers))
@@ -181,6 +186,8 @@ def whole_labels(labels: np.ndarray) -> np.ndarray:
     """
     if labels.dtype.kind != "f":
         return labels
+    import numpy as np
+
     nearest = np.rint(labels)
     with np.errstate(invalid="ignore"):
         near = np.abs(labels - nearest) <= NEAR  # false for NaN and infinity
@@ -211,7 +218,7 @@ def labels_to_classes(labels: np.ndarray, numbering: str = USUAL) -> np.ndarray:
     if table.either and all((whole == label).any() for label in table.either):
         both = " and ".join(map(str, table.either))
         raise ValueError(f"labels {both} in one mask; {numbering} uses one of them, for ET. {OTHERWISE}")
-    classes = whole.astype(np.uint8)
+    classes = whole.astype("uint8")
     for label in table.numbers:
         if (index := table.classes.get(label, 0)) != label:
             classes[whole == label] = index
@@ -231,4 +238,6 @@ def classes_to_labels(classes: np.ndarray, numbering: str = USUAL) -> np.ndarray
     if missing:
         names = ", ".join(CLASSES[index] for index in sorted(missing))
         raise ValueError(f"{names} has no number in {numbering} ({table.explain()}). Choose another numbering.")
+    import numpy as np
+
     return np.array([numbers.get(index, 0) for index in range(len(CLASSES))], np.uint8)[classes]

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from papermill.cli import papermill
 
 from brats_helpers.runs import NEEDS, Run
 from brats_helpers.suite.plan import profiles, read_notebooks, read_profile
+from brats_helpers.training.settings import Execution, Settings, defaults
 
 ROOT = Path(__file__).parents[1]
 STAGES = list(NEEDS)
@@ -128,7 +130,7 @@ def test_outputs_are_stored_where_a_test_compares_them_and_nowhere_else(stage):
 def test_tables_of_the_datas_names_are_text():
     """What pandas styles is markup unless it is told to escape; plain frames escape by themselves."""
     styled = [_source(cell) for stage in STAGES for cell in _cells(stage) if ".style" in _source(cell)]
-    assert len(styled) == 4 and all('escape="html"' in source for source in styled)
+    assert len(styled) == 5 and all('escape="html"' in source for source in styled)
 
 
 def test_every_parameter_has_a_type_and_a_meaning():
@@ -145,9 +147,18 @@ def test_every_parameter_is_used_and_every_profile_sets_declared_ones():
             node.id for source in notebook.code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
         }
         assert set(notebook.parameters) <= names
-    declared = {name for notebook in notebooks.values() for name in notebook.parameters}
+    declared = {name for notebook in notebooks.values() for name in (*notebook.parameters, *notebook.further)}
     for name in profiles(ROOT):
         assert set(read_profile(ROOT / "profiles" / f"{name}.yaml")) <= declared
+
+
+def test_every_setting_has_one_home():
+    """A line of a parameters cell, or a default in the package; those of notebook 02 are the ones people change."""
+    notebook = read_notebooks(ROOT)["02_train"]
+    fields = {field.name for kind in (Settings, Execution) for field in dataclasses.fields(kind)}
+    assert set(notebook.further) == set(defaults()) and not set(notebook.further) & set(notebook.parameters)
+    assert fields - set(notebook.further) - set(notebook.parameters) == {"modalities", "seed"}  # those of notebook 00
+    assert len(notebook.parameters) == 12
 
 
 def test_papermill_shows_each_parameter_with_type_and_meaning():

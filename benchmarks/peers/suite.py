@@ -25,10 +25,10 @@ def main() -> None:
 
     own = read_notebooks(ROOT)["02_train"].parameters
     demo = read_profile(ROOT / "profiles" / "demo.yaml")
-    values = {name: p.read(demo[name]) if name in demo else p.default for name, p in own.items()}
+    values = {name: p.default for name, p in own.items()} | demo
     values |= {"modalities": ",".join(job["modalities"]), "seed": 0, "epochs": 1000, "patience": 0}
     values |= {"minutes": job["seconds"] / 60, "batch_size": SLICES[job["device"]]}
-    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    settings = Settings.parse(**{field.name: values[field.name] for field in fields(Settings) if field.name in values})
     device = torch.device(job["device"])
     how = {"workers": 0, "checkpoint_minutes": 0, "deterministic": False, "tracker": "none"}
     history = fit(settings, train, val, Path(job["folder"]), device=device, **how)

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brats_helpers.runs import NEEDS
+from brats_helpers.training.settings import Default, SettingsError, check_text, defaults, from_text
 
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _KINDS = {"int": "an int", "float": "a float", "bool": "true or false"}
+
+
+SETTINGS = "settings"
+"""The parameter that takes all settings for which the notebook has no parameter of their own."""
 
 
 class UsageError(Exception):
@@ -44,10 +49,24 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Notebook:
-    """A stored notebook: its parameters by name, and the source of its other code cells."""
+    """A stored notebook.
+
+    Attributes:
+        parameters: those that its cell declares, by name.
+        code: source of its other code cells.
+    """
 
     parameters: dict[str, Parameter]
     code: list[str]
+
+    @property
+    def further(self) -> dict[str, Default]:
+        """The settings that the parameter `settings` takes together, as `ema=0.9, warm_up=0.1`, by name."""
+        return (
+            {name: d for name, d in defaults().items() if name not in self.parameters}
+            if SETTINGS in self.parameters
+            else {}
+        )
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -87,6 +106,27 @@ def _declared(source: str, path: Path) -> dict[str, Parameter]:
             case _:
                 raise UsageError(f"{path}, parameters cell, line {node.lineno}: not of the form `name: type = literal`")
     return parameters
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """Split the text of the parameter `settings`, and check every value.
+
+    Raises:
+        UsageError: no such setting, a value that it may not have, or text that is not of the form `name=value`.
+    """
+    try:
+        values = from_text(text)
+        for name, value in values.items():
+            check_text(name, value)
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
+    return values
+
+
+def join_settings(*texts: str) -> str:
+    """Join texts of the parameter `settings`; a later value takes precedence, and the order is alphabetic."""
+    values = {name: value for text in texts for name, value in read_settings(text).items()}
+    return ", ".join(f"{name}={value}" for name, value in sorted(values.items()))
 
 
 def profiles(root: Path) -> list[str]:

@@ -16,12 +16,16 @@ from brats_helpers.files import read_json
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.suite.parameters import (
+    SETTINGS,
     Notebook,
+    Parameter,
     UsageError,
+    join_settings,
     nearest,
     profiles,
     read_notebooks,
     read_profile,
+    read_settings,
 )
 
 EXIT_CODES = {
@@ -86,10 +90,15 @@ class Plan:
         return bool(self.folds or any(self.sweep))
 
     def with_values(self, values: Mapping, *, stages: Sequence[str] = tuple(NEEDS), **fields) -> "Plan":
-        """Return a copy with `values` for the parameters that the notebooks `stages` declare, and other `fields`."""
+        """Return a copy with `values` for the parameters that the notebooks `stages` declare, and other `fields`.
+
+        `settings` adds to what is set already.
+        """
         resolved, given = dict(self.values), dict(self.given)
         for stage in stages:
             own = {key: value for key, value in values.items() if key in resolved[stage]}
+            if SETTINGS in own:
+                own[SETTINGS] = join_settings(resolved[stage][SETTINGS], own[SETTINGS])
             resolved[stage] = resolved[stage] | own
             given[stage] = given[stage] | own
         return replace(self, values=resolved, given=given, **fields)
@@ -320,6 +329,7 @@ def _picked(only: str | None) -> list[str]:
 def _combinations(swept: list[list[str]], notebooks: Mapping[str, Notebook]) -> dict[str, dict]:
     """Each combination of the values of `--sweep`, by its name; one without a value where nothing is swept."""
     train, evaluate = (notebooks[stage].parameters for stage in PER_FOLD)
+    further = notebooks[PER_FOLD[0]].further
     combinations: dict[str, dict] = {"": {}}
     for key, *texts in swept:
         if key in evaluate and key not in train:
@@ -327,36 +337,52 @@ def _combinations(swept: list[list[str]], notebooks: Mapping[str, Notebook]) -> 
                 f"--sweep {key}: only 03_evaluate has it, and a sweep ranks by the validation Dice of the training,"
                 f" which {key} does not change. Sweep a parameter of 02_train, and set this one with -p {key} VALUE"
             )
-        if key not in train or key == "run_dir":
-            raise UsageError(f"--sweep {key}: no parameter of 02_train; {nearest(key, train)}")
+        if key not in {**train, **further} or key in ("run_dir", SETTINGS):
+            raise UsageError(f"--sweep {key}: no parameter of 02_train; {nearest(key, [*train, *further])}")
         if not texts:
             raise UsageError(f"--sweep {key}: give its values")
-        read = {text: train[key].read(_path(key, text)) for text in texts}
+        read = {text: _swept(key, text, train) for text in texts}
         combinations = {
-            f"{name};{key}={text}".lstrip(";").replace("/", "_"): values | {key: read[text]}
+            f"{name};{key}={text}".lstrip(";").replace("/", "_"): _with(values, read[text])
             for name, values in combinations.items()
             for text in read
         }
     return combinations
 
 
+def _swept(key: str, text: str, declared: Mapping[str, Parameter]) -> dict[str, object]:
+    """One value of a sweep, as the parameter that carries it."""
+    if key in declared:
+        return {key: declared[key].read(_path(key, text))}
+    read_settings(f"{key}={text}")
+    return {SETTINGS: f"{key}={text}"}
+
+
+def _with(values: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
+    """The values of a combination and those of another swept parameter."""
+    both = SETTINGS in values and SETTINGS in more
+    return {**values, **more} | ({SETTINGS: join_settings(values[SETTINGS], more[SETTINGS])} if both else {})
+
+
 def _given(
     options: argparse.Namespace, root: Path, profile: Path, folder: Path, notebooks: Mapping[str, Notebook]
 ) -> dict[str, dict]:
     """Each notebook's parameters, except for those that keep its own default."""
-    declared = sorted({name for notebook in notebooks.values() for name in notebook.parameters})
-    asked = read_profile(profile)
-    for key in asked:
+    declared = {name for notebook in notebooks.values() for name in (*notebook.parameters, *notebook.further)}
+    asked: dict[str, str] = {}
+    for key, text in read_profile(profile).items():
         if key not in declared:
-            raise UsageError(f"{profile}: no notebook has a parameter {key}; {nearest(key, declared)}")
+            raise UsageError(f"{profile}: no notebook has a parameter {key}; {nearest(key, sorted(declared))}")
+        asked |= read_settings(text) if key == SETTINGS else {key: text}
     by_option = [[key, str(value)] for key in ("data", "folds") if (value := getattr(options, key)) is not None]
     for key, text in options.pairs + by_option:
         if key not in declared:
-            raise UsageError(f"-p {key}: no notebook has that parameter; {nearest(key, declared)}")
+            raise UsageError(f"-p {key}: no notebook has that parameter; {nearest(key, sorted(declared))}")
         if key == "run_dir":
             raise UsageError("-p run_dir: use --run NAME")
         # Notebooks run in another folder than the caller's, and nbval runs them in yet another.
-        asked[key] = _data(text) if key == "data" else _path(key, text)
+        value = _data(text) if key == "data" else _path(key, text)
+        asked |= read_settings(text) if key == SETTINGS else {key: value}
     # An attached suite, as on Kaggle, is read-only, and what can be made again does not belong in Kaggle's results.
     home = root if os.access(root, os.W_OK) else Path(tempfile.gettempdir())
     given = {}
@@ -364,6 +390,8 @@ def _given(
         own = notebook.parameters
         folders = {name: str(home / p.default) for name, p in own.items() if name.endswith("_dir")}
         read = {key: own[key].read(text) for key, text in asked.items() if key in own}
+        if further := {key: text for key, text in asked.items() if key in notebook.further}:
+            read[SETTINGS] = join_settings(*(f"{key}={value}" for key, value in further.items()))
         given[stage] = folders | read | {"run_dir": str(folder)}
     return given
 
@@ -398,4 +426,8 @@ def help_text(root: Path = ROOT) -> str:
         lines.append(f"  {stage}")
         for p in notebook.parameters.values():
             lines.append(f"    {p.name:<18} {p.type:<6} {str(p.default) or '(empty)':<26}  {p.meaning}")
+        if notebook.further:
+            lines.append(f"  {stage}, settings (-p KEY VALUE, or several together: -p settings 'ema=0.9, warm_up=0.1')")
+        for name, d in notebook.further.items():
+            lines.append(f"    {name:<25} {d.text:<26}  {d.meaning}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-STRENGTHS = ("none", "basic", "strong")
+from brats_helpers.training.settings import STRENGTHS
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:

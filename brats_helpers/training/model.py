@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
 from brats_helpers.training.checkpoint import WeightsError, read_weights
+from brats_helpers.training.settings import DECODER, sees_patches
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
     fine_tune,
@@ -27,14 +28,7 @@ TRAINING_BYTES = {"monai-segresnet": 1001, "monai-dynunet": 1702, "monai-unet": 
 """Bytes per voxel that a 3D network keeps for its backward pass in float32, besides 4 for each input channel."""
 PATCH_NETWORKS = tuple(TRAINING_BYTES)
 """MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
-DECODER = (256, 128, 64, 32, 16)
-"""Channels of the blocks of the U-Net's decoder, from the deepest, if nobody says otherwise."""
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
-
-
-def sees_patches(encoder: str) -> bool:
-    """Whether a network of that name sees 3D patches rather than slices."""
-    return encoder.startswith("monai-")
 
 
 def build_model(

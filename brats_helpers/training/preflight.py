@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 from brats_helpers import machine
 from brats_helpers.log import duration, warn
 from brats_helpers.training.batch import Draw
-from brats_helpers.training.model import TRAINING_BYTES, sees_patches
+from brats_helpers.training.model import TRAINING_BYTES
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, frozen_share
+from brats_helpers.training.settings import Execution, Settings, SettingsError, check_text, from_text, sees_patches
 from brats_helpers.training.steps import autocast, fitted, gradients
+from brats_helpers.training.weights import choose_encoder
 
 SLICES = {"cuda": 16, "cpu": 4}
 """Slices per step, if nobody says otherwise: a CPU is as fast in small steps, and more steps learn more."""
@@ -33,6 +35,34 @@ GAIN = 1.25
 """How much faster half precision must be to be chosen: a smaller gain is within the noise of a busy machine."""
 LONG_HOURS = 12
 """After so many hours a session of Colab or Kaggle has ended."""
+
+
+def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Execution]:
+    """Complete the settings of a training: what is given, then the defaults, and sizes that fit the device.
+
+    Args:
+        text: further settings, such as `"ema=0.9, warm_up=0.1"`, see `settings.from_text`.
+        device: to train on.
+        values: the settings that the notebook has parameters for. `encoder` auto is chosen by the weights that can be
+            had (see `weights.choose_encoder`), `batch_size` 0 by the device (see `choose_sizes`).
+
+    Returns:
+        The settings of the network and its training, and how it is carried out.
+
+    Raises:
+        SettingsError: a setting is unknown, missing, given twice or has a value that is not allowed.
+    """
+    further = from_text(text)
+    for name, value in further.items():
+        check_text(name, value)
+    if twice := [name for name in further if name in values]:
+        raise SettingsError(f"settings: {twice[0]} is a parameter of the notebook. Set it there.")
+    encoder = choose_encoder(values["encoder"], values["encoder_weights"])
+    sizes = {"patch_size": int(further.pop("patch_size", 0)), "batch_size": values["batch_size"]}
+    sizes = choose_sizes(encoder, **sizes, in_channels=len(values["modalities"]), device=device)
+    values |= {"encoder": encoder, "patch_size": sizes[0], "batch_size": sizes[1]}
+    carried_out = {name: further.pop(name) for name in list(further) if name in Execution.__dataclass_fields__}
+    return Settings.parse(**values | further), Execution.parse(**carried_out)
 
 
 def choose_sizes(

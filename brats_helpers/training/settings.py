@@ -1,16 +1,21 @@
-"""Settings: what decides how a network is built and trained, checked when they are made."""
+"""Settings: what decides how a network is built and trained, checked when they are made.
+
+Needs the standard library alone, so that the command line lists and checks them before anything is installed.
+"""
 
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from brats_helpers.labels import CLASSES, MODALITIES
-from brats_helpers.training.augment import STRENGTHS
-from brats_helpers.training.model import DECODER, sees_patches
 
+DECODER = (256, 128, 64, 32, 16)
+"""Channels of the blocks of the U-Net's decoder, from the deepest, if nobody says otherwise."""
+STRENGTHS = ("none", "basic", "strong")
+"""How much augmentation, see `augment.augment`."""
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 _ELEMENTS = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float}
 """The types of fields that hold several values, and of one value."""
@@ -25,6 +30,11 @@ class _Rule(NamedTuple):
 
     allowed: str
     holds: Callable[[object], bool]
+
+
+def sees_patches(encoder: str) -> bool:
+    """Whether a network of that name sees 3D patches rather than slices."""
+    return encoder.startswith("monai-")
 
 
 def _whole(value: object, low: int) -> bool:
@@ -78,90 +88,24 @@ _RULES = {
     "patience": _COUNT,
     "precision": _Rule(f"one of {', '.join(PRECISIONS)}", lambda value: value in PRECISIONS),
     "seed": _COUNT,
+    "loader_workers": _COUNT,
+    "processes": _COUNT,
+    "checkpoint_minutes": _NUMBER,
+    "deterministic": _Rule("true or false", lambda value: isinstance(value, bool)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides how a network is built and trained. Every checkpoint carries its settings.
-
-    Attributes:
-        modalities: in the order of the input channels.
-        encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
-        encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
-            encoder's weights, or a checkpoint to fine-tune.
-        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on a 3D network.
-        context_slices: neighbouring slices on each side, fed as further channels.
-        patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices.
-        epochs: maximum number of passes. If it is raised after a training has finished, the training continues.
-        minutes: stop after so many minutes of training and validation; 0 sets no limit. A resumed training follows
-            the limit given on resuming.
-        batch_size: slices, or patches, per step, over all processes.
-        slices_per_epoch: slices, or patches, per epoch; 0 takes as many as cover every voxel once.
-        foreground: share of slices with tumour, or of patches centred on tumour; a negative number keeps the data's
-            own share.
-        augment: one of `augment.STRENGTHS`.
-        modality_dropout: share of the samples in which some modalities, but not all, become background, so that the
-            network learns to do without any of them. `predict` then takes patients who lack modalities.
-        class_weights: of background, NCR, ED and ET in the cross-entropy.
-        lr: highest learning rate of AdamW.
-        encoder_lr: the encoder's learning rate as a share of `lr`.
-        weight_decay: of AdamW.
-        warm_up: share of the training over which the learning rate rises; a half cosine follows.
-        frozen_epochs: epochs at the start in which the encoder is frozen, BatchNorm statistics included.
-        unfreeze_epochs: epochs after these in which the encoder is unfrozen step by step, deepest layers first.
-        frozen_statistics: keep the BatchNorm statistics of a pretrained encoder while its weights are trained.
-            Without pretrained weights the statistics are learned.
-        ema: decay of the exponential moving average of the weights, which is validated and kept; 0 turns it off.
-        patience: stop after so many epochs without a better mean Dice of WT, TC and ET; 0 never stops.
-        precision: of the forward and backward pass, one of `PRECISIONS`; `auto` times a step of each.
-        seed: of every random choice.
-
-    Raises:
-        SettingsError: a value is not allowed, or two contradict each other.
-    """
-
-    modalities: tuple[str, ...]
-    encoder: str
-    encoder_weights: str
-    decoder: tuple[int, ...]
-    context_slices: int
-    patch_size: int
-    epochs: int
-    minutes: float
-    batch_size: int
-    slices_per_epoch: int
-    foreground: float
-    augment: str
-    modality_dropout: float = 0.0
-    class_weights: tuple[float, ...]
-    lr: float
-    encoder_lr: float
-    weight_decay: float
-    warm_up: float
-    frozen_epochs: int
-    unfreeze_epochs: int
-    frozen_statistics: bool
-    ema: float
-    patience: int
-    precision: str
-    seed: int
+class _Checked:
+    """Fields that are checked by their rules when they are set."""
 
     def __post_init__(self):
         for field in fields(self):
             value = _checked(field.name, field.type, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        if sees_patches(self.encoder) != bool(self.patch_size):
-            kind = "patches: expected their edge" if sees_patches(self.encoder) else "slices: expected 0"
-            raise SettingsError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
-        if self.modality_dropout and len(self.modalities) == 1:
-            (only,) = self.modalities
-            raise SettingsError(
-                f"modality_dropout {self.modality_dropout}: expected 0.0, as {only} is the only modality."
-            )
 
     @classmethod
-    def parse(cls, text: str = "", /, **values) -> "Settings":
+    def parse(cls, text: str = "", /, **values) -> Self:
         """Make settings from values as a notebook or the command line has them.
 
         Args:
@@ -173,12 +117,152 @@ class Settings:
         """
         values |= from_text(text)
         for name in values:
-            _check_name(name)
+            _check_name(name, [field.name for field in fields(cls)])
         needed = [field.name for field in fields(cls) if field.default is MISSING]
         if missing := [name for name in needed if name not in values]:
             raise SettingsError(f"settings without {', '.join(missing)}.")
         types = {field.name: field.type for field in fields(cls)}
         return cls(**{name: _parsed(name, types[name], value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(_Checked):
+    """What decides how a network is built and trained. Every checkpoint carries its settings.
+
+    Attributes:
+        modalities: in the order of the input channels.
+        encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
+        encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
+            encoder's weights, or a checkpoint to fine-tune.
+        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on a 3D network.
+        context_slices: neighbouring slices on each side, fed as further channels.
+        patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The
+            notebooks take 0 for a 3D network too, and choose the edge by the memory.
+        epochs: maximum number of passes. If it is raised after a training has finished, the training continues.
+        minutes: stop after so many minutes of training and validation; 0 sets no limit. A resumed training follows
+            the limit given on resuming.
+        batch_size: slices, or patches, per step, over all processes.
+        slices_per_epoch: slices, or patches, per epoch; 0 takes as many as cover every voxel once.
+        foreground: share of slices with tumour, or of patches centred on tumour; a negative number keeps the data's
+            own share.
+        augment: how much augmentation: none, basic or strong.
+        modality_dropout: share of the samples in which some modalities, but not all, become background, so that the
+            network learns to do without any of them. `predict` then takes patients who lack modalities.
+        class_weights: weights of background, NCR, ED and ET in the cross-entropy.
+        lr: highest learning rate of AdamW.
+        encoder_lr: the encoder's learning rate as a share of `lr`.
+        weight_decay: weight decay of AdamW.
+        warm_up: share of the training over which the learning rate rises; a half cosine follows.
+        frozen_epochs: epochs at the start in which the encoder is frozen, BatchNorm statistics included.
+        unfreeze_epochs: epochs after these in which the encoder is unfrozen step by step, deepest layers first.
+        frozen_statistics: keep the BatchNorm statistics of a pretrained encoder while its weights are trained.
+            Without pretrained weights the statistics are learned.
+        ema: decay of the exponential moving average of the weights, which is validated and kept; 0 turns it off.
+        patience: stop after so many epochs without a better mean Dice of WT, TC and ET; 0 never stops.
+        precision: number format of the forward and backward pass: float32, bf16, fp16, or auto, which times a step of
+            each.
+        seed: seed of every random choice.
+
+    Raises:
+        SettingsError: a value is not allowed, or two contradict each other.
+    """
+
+    modalities: tuple[str, ...]
+    encoder: str
+    encoder_weights: str
+    decoder: tuple[int, ...] = DECODER
+    context_slices: int
+    patch_size: int = 0
+    epochs: int
+    minutes: float
+    batch_size: int
+    slices_per_epoch: int = 0
+    foreground: float = 0.7
+    augment: str
+    modality_dropout: float = 0.0
+    class_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    lr: float
+    encoder_lr: float = 1.0
+    weight_decay: float = 1e-2
+    warm_up: float = 0.05
+    frozen_epochs: int = 0
+    unfreeze_epochs: int = 0
+    frozen_statistics: bool = True
+    ema: float = 0.99
+    patience: int = 5
+    precision: str = "auto"
+    seed: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if sees_patches(self.encoder) != bool(self.patch_size):
+            kind = "patches: expected their edge" if sees_patches(self.encoder) else "slices: expected 0"
+            raise SettingsError(f"patch_size {self.patch_size}: {self.encoder} sees {kind}.")
+        if self.modality_dropout and len(self.modalities) == 1:
+            (only,) = self.modalities
+            raise SettingsError(
+                f"modality_dropout {self.modality_dropout}: expected 0.0, as {only} is the only modality."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(_Checked):
+    """How a training is carried out on this machine. Checkpoints do not carry it.
+
+    Attributes:
+        loader_workers: processes that load batches; 0 loads in the training process.
+        processes: processes that divide each batch among them; 0 takes one for each GPU.
+        checkpoint_minutes: minutes between two checkpoints within an epoch; 0 writes one after every epoch only.
+        deterministic: repeat the same weights on a GPU, at the price of some speed; a CPU always does.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+
+    loader_workers: int = 0
+    processes: int = 0
+    checkpoint_minutes: float = 10.0
+    deterministic: bool = False
+
+
+class Default(NamedTuple):
+    """A setting that has a default: its value as text, and its meaning."""
+
+    text: str
+    meaning: str
+
+
+def defaults() -> dict[str, Default]:
+    """Return every setting that has a default, by its name: those that no notebook has a parameter for."""
+    return {
+        field.name: Default(_written(field.default), meanings(kind)[field.name])
+        for kind in (Settings, Execution)
+        for field in fields(kind)
+        if field.default is not MISSING
+    }
+
+
+def explained(*records: "Settings | Execution") -> list[dict[str, str]]:
+    """Return a row for each setting of `records`: its name, its value as text, and its meaning."""
+    return [
+        {"setting": name, "value": _written(getattr(record, name)), "meaning": meaning}
+        for record in records
+        for name, meaning in meanings(type(record)).items()
+    ]
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """Return what the docstring of `Settings` or `Execution` says about each field."""
+    section = kind.__doc__.partition("Attributes:\n")[2].partition("Raises:")[0]
+    entries = re.findall(r"^ {4,8}(\w+): (.+(?:\n {9,}\S.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `SettingsError` unless `text` is a value that the setting `name` may have."""
+    _check_name(name)
+    kind = next(field.type for kind in (Settings, Execution) for field in fields(kind) if field.name == name)
+    _checked(name, kind, _parsed(name, kind, text))
 
 
 def from_text(text: str) -> dict[str, str]:
@@ -199,11 +283,11 @@ def from_text(text: str) -> dict[str, str]:
     return values
 
 
-def _check_name(name: str) -> None:
-    if name in _RULES:
+def _check_name(name: str, known: Collection[str] = _RULES) -> None:
+    if name in known:
         return
-    near = difflib.get_close_matches(name, _RULES, 1)
-    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_RULES)}."
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}."
     raise SettingsError(f"there is no setting {name!r}: {hint}")
 
 
@@ -246,5 +330,12 @@ def _refusal(name: str, value: object) -> SettingsError:
 
 
 def shown(value: object) -> str:
-    """A setting's value as a person writes it: `flair,t1` rather than a tuple."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else repr(value)
+    """A setting's value in a message: `flair,t1` rather than a tuple, and text in quotes."""
+    return repr(value) if isinstance(value, str) else _written(value)
+
+
+def _written(value: object) -> str:
+    """A setting's value as a person writes it in `settings`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(_written, value)) if isinstance(value, tuple | list) else str(value)

@@ -11,8 +11,9 @@ import pytest
 from brats_helpers.suite import parameters
 from brats_helpers.suite import run as suite
 from brats_helpers.suite.parameters import UsageError, profiles, read_notebooks, read_profile
-from brats_helpers.suite.plan import make_plan
+from brats_helpers.suite.plan import help_text, make_plan
 from brats_helpers.suite.run import with_time_left
+from brats_helpers.training.settings import from_text
 from tests.suite.checkout import HERE, run
 
 
@@ -151,13 +152,69 @@ def test_profiles_fit_the_notebooks_and_repeat_none_of_their_defaults():
     notebooks = read_notebooks(HERE)
     for name in profiles(HERE):
         plan = make_plan(["--profile", name, "--run", "no-such-run"])
-        for key in read_profile(HERE / "profiles" / f"{name}.yaml"):
+        asked = read_profile(HERE / "profiles" / f"{name}.yaml")
+        further = notebooks["02_train"].further
+        assert all(text != further[key].text for key, text in asked.items() if key in further), name
+        expected = {key: text for key, text in asked.items() if key in further}
+        assert from_text(plan.given["02_train"].get("settings", "")) == expected
+        for key in set(asked) - set(further):
             defaults = [
                 (given[key], notebooks[stage].parameters[key].default)
                 for stage, given in plan.given.items()
                 if key in given
             ]
             assert any(value != default for value, default in defaults), f"{name}: {key} is {defaults[0][1]} anyway"
+
+
+def test_settings_come_one_by_one_or_together():
+    """Whatever the order, so that a finished training is recognised; the last value wins."""
+    how = ["--run", "no-such-run", "--profile", "smoke"]
+    plans = [
+        make_plan([*how, "-p", "warm_up", "0.1", "-p", "ema", "0.9"]),
+        make_plan([*how, "-p", "ema", "0.5", "-p", "settings", "ema=0.9, warm_up=0.1"]),
+    ]
+    expected = "ema=0.9, slices_per_epoch=16, warm_up=0.1"  # the profile's own among them
+    assert [plan.given["02_train"]["settings"] for plan in plans] == [expected] * 2
+    assert plans[0].keys == plans[1].keys != make_plan(how).keys
+    plan = make_plan([*how, "-p", "settings", "epochs=7, class_weights=1,1,2,1"])
+    assert plan.given["02_train"]["epochs"] == 7  # it has a line of its own in the parameters cell
+    assert plan.given["02_train"]["settings"] == "class_weights=1,1,2,1, slices_per_epoch=16"
+
+
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        (("emma", "0.9"), "no notebook has that parameter; did you mean ema"),
+        (("ema", "1.5"), "ema 1.5: expected a number from 0 to below 1"),
+        (("ema", ""), "expected name=value"),
+        (("settings", "emma=0.9"), "there is no setting 'emma': did you mean ema"),
+        (("settings", "ema=0.9, ema=0.8"), "ema is given twice"),
+        (("settings", "ema"), "expected name=value"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_stops_before_anything_runs(pair, message):
+    with pytest.raises(UsageError, match=message):
+        make_plan(["--run", "no-such-run", "-p", *pair])
+
+
+def test_settings_can_be_swept():
+    sweep = ["--sweep", "ema", "0.9", "0.99", "--sweep", "lr", "0.1", "--sweep", "warm_up", "0.2"]
+    plan = make_plan(["--profile", "smoke", "--run", "no-such-run", *sweep])
+    name = "ema=0.9;lr=0.1;warm_up=0.2"
+    assert list(plan.sweep) == [name, "ema=0.99;lr=0.1;warm_up=0.2"]
+    member = plan.with_values(plan.sweep[name], stages=["02_train"])
+    assert member.values["02_train"]["settings"] == "ema=0.9, slices_per_epoch=16, warm_up=0.2"
+    assert member.given["02_train"]["lr"] == 0.1
+    with pytest.raises(UsageError, match="ema 2.0: expected a number from 0 to below 1"):
+        make_plan(["--run", "no-such-run", "--sweep", "ema", "2"])
+    with pytest.raises(UsageError, match="--sweep settings: no parameter of 02_train"):
+        make_plan(["--run", "no-such-run", "--sweep", "settings", "ema=0.9"])
+
+
+def test_help_lists_the_settings_that_have_no_line_in_a_notebook():
+    text = " ".join(help_text().split())
+    assert "settings (-p KEY VALUE, or several together: -p settings 'ema=0.9, warm_up=0.1')" in text
+    assert all(f" {name} {d.text} {d.meaning}" in text for name, d in read_notebooks(HERE)["02_train"].further.items())
 
 
 def test_a_parameters_cell_that_computes_is_an_error(tmp_path):

@@ -12,7 +12,8 @@ from brats_helpers import machine
 from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import find_cases
 from brats_helpers.training import preflight
-from brats_helpers.training.preflight import Preflight, choose_sizes
+from brats_helpers.training.preflight import Preflight, choose_sizes, settle
+from brats_helpers.training.settings import Execution, SettingsError
 from tests.tiny_training import fit_tiny, weights
 
 PLAN = Preflight(
@@ -55,6 +56,46 @@ def test_patch_and_batch_follow_the_memory(monkeypatch):
     assert chosen(15, "no") == (0, 4) and chosen(15, "no", batch_size=8) == (0, 8)
     of["device"] = torch.device("cuda")
     assert chosen(15, "fp16") == (0, 16)
+
+
+OF_THE_CELL = {
+    "modalities": ["flair", "t1"],
+    "encoder": "resnet18",
+    "encoder_weights": "none",
+    "context_slices": 0,
+    "epochs": 2,
+    "minutes": 0.0,
+    "batch_size": 0,
+    "lr": 0.01,
+    "augment": "none",
+    "seed": 3,
+}
+"""What notebook 02 has parameters for."""
+
+
+def test_settings_are_completed_by_defaults_and_by_the_device():
+    settings, execution = settle("ema=0.5, processes=2", device=torch.device("cpu"), **OF_THE_CELL)
+    assert (settings.ema, settings.warm_up, settings.batch_size, settings.patch_size) == (0.5, 0.05, 4, 0)
+    assert settings.modalities == ("flair", "t1") and execution == Execution(processes=2)
+    cubes = OF_THE_CELL | {"encoder": "monai-unet", "batch_size": 1}
+    settings, _ = settle("patch_size=32", device=torch.device("cpu"), **cubes)
+    assert (settings.patch_size, settings.batch_size) == (32, 1)
+    settings, _ = settle("", device=torch.device("cpu"), **cubes)
+    assert settings.patch_size in preflight.EDGES  # by the memory
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("emma=0.9", "no setting 'emma': did you mean ema"),
+        ("epochs=3", "epochs is a parameter of the notebook. Set it there"),
+        ("patch_size=big", "patch_size 'big': expected a whole number from 0 on"),
+        ("processes=-1", "processes -1: expected a whole number from 0 on"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(text, message):
+    with pytest.raises(SettingsError, match=message):
+        settle(text, device=torch.device("cpu"), **OF_THE_CELL)
 
 
 def test_the_cost_is_predicted_and_then_measured(prepared, tmp_path, capsys):

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from brats_helpers.training.settings import Settings, SettingsError, from_text
+from brats_helpers.training.settings import (
+    Execution,
+    Settings,
+    SettingsError,
+    check_text,
+    defaults,
+    explained,
+    from_text,
+)
 from tests.tiny_training import SETTINGS
 
 AS_TEXT = {name: str(value) for name, value in dataclasses.asdict(SETTINGS).items()} | {
@@ -107,6 +115,34 @@ def test_text_takes_precedence_and_may_hold_lists():
 def test_text_that_cannot_be_used_is_refused(text, message):
     with pytest.raises(SettingsError, match=message):
         Settings.parse(text, **AS_TEXT)
+
+
+def test_every_setting_is_explained():
+    """The docstring is the one home of the meanings: --help and notebook 02 show them."""
+    rows = {row["setting"]: row for row in explained(SETTINGS, Execution(processes=2))}
+    names = [field.name for kind in (Settings, Execution) for field in dataclasses.fields(kind)]
+    assert list(rows) == names and all(len(row["meaning"]) > 10 for row in rows.values())
+    assert rows["decoder"]["value"] == "256,128,64,32,16" and rows["frozen_statistics"]["value"] == "true"
+    assert rows["processes"]["value"] == "2"
+    assert rows["foreground"]["meaning"].endswith("a negative number keeps the data's own share.")
+
+
+def test_defaults_are_values_that_may_be_written():
+    for name, default in defaults().items():
+        check_text(name, default.text)
+    needed = {name: AS_TEXT[name] for name in AS_TEXT if name not in defaults()}
+    written = {
+        name: default.text for name, default in defaults().items() if name in AS_TEXT or name == "modality_dropout"
+    }
+    assert Settings.parse(**needed) == Settings.parse(**needed | written)
+
+
+def test_how_a_training_is_carried_out_is_checked_too():
+    assert Execution.parse("processes=2, deterministic=true") == Execution(processes=2, deterministic=True)
+    with pytest.raises(SettingsError, match="no setting 'ema': expected one of loader_workers, processes"):
+        Execution.parse("ema=0.9")
+    with pytest.raises(SettingsError, match="checkpoint_minutes -1.0: expected a number from 0 on"):
+        Execution(checkpoint_minutes=-1)
 
 
 def test_a_missing_setting_is_named():
