@@ -170,6 +170,7 @@ def test_the_packaged_file_is_small_and_complete_and_the_only_weights_in_the_rep
     assert model_zip.PACKAGED.stat().st_size <= 10e6
     facts = model_zip.read_facts(model_zip.PACKAGED)
     assert facts["checkpoint"]["settings"]["modality_dropout"] > 0 and facts["real"]
+    assert facts["checkpoint"]["facts"]["spacing_mm"] == [1, 1, 1]  # patients of other voxels are resampled
     assert model_zip.PACKAGED.with_suffix(".md").is_file()
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
