@@ -113,6 +113,7 @@ def install(root: Path, extra: str | None, *, editable: bool) -> int:
     if importlib.util.find_spec("pip") is None:
         subprocess.run([sys.executable, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input"]
+    pip.append("--no-compile")  # compiling what may never be imported takes two fifths of the processor time
     if is_met("setuptools>=70.1"):
         pip.append("--no-build-isolation")  # which would fetch setuptools again, and fail without a network
     if torch:
