@@ -1,16 +1,19 @@
-"""The same patients, the same split, the same seconds of training: this suite, nnU-Net v2 in 2D, MONAI's BraTS tutorial
-and the recipe of the notebook that this suite replaces; all scored by `score`, and compared patient by patient.
+"""The same patients, the same split, the same seconds of training: this suite, nnU-Net v2 in 2D and 3D, MONAI's BraTS
+tutorial and the recipe of the notebook that this suite replaces, all scored by `score` and compared patient by patient.
 
-The seconds are those of training, with its reading of data and its validations. What each does before (preparing
-patients) and after (predicting) is not counted for anybody. Everybody gets the same cores, and nobody post-processes.
-This suite keeps its best epoch by validation, the others their last weights. nnU-Net predicts with mirror images, as
-it does by itself; the others, this suite among them, without. A peer whose defaults do not
-finish an epoch in the budget gets the smaller settings that its own documentation offers; --nnunet and --monai set
-them, and the table shows them.
+The seconds are those of training, with its reading of data and its validations. What each tool does before (preparing
+patients) and after (predicting) is not counted. All get the same cores, and none post-processes. This suite keeps its
+best epoch by validation, the others their last weights. nnU-Net predicts with mirror images, as it does by default; the
+others, this suite among them, without. A peer whose defaults do not finish an epoch in the budget gets the smaller
+settings that its own documentation offers. --nnunet, --nnunet-memory and --monai set them, and the table shows them.
+
+With --json, finished trainings are kept in the file; the same command continues after an interruption.
 
 Peers need an environment of their own with nnunetv2 and monai: --python names its Python.
 
     python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --json accuracy.json
+    python benchmarks/accuracy.py --python PEERS/bin/python --seconds 600 1800 --data ../shared/glioma16 \
+        --folds ../shared/glioma16/folds.json --json folds.json
     python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --data ../shared/real \
         --modalities flair,t1ce --leave-one-out --split 0.6,0.2,0.2
 """
@@ -41,9 +44,12 @@ from brats_helpers.suite.environment import ROOT
 PEERS = {
     "this suite": "suite",
     "nnU-Net v2, 2D": "nnunet",
+    "nnU-Net v2, 3D": "nnunet",
     "MONAI's tutorial, 3D": "monai_tutorial",
     "the replaced notebook": "replaced_notebook",
 }
+"""By name in the table, the script in `peers` that runs it."""
+CONFIGURATIONS = {"nnU-Net v2, 2D": "2d", "nnU-Net v2, 3D": "3d_fullres"}
 
 
 def main() -> None:
@@ -56,7 +62,9 @@ def main() -> None:
         modalities = options.modalities.split(",")
         cases = [case for case in survey(data, modalities).complete(skip_incomplete=True) if case.seg]
         packed = prepare(cases, cache_dir=ROOT / "cache", workers=os.cpu_count())
-        if options.leave_one_out:
+        if options.folds:
+            rounds = rounds_of(json.loads(options.folds.read_text())["folds"])
+        elif options.leave_one_out:
             rounds = fold_cases(packed, folds=len(packed), split=options.split, seed=options.seed)
         else:
             rounds = [split_cases(packed, split=options.split, seed=options.seed)]
@@ -67,18 +75,32 @@ def main() -> None:
             "device": options.device,
             "workers": options.workers,
             "smaller": {"batch": options.nnunet[0], "thinner": options.nnunet[1]} if options.nnunet else None,
+            "memory_gb": options.nnunet_memory,
         }
         crop, filters, lr = options.monai
         job |= {"crop": [int(side) for side in crop.split(",")], "filters": int(filters), "lr": float(lr)}
         print(f"{machine()}\n{describe(options, data, rounds)}", flush=True)
-        results = {"machine": machine(), "command": sys.argv, "rounds": rounds, "budgets": {}}
+        results = {"machine": machine(), "rounds": rounds, "trainings": {}}
+        if options.json and options.json.exists():
+            results = json.loads(options.json.read_text())
+            if results["rounds"] != rounds:
+                sys.exit(f"{options.json} holds results of another split. Give another --json file.")
+        results["command"] = sys.argv
         for seconds in options.seconds:
             own = job | {"seconds": seconds}
-            found = {name: compete(name, own, rounds, cases, options, work) for name in options.tools}
-            results["budgets"][seconds] = found
+            found = {name: compete(name, own, results, cases, options, work) for name in options.tools}
             show(seconds, found)
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def rounds_of(folds: list[list[str]]) -> list[dict[str, list[str]]]:
+    """A round per fold, which it tests; one patient of each of two other folds validates, and the rest train."""
+    rounds = []
+    for number, test in enumerate(folds):
+        others = folds[number + 1 :] + folds[:number]
+        val = [others[0][0], others[1][0]]
+        train = [case_id for fold in others for case_id in fold if case_id not in val]
+        rounds.append({"train": train, "val": val, "test": test})
+    return rounds
 
 
 def arguments() -> argparse.Namespace:
@@ -89,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", type=Path, help="patients; default: simulated ones, made in data/")
     parser.add_argument("--cases", metavar="N", type=int, default=40, help="simulated patients; default: 40")
     parser.add_argument("--split", default="24,4,12", help="train, val, test; default: 24,4,12")
+    parser.add_argument("--folds", metavar="FILE", type=Path, help="JSON with lists of patient IDs, each tested once")
     parser.add_argument(
         "--leave-one-out", action="store_true", help="each patient is tested by trainings on the others"
     )
@@ -102,6 +125,9 @@ def arguments() -> argparse.Namespace:
         type=int,
         nargs=2,
         help="smaller plans: the batch, and by what the widths are divided; default: as planned",
+    )
+    parser.add_argument(
+        "--nnunet-memory", metavar="GB", type=float, help="memory target of its planner; default: its own, for a GPU"
     )
     parser.add_argument(
         "--monai",
@@ -130,44 +156,54 @@ def describe(options: argparse.Namespace, data: Path, rounds: list[dict]) -> str
     return f"{len(rounds)} round(s) of {sizes}, {kind}, seed {options.seed}; nnU-Net: {nnunet}; MONAI: {monai}"
 
 
-def compete(
-    name: str, job: dict, rounds: list[dict], cases: list[Case], options: argparse.Namespace, work: Path
-) -> dict:
+def compete(name: str, job: dict, results: dict, cases: list[Case], options: argparse.Namespace, work: Path) -> dict:
     """The scores of one tool over all rounds, in the form of `metrics.json`, and what it said of its training."""
     scores, said = {}, []
-    for number, parts in enumerate(rounds):
-        folder = work / f"{PEERS[name]}-{job['seconds']}-{number}"
-        (folder / "out").mkdir(parents=True)
-        (folder / "truth").mkdir()
-        for case in cases:
-            if case.id in parts["test"]:
-                shutil.copy(case.seg, folder / "truth" / f"{case.id}_seg.nii{case.seg.name.partition('.nii')[2]}")
-        own = job | {"parts": parts, "folder": str(folder), "out": str(folder / "out")}
-        (folder / "job.json").write_text(json.dumps(own))
-        print(f"{name}, {job['seconds']} s, round {number + 1} of {len(rounds)}", flush=True)
-        python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
-        command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
-        environ = os.environ | {"PYTHONPATH": str(ROOT)}
-        before, load = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
-        with open(folder / "log", "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ).returncode
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        lines = (folder / "log").read_text().splitlines()
-        if code:
-            sys.exit(f"{name} failed:\n" + "\n".join(lines[-30:]))
-        made = [line for line in lines if line.startswith(("steps: ", "epochs: "))]
-        said.append(", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"]))
-        how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "allow_leakage": False}
-        scored = score_folders(folder / "out", folder / "truth", **how)
-        if scored["cases"].keys() != set(parts["test"]):
-            sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
-        for case_id, own in scored["cases"].items():
-            dice = {region: own[region]["dice"] for region in REGIONS}
-            scores[case_id] = {name: {"dice": value} for name, value in (dice | {MEAN: mean_dice(dice)}).items()}
-        shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
+    for number, parts in enumerate(results["rounds"]):
+        key = f"{name}, {job['seconds']} s, round {number + 1} of {len(results['rounds'])}"
+        if key not in results["trainings"]:
+            print(key, flush=True)
+            own = job | {"parts": parts, "configuration": CONFIGURATIONS.get(name)}
+            results["trainings"][key] = train_and_score(name, own, cases, options, work / "round")
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+        scores |= results["trainings"][key]["cases"]
+        said.append(results["trainings"][key]["said"])
     how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "not_scored": {}, "leakage": []}
     return collect(scores, **how) | {"said": said}
+
+
+def train_and_score(name: str, job: dict, cases: list[Case], options: argparse.Namespace, folder: Path) -> dict:
+    """Run one tool on one round; return the Dice of its test patients, and what it said of its training."""
+    (folder / "out").mkdir(parents=True)
+    (folder / "truth").mkdir()
+    for case in cases:
+        if case.id in job["parts"]["test"]:
+            shutil.copy(case.seg, folder / "truth" / f"{case.id}_seg.nii{case.seg.name.partition('.nii')[2]}")
+    (folder / "job.json").write_text(json.dumps(job | {"folder": str(folder), "out": str(folder / "out")}))
+    python = sys.executable if PEERS[name] in ("suite", "replaced_notebook") else options.python
+    command = [python, Path(__file__).parent / "peers" / f"{PEERS[name]}.py", folder / "job.json"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    before, load = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
+    with open(folder / "log", "w") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environ).returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    lines = (folder / "log").read_text().splitlines()
+    if code:
+        sys.exit(f"{name} failed:\n" + "\n".join(lines[-30:]))
+    made = [line for line in lines if line.startswith(("steps: ", "epochs: "))]
+    how = {"convention": "brats2020", "simulated": is_simulated(job["data"]), "allow_leakage": False}
+    scored = score_folders(folder / "out", folder / "truth", **how)
+    if scored["cases"].keys() != set(job["parts"]["test"]):
+        sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
+    found = {}
+    for case_id, figures in scored["cases"].items():
+        dice = {region: figures[region]["dice"] for region in REGIONS}
+        found[case_id] = {structure: {"dice": value} for structure, value in (dice | {MEAN: mean_dice(dice)}).items()}
+    shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
+    said = ", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"])
+    return {"cases": found, "said": said}
 
 
 def show(seconds: int, found: dict[str, dict]) -> None:

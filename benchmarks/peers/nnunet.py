@@ -1,8 +1,8 @@
-"""nnU-Net v2 in 2D by its own command line, for one job of benchmarks/accuracy.py.
+"""nnU-Net v2 in 2D or 3D by its own command line, for one job of benchmarks/accuracy.py.
 
 The data set is set up as nnU-Net's own conversion of BraTS does it: labels 1 ED, 2 NCR, 3 ET, trained as the three
-regions. With `smaller` in the job, the plans get a second 2D configuration with a smaller batch and thinner network, as
-its documentation of plans files offers; without, they are as planned.
+regions. With `memory_gb` in the job its planner gets this memory target. With `smaller` the plans get a second
+configuration with a smaller batch and thinner network, as its documentation of plans files offers.
 """
 
 import json
@@ -57,18 +57,21 @@ def main() -> None:
     def nnunet(name: str, *arguments: str) -> None:
         subprocess.run([Path(sys.executable).parent / f"nnUNetv2_{name}", *arguments], env=environ, check=True)
 
-    nnunet("plan_and_preprocess", "-d", "501", "-c", "2d", "-np", str(job["workers"]))
+    planned = configuration = job["configuration"]
+    memory = ["-gpu_memory_target", str(job["memory_gb"])] if job["memory_gb"] else []
+    if memory:  # its planner asks for another name of plans with another target
+        memory += ["-overwrite_plans_name", "nnUNetPlans"]
+    nnunet("plan_and_preprocess", "-d", "501", "-c", planned, "-np", str(job["workers"]), *memory)
     prepared = places["nnUNet_preprocessed"] / DATASET
     (prepared / "splits_final.json").write_text(json.dumps([{name: parts[name] for name in ("train", "val")}]))
     plans = json.loads((prepared / "nnUNetPlans.json").read_text())
-    configuration = "2d"
     if job["smaller"]:
-        configuration = "2d_small"
-        architecture = plans["configurations"]["2d"]["architecture"]
+        configuration = f"{planned}_small"
+        architecture = plans["configurations"][planned]["architecture"]
         widths = architecture["arch_kwargs"]["features_per_stage"]
         architecture["arch_kwargs"]["features_per_stage"] = [width // job["smaller"]["thinner"] for width in widths]
         plans["configurations"][configuration] = {
-            "inherits_from": "2d",
+            "inherits_from": planned,
             "batch_size": job["smaller"]["batch"],
             "architecture": architecture,
         }
