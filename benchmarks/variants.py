@@ -12,12 +12,12 @@ the difference from the first row with its paired 95 % interval over patients.
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from peers.suite import demo_settings
 
 from brats_helpers.data.cache import Packed, prepare
 from brats_helpers.data.cases import survey
@@ -28,7 +28,6 @@ from brats_helpers.labels import MODALITIES, REGIONS
 from brats_helpers.runs import Run
 from brats_helpers.scoring.statistics import compare
 from brats_helpers.suite.environment import ROOT
-from brats_helpers.suite.plan import read_notebooks, read_profile
 from brats_helpers.training.settings import Settings
 
 BASE = "the demo's settings"
@@ -57,13 +56,8 @@ def arguments() -> argparse.Namespace:
 
 def settings_of(variant: str, slices: int) -> Settings:
     """The demo's settings with those of a variant, for one pass over `slices` slices."""
-    own = read_notebooks(ROOT)["02_train"].parameters
-    demo = read_profile(ROOT / "profiles" / "demo.yaml")
-    names = {field.name for field in fields(Settings)} & own.keys()
-    values = {name: own[name].read(demo[name]) if name in demo else own[name].default for name in names}
-    values |= {"modalities": MODALITIES, "seed": 0, "precision": "float32"}
-    values |= {"epochs": 1, "minutes": 0.0, "patience": 0, "slices_per_epoch": slices}
-    return Settings.parse(variant, **values)
+    once = {"epochs": 1, "minutes": 0.0, "patience": 0, "slices_per_epoch": slices}
+    return demo_settings(variant, modalities=MODALITIES, precision="float32", **once)
 
 
 def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -> dict[str, dict]:

@@ -23,12 +23,13 @@ def main() -> None:
     packed = {p.id: p for p in prepare(list(cases.values()), cache_dir=Path(job["cache"]), workers=job["workers"])}
     train, val = ([packed[case_id] for case_id in job["parts"][part]] for part in ("train", "val"))
 
-    own = read_notebooks(ROOT)["02_train"].parameters
-    demo = read_profile(ROOT / "profiles" / "demo.yaml")
-    values = {name: p.default for name, p in own.items()} | demo
-    values |= {"modalities": ",".join(job["modalities"]), "seed": 0, "epochs": 1000, "patience": 0}
-    values |= {"minutes": job["seconds"] / 60, "batch_size": SLICES[job["device"]]}
-    settings = Settings.parse(**{field.name: values[field.name] for field in fields(Settings) if field.name in values})
+    settings = demo_settings(
+        modalities=",".join(job["modalities"]),
+        epochs=1000,
+        patience=0,
+        minutes=job["seconds"] / 60,
+        batch_size=SLICES[job["device"]],
+    )
     device = torch.device(job["device"])
     how = {"workers": 0, "checkpoint_minutes": 0, "deterministic": False, "tracker": "none"}
     history = fit(settings, train, val, Path(job["folder"]), device=device, **how)
@@ -38,6 +39,15 @@ def main() -> None:
     test = [cases[case_id] for case_id in job["parts"]["test"]]
     for _ in predict_files(networks, test, Path(job["out"]), flips=False):
         pass
+
+
+def demo_settings(variant: str = "", **changes) -> Settings:
+    """The defaults of notebook 02 as the demo's profile changes them, with `changes`, and last a variant as text."""
+    own = read_notebooks(ROOT)["02_train"].parameters
+    demo = read_profile(ROOT / "profiles" / "demo.yaml")
+    values = {name: parameter.default for name, parameter in own.items()} | demo
+    values = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
+    return Settings.parse(variant, **values | {"seed": 0} | changes)
 
 
 if __name__ == "__main__":
