@@ -84,7 +84,14 @@ def find_data(data: str, *, data_dir: Path, phantom_cases: int, seed: int) -> So
 
     root = Path(data).expanduser()
     if root.is_dir():
-        return _as_volumes(Source(root, is_simulated(root), f"{root}, as given"), data_dir)
+        marker = root / MARKER
+        said = (
+            marker.read_text("utf-8").strip().removeprefix("These patients are ").rstrip(".")
+            if marker.is_file()
+            else ""
+        )
+        origin = f"{said}, in {root}" if said else f"{root}, as given"
+        return _as_volumes(Source(root, is_simulated(root), origin), data_dir)
     near = difflib.get_close_matches(data, ["phantom", "kaggle", *KAGGLE_SETS], n=1)
     what = "a file, expected a folder" if root.exists() else "no such folder"
     hint = f"; did you mean {near[0]}?" if near else "."

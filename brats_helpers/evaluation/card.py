@@ -1,5 +1,6 @@
 """The model card of a run: what its network learnt from, how it scored, and what it is not for."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from brats_helpers.evaluation.packaged import real_lines, whole_dice
@@ -40,7 +41,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         "",
         f"- {own.get('train', len(saved['train_cases']))} training and"
         f" {own.get('val', len(saved['val_cases']))} validation {patients}:"
-        f" {manifest.get('origin', 'origin not recorded')}.",
+        f" {_without_folders(manifest.get('origin', 'origin not recorded'))}.",
         f"- Encoder {settings['encoder']}, starting weights {settings['encoder_weights']}, seed {settings['seed']},"
         f" epoch {saved['epoch']}.",
         *_made_by(manifest),
@@ -61,6 +62,11 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     return "\n".join(lines) + "\n"
 
 
+def _without_folders(text: str) -> str:
+    """Cut the folders of this machine off the paths in a text that is handed on."""
+    return re.sub(r"(?<![\w.~:/])~?(?:/[^/\s,:'\"]+)*/(?=[^/\s])", "", text)
+
+
 def _without(settings: Mapping) -> str:
     """What to say if the network has learnt to do without modalities."""
     share = settings.get("modality_dropout", 0.0)
@@ -72,7 +78,9 @@ def _made_by(manifest: Mapping) -> list[str]:
     if "command" not in manifest:
         return []
     device = manifest.get("device", {}).get("device", "a machine that was not recorded")
-    return [f"- `{manifest['command']}`, {device}, revision {manifest.get('revision', 'not recorded')}."]
+    return [
+        f"- `{_without_folders(manifest['command'])}`, {device}, revision {manifest.get('revision', 'not recorded')}."
+    ]
 
 
 def _input(settings: Mapping) -> str:

@@ -123,6 +123,8 @@ def test_a_folder_is_taken_as_given(tmp_path):
     assert find(str(root), tmp_path) == Source(root, False, f"{root}, as given")
     (root / "SIMULATED.txt").touch()
     assert find(str(root), tmp_path).simulated
+    (root / "SIMULATED.txt").write_text("These patients are simulated by someone, from seed 7.\n")
+    assert find(str(root), tmp_path).origin == f"simulated by someone, from seed 7, in {root}"
 
 
 @pytest.mark.parametrize(("data", "hint"), [("phantoms", "did you mean phantom?"), ("/nowhere", "no such folder.")])

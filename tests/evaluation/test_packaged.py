@@ -43,7 +43,8 @@ def run(tiny_patients, tmp_path_factory):
     prepared = prepare(find_cases(tiny_patients), cache_dir=root / "cache", workers=1)
     run = Run(root / "run")
     fit_tiny(prepared, run.folder, modality_dropout=0.5, augment="none", epochs=6, slices_per_epoch=64, batch_size=8)
-    run.record(simulated=True, origin="tiny patients", command="./run_all.sh --run x", device={"device": "two cores"})
+    told = {"origin": "tiny patients, in /home/me/tiny", "command": "./run_all.sh --run x --data /home/me/tiny"}
+    run.record(simulated=True, **told, device={"device": "two cores"})
     return run
 
 
@@ -137,7 +138,8 @@ def test_the_card_beside_the_file_has_scores_by_modalities_and_the_way_to_repeat
     assert "Not scored yet" not in card
     (result,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
     assert result["dataset"]["name"] == "16 real patients, glioma16" and result["metrics"][0]["value"] == 0.861
-    assert "- `./run_all.sh --run x`, two cores" in card and "in 50% of the training samples" in card
+    assert "- `./run_all.sh --run x --data tiny`, two cores" in card and "patients: tiny patients, in tiny." in card
+    assert "/home" not in card and "in 50% of the training samples" in card
     assert "--checkpoint simulated.safetensors" in card
 
 
