@@ -29,7 +29,7 @@ import numpy as np
 from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cases import Case
 from brats_helpers.data.content import content_hash, hash_of
-from brats_helpers.data.nifti import difference, read_seg, same_affine
+from brats_helpers.data.nifti import difference, read_seg, same_affine, two_places
 from brats_helpers.data.stamps import stamp
 from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import CLASSES, DataError
@@ -147,9 +147,10 @@ def _read(case: Case) -> _Source:
     first, grid = next(iter(grids.items()))
     for name, other in grids.items():
         if not same_affine(grid, other):
+            why = two_places(case.files[name]) or two_places(case.files[first])
             raise DataError(
                 f"{case.id}: {case.files[name]} does not lie where {first} does:"
-                f" {difference(other.affine, grid.affine, grid.shape)} Resample it onto {case.files[first].name}."
+                f" {difference(other.affine, grid.affine, grid.shape)} {why}Resample it onto {case.files[first].name}."
             )
     hashes = [content_hash(volume) for volume in [*volumes.values(), *([] if mask is None else [mask])]]
     content = hash_of(*hashes, str(grid.affine.round(3).tolist()))

@@ -237,7 +237,11 @@ def _geometry_problems(scans: Mapping[str, _Scan]) -> Iterator[tuple[str, str, s
     for kind, scan in scans.items():
         if differs := _differs(scan, scans[like]):
             code, text = differs
-            yield kind, f"{code}-mismatch", "error", f"{text} of {like}. Resample it onto {like} or fetch it again."
+            why = [problem for problem in scan.problems if problem[0] == "qform-sform"]
+            scan.problems = [problem for problem in scan.problems if problem not in why]  # one fault, one finding
+            text = " ".join([f"{text} of {like}.", *(problem[2] for problem in why)])
+            way = ("Write the right one into both, or resample" if why else "Resample") + f" it onto {like}"
+            yield kind, f"{code}-mismatch", "error", f"{text} {way} or fetch it again."
 
 
 def _differs(one: _Scan, other: _Scan) -> tuple[str, str] | None:

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from brats_helpers.data.findings import Finding
-from brats_helpers.data.names import Name, is_nifti, is_other_map, is_segmentation_folder, recognise, stem_of
+from brats_helpers.data.names import (
+    MODALITY_WORDS,
+    Name,
+    is_nifti,
+    is_other_map,
+    is_segmentation_folder,
+    recognise,
+    stem_of,
+)
 from brats_helpers.data.nifti import same_volume
 from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
 
@@ -35,12 +43,6 @@ _UNREAD = {
 _DICOM_NAMES = re.compile(r"(.*\.(dcm|ima)|dicomdir)", re.IGNORECASE)
 _IMAGE_FOLDER = re.compile(r"(images?|imgs?)(tr|ts|va|val)?", re.IGNORECASE)
 _PREDICTION_FOLDER = re.compile(r"(^|[_\-. ])(pred|inference|output|submission|result)", re.IGNORECASE)
-_CHANNEL_NAMES = {
-    **dict.fromkeys(("flair", "t2f", "t2flair"), "flair"),
-    **dict.fromkeys(("t1", "t1w", "t1n"), "t1"),
-    **dict.fromkeys(("t1ce", "t1c", "t1gd", "t1wgd", "t1wce"), "t1ce"),
-    **dict.fromkeys(("t2", "t2w"), "t2"),
-}
 
 
 @dataclass
@@ -218,6 +220,8 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, 
         maps = [path for path in strangers if stem_of(path) not in parts and not is_other_map(stem_of(path))]
         parts |= {stem_of(path): Patient(stem_of(path), {"seg": path}, dataset=about) for path in maps}
         strangers = [path for path in strangers if path not in maps]
+    elif folder != layout.root and _holds_one_mask(folder, paths) and strangers:  # labels/P_1/mask.nii.gz
+        parts, strangers = {folder.name: Patient(folder.name, {"seg": strangers[0]})}, []
     parts = {part.id: part for part in parts.values() if part.files}
     imaged = any(part.imaged for part in parts.values())
     for path in strangers:
@@ -226,6 +230,11 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, 
         else:
             layout.maps[stem_of(path)].append(path)
     return parts
+
+
+def _holds_one_mask(folder: Path, paths: Sequence[Path]) -> bool:
+    """Whether a folder lies in one of segmentations and holds a single file that may be one."""
+    return is_segmentation_folder(folder.parent) and len(paths) == 1 and not is_other_map(stem_of(paths[0]))
 
 
 def _part(layout: Layout, case_id: str, kinds: dict[str, list[tuple[Name, Path]]]) -> Patient:
@@ -296,7 +305,7 @@ def _by_dataset(layout: Layout, parts: dict[str, Patient], dataset: Path, paths:
         at = dataset if dataset.is_relative_to(layout.root) else None
         layout.add("", "dataset-json", "warning", at, text)
         return list(paths)
-    kinds = {number: _CHANNEL_NAMES.get(re.sub(r"[^a-z0-9]", "", name.lower())) for number, name in channels.items()}
+    kinds = {number: MODALITY_WORDS.get(re.sub(r"[^a-z0-9]", "", name.lower())) for number, name in channels.items()}
     numbered = {path: re.fullmatch(r"(.+)_(\d{4})", stem_of(path)) for path in paths}
     split = {match[1] for match in numbered.values() if match and match[2] == "0000"}
     rest = []

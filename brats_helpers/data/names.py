@@ -7,14 +7,18 @@ from pathlib import Path
 from brats_helpers.labels import MODALITIES
 
 NIFTI = (".nii", ".nii.gz")
-_MODALITY_WORDS = {name: name for name in MODALITIES} | {
+MODALITY_WORDS = {name: name for name in MODALITIES} | {
     "t1n": "t1",
     "t1w": "t1",
     "t1c": "t1ce",
     "t1gd": "t1ce",
     "t2w": "t2",
     "t2f": "flair",
+    "t1wce": "t1ce",
+    "t1wgd": "t1ce",
+    "t2flair": "flair",
 }
+"""What the words for modalities in names stand for; of each modality the usual one comes first, then that of 2023."""
 _MAP_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "ot", "gtv", "gt", "groundtruth"}
 _TUMOUR_WORDS = {"tumor", "tumour", "lesion", "tumormask", "tumourmask"}
 _PROCESSING_WORDS = {"brain", "final"}  # of the scans that are to be used, as FeTS and MedPerf name them
@@ -33,7 +37,7 @@ class Name:
 
     Attributes:
         case_id: what stands before the ending; the folder's name if nothing does.
-        ending: the last word, lower case, such as `t1n`.
+        ending: the words that say what it is, lower case, such as `t1n`.
         kind: a modality, `seg`, or None if the name says neither.
         processed: whether a word such as `brain` marks the version that is to be used.
         doubtful: whether `brain_seg` may be a mask of the brain.
@@ -69,14 +73,17 @@ def recognise(path: Path) -> Name:
     case_id = stem[: starts[start]].rstrip("_-. ") or path.parent.name
     processing = words[start : end - used] + words[end:]
     doubtful = kind == "seg" and "brain" in processing and not _TUMOUR_WORDS.intersection(words[end - used : end])
-    return Name(case_id, words[end - 1], kind, bool(processing), doubtful)
+    ending = stem[starts[end - used] : starts[end - 1] + len(words[end - 1])].lower()
+    return Name(case_id, ending, kind, bool(processing), doubtful)
 
 
 def _kind(words: list[str]) -> tuple[str | None, int]:
     """What the last words mean, and how many of them say so."""
     last, previous = ["", "", *words][:-3:-1]
-    if last in _MODALITY_WORDS:
-        return _MODALITY_WORDS[last], 1
+    if last in MODALITY_WORDS:
+        return MODALITY_WORDS[last], 1
+    if previous + last in MODALITY_WORDS:  # T1-Gd, t1_ce
+        return MODALITY_WORDS[previous + last], 2
     if last in _MAP_WORDS | _TUMOUR_WORDS | {"mask"}:
         if previous in _TUMOUR_WORDS | {"seg"}:
             return "seg", 2
@@ -110,7 +117,7 @@ def named_like(path: Path, modality: str) -> Path:
     if is_nifti(path.parent):
         path = path.parent
     ending, stem = recognise(path).ending, stem_of(path)
-    words = [word for word, meaning in _MODALITY_WORDS.items() if meaning == modality]  # the old name first
+    words = [word for word, meaning in MODALITY_WORDS.items() if meaning == modality]  # the old name first
     start = stem.lower().rfind(ending)
     word = words[ending not in MODALITIES]
     return path.with_name(path.name[:start] + word + path.name[start + len(ending) :])

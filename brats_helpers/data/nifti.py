@@ -143,6 +143,12 @@ def grid_of(image: nib.Nifti1Image, path: Path | str = "the file", *, channels: 
     return Grid(shape, affine, tuple(remarks))
 
 
+def two_places(path: Path) -> str:
+    """A sentence, and a space after it, about the qform and sform of a file if they disagree; else nothing."""
+    remarks = grid_of(read_nifti(path), path, channels=True).remarks
+    return "".join(f"{text} Write the right one into both. " for code, text in remarks if code == "qform-sform")
+
+
 def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
     """The affine of the qform; None if there is none, or its quaternion is no rotation."""
     try:

@@ -192,6 +192,19 @@ def test_a_stranger_among_several_patients_is_nobodys_segmentation(tmp_path):
     assert [case.seg for case in find_cases(tmp_path)] == [None, None]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("FLAIR", "T1", "T1-Gd", "T2"), ("Flair", "t1w", "t1_ce", "t2w"), ("T2FLAIR", "T1w", "T1wCE", "T2w")],
+)
+def test_other_words_for_modalities(tmp_path, names):
+    patient(tmp_path, "P_1", "P_1", kinds=(*names, "seg"))
+    (case,) = find_cases(tmp_path)
+    assert case.id == "P_1" and [path.name for path in case.images.values()] == [f"P_1_{name}.nii.gz" for name in names]
+    case.images["t2"].unlink()
+    with pytest.raises(DataError, match=r"P_1: No P_1_t2w?\.nii\.gz in P_1 \(missing: t2; found: flair, t1, t1ce\)"):
+        find_cases(tmp_path)
+
+
 def test_capital_letters(tmp_path):
     touch(tmp_path, *(f"A/A_{kind.upper()}.NII" for kind in (*ALL, "seg")))
     (case,) = find_cases(tmp_path)
@@ -287,7 +300,16 @@ def test_a_folder_named_as_a_file_says_what_is_in_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mask", ["labels/{}_seg", "labelsTr/{}", "masks/{}", "ground_truth/{}", "x/labels/deep/{}_seg"]
+    "mask",
+    [
+        "labels/{}_seg",
+        "labelsTr/{}",
+        "masks/{}",
+        "ground_truth/{}",
+        "x/labels/deep/{}_seg",
+        "GT/{}/mask",
+        "labels/{0}/{0}",
+    ],
 )
 def test_masks_in_a_folder_of_their_own_are_joined_by_id(tmp_path, mask):
     for case_id in ("P_1", "P_2"):

@@ -247,7 +247,7 @@ def test_r11_masks_elsewhere_are_scored(made):
         ("r16/data", {"singular-affine"}, 0),
         ("r18/seg", {"qform-sform"}, 0),
         ("r18/all", {"qform-sform"}, 0),
-        ("r18/t1", {"qform-sform", "affine-mismatch"}, 1),
+        ("r18/t1", {"affine-mismatch"}, 1),
         ("r27/nifti2", set(), 0),
         ("r27/pair", {"unreadable"}, 1),
     ],
@@ -271,6 +271,14 @@ def test_r16_distances_come_from_the_qform(made):
     assert code == 0
     for entry in scores["cases"].values():
         assert entry["WT"]["hd95_mm"] == pytest.approx(5, abs=1) and entry["WT"]["volume_ml_truth"] > 0
+
+
+def test_r18_a_scan_whose_sform_was_moved_is_refused_once_with_both_forms_named(made):
+    out = made("r18") / "t1"
+    said = checked(out)[2]
+    assert said.count("qform and sform disagree: voxels lie up to 10 mm apart") == said.count("into both") == 3
+    with pytest.raises(DataError, match=r"_t1\.nii\.gz does not lie where flair does.*sform disagree.*into both"):
+        pack(find_cases(out)[0])
 
 
 def test_r18_a_prediction_carries_one_place(made, tmp_path):
