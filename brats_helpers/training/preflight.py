@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 from brats_helpers import machine
 from brats_helpers.log import duration, warn
 from brats_helpers.training.batch import Draw
+from brats_helpers.training.checkpoint import SIMULATED
 from brats_helpers.training.model import TRAINING_BYTES
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, frozen_share
 from brats_helpers.training.settings import Execution, Settings, SettingsError, check_text, from_text, sees_patches
 from brats_helpers.training.steps import autocast, fitted, gradients
-from brats_helpers.training.weights import choose_encoder
+from brats_helpers.training.weights import choose_encoder, packaged_settings
 
 SLICES = {"cuda": 16, "cpu": 4}
 """Slices per step, if nobody says otherwise: a CPU is as fast in small steps, and more steps learn more."""
@@ -44,7 +45,8 @@ def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Exec
         text: further settings, such as `"ema=0.9, warm_up=0.1"`, see `settings.from_text`.
         device: to train on.
         values: the settings that the notebook has parameters for. `encoder` auto is chosen by the weights that can be
-            had (see `weights.choose_encoder`), `batch_size` 0 by the device (see `choose_sizes`).
+            had (see `weights.choose_encoder`), `batch_size` 0 by the device (see `choose_sizes`). The decoder, if not
+            given, is the packaged network's if the training starts from that.
 
     Returns:
         The settings of the network and its training, and how it is carried out.
@@ -58,6 +60,8 @@ def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Exec
     if twice := [name for name in further if name in values]:
         raise SettingsError(f"settings: {twice[0]} is a parameter of the notebook. Set it there.")
     encoder = choose_encoder(values["encoder"], values["encoder_weights"])
+    if values["encoder_weights"] == SIMULATED:
+        values["decoder"] = packaged_settings()["decoder"]
     sizes = {"patch_size": int(further.pop("patch_size", 0)), "batch_size": values["batch_size"]}
     sizes = choose_sizes(encoder, **sizes, in_channels=len(values["modalities"]), device=device)
     values |= {"encoder": encoder, "patch_size": sizes[0], "batch_size": sizes[1]}

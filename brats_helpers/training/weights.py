@@ -22,7 +22,7 @@ def choose_encoder(encoder: str, weights: str) -> str:
     if encoder != "auto":
         return encoder
     if weights == SIMULATED:
-        return read_facts(packaged_model())["checkpoint"]["settings"]["encoder"]
+        return packaged_settings()["encoder"]
     if weights != "imagenet":
         return DEFAULT_ENCODER
     problem = why_unreachable(DEFAULT_ENCODER)
@@ -33,6 +33,11 @@ def choose_encoder(encoder: str, weights: str) -> str:
         " whose weights are in a package"
     )
     return PACKAGED_ENCODER
+
+
+def packaged_settings() -> dict:
+    """The settings of the packaged network's training, see `settings.Settings`."""
+    return read_facts(packaged_model())["checkpoint"]["settings"]
 
 
 def choose_weights(encoder: str, weights: str) -> str:

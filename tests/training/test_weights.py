@@ -10,19 +10,22 @@ from brats_helpers.data.cases import find_cases
 from brats_helpers.labels import MODALITIES
 from brats_helpers.training import model_zip, weights
 from brats_helpers.training.checkpoint import FORMAT, WeightsError
-from brats_helpers.training.model import build_model
+from brats_helpers.training.model import DECODER, build_model
+from brats_helpers.training.preflight import settle
 from brats_helpers.training.weights import PACKAGED_ENCODER
 from tests.tiny_training import CUBES, SETTINGS, fit_tiny
 from tests.tiny_training import weights as saved_by
 
-NETWORK = {"encoder": SETTINGS.encoder, "decoder": SETTINGS.decoder}
+NETWORK = {"encoder": SETTINGS.encoder, "decoder": (128, 64, 32, 16, 16)}
 
 
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
     """A packaged network that reads the modalities in another order than runs do."""
     path = tmp_path_factory.mktemp("packaged") / "simulated.safetensors"
-    settings = dataclasses.asdict(SETTINGS) | {"modalities": ["t2", "t1ce", "flair", "t1"], "modality_dropout": 0.5}
+    settings = (
+        dataclasses.asdict(SETTINGS) | NETWORK | {"modalities": ["t2", "t1ce", "flair", "t1"], "modality_dropout": 0.5}
+    )
     model = build_model(**NETWORK, weights="none", in_channels=4)
     checkpoint = {"format": FORMAT, "settings": settings, "in_channels": 4, "model": model.state_dict(), "epoch": 1}
     checkpoint |= {"train_cases": ["Sim_9_000"], "val_cases": ["Sim_9_001"], "facts": {"patients": {"Sim_9_000": {}}}}
@@ -75,10 +78,10 @@ def test_neighbouring_slices_and_modalities_that_a_start_does_not_know_begin_wit
 @pytest.mark.parametrize(
     "asked, said",
     [
-        ({"encoder": "resnet18"}, f"with encoder {SETTINGS.encoder} and decoder 256,.*asked for are resnet18"),
+        ({"encoder": "resnet18"}, f"with encoder {SETTINGS.encoder} and decoder 128,.*asked for are resnet18"),
         (
-            {"decoder": (128, 64, 32, 16, 16)},
-            "asked for are .* and 128,64,32,16,16. Take .*-p decoder 256,128,64,32,16",
+            {"decoder": (256, 128, 64, 32, 16)},
+            "asked for are .* and 256,128,64,32,16. Take .*-p decoder 128,64,32,16,16",
         ),
     ],
 )
@@ -109,7 +112,7 @@ def test_a_checkpoint_of_another_input_is_refused(tmp_path, settings, asked, sai
 def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, tiny_patients, tmp_path):
     names = ("flair", "t1ce")
     prepared = [pack(case) for case in find_cases(tiny_patients, names)]
-    how = {"modalities": names, "encoder_weights": "simulated", "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0}
+    how = NETWORK | {"modalities": names, "encoder_weights": "simulated", "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0}
     fit_tiny(prepared, tmp_path, epochs=1, **how)
     saved, start = saved_by(tmp_path, "best.pt"), model_zip.read_model(packaged)["model"]
     assert saved["train_cases"] == ["Sim_9_000", "Sim_9_001", "Tiny_0", "Tiny_1", "Tiny_2"]
@@ -118,8 +121,17 @@ def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, 
     torch.testing.assert_close(saved["model"][first], start[first][:, [2, 1]])  # flair and t1ce among its channels
 
 
-def test_the_encoder_of_a_training_from_the_packaged_network_is_that_networks():
-    assert weights.choose_encoder("auto", "simulated") == SETTINGS.encoder
+def settled(text="", **changes):
+    names = ("modalities", "encoder", "context_slices", "epochs", "minutes", "batch_size", "lr", "augment", "seed")
+    values = {name: getattr(SETTINGS, name) for name in names} | {"encoder_weights": "simulated"}
+    return settle(text, device=torch.device("cpu"), **values | changes)[0]
+
+
+def test_a_training_from_the_packaged_network_takes_its_encoder_and_decoder_unless_others_are_asked_for():
+    found = settled(encoder="auto")
+    assert (found.encoder, found.decoder) == (SETTINGS.encoder, NETWORK["decoder"])
+    assert settled("decoder=64,32,16,8,4", encoder="resnet18").decoder == (64, 32, 16, 8, 4)
+    assert settled(encoder_weights="none").decoder == DECODER != NETWORK["decoder"]
 
 
 def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
