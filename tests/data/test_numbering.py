@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.numbering import Evidence, decide, examine, number, outer_shares, resolve, surfaces
 from brats_helpers.labels import DataError
+from tests.conftest import write_tiny_case
 
 # An ordinary patient, as glioma16 has them: 2 outside, 4 enhancing.
 USUAL = Evidence(frozenset({1, 2, 4}), {1: 0.03, 2: 0.7, 4: 0.15}, {1: -0.1, 2: -0.2, 4: 1.6}, {1: 1.0, 2: 2.0, 4: 1.5})
@@ -99,3 +101,28 @@ def test_a_named_numbering_holds_for_every_patient(tiny_patients):
     found, verdict = number(survey(tiny_patients), "gli2024")
     assert verdict.says == "read as gli2024 (1 NCR, 2 ED, 3 ET, 4 resection cavity), as asked"
     assert {case.numbering for case in found.cases} == {"gli2024"}
+
+
+def named(folder, pattern, change=lambda labels: labels):
+    """Three tiny patients under other names, with other label numbers."""
+    for k in range(3):
+        case = find_cases(write_tiny_case(folder, pattern.format(k), seed=k))[0]
+        image = nib.load(case.seg)
+        nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), case.seg)
+    return survey(folder)
+
+
+def test_names_that_the_anatomy_contradicts_are_refused_with_the_evidence(tmp_path):
+    found = named(tmp_path, "BraTS-PED-0000{}-000", lambda labels: np.where(labels == 4, 3, labels).astype(np.uint8))
+    # of the tiny patients it is what they call oedema that enhances; ped has 1 for ET
+    with pytest.raises(DataError, match="names say ped .* in 3 of 3 patients label 2 enhances most.*-p labels ped"):
+        resolve(found.cases)
+    assert {case.numbering for case in number(found, "brats2023")[0].cases} == {"brats2023"}
+
+
+def test_names_that_the_numbers_do_not_fit_give_way_with_a_warning(tmp_path):
+    found, verdict = number(named(tmp_path, "BraTS-MEN-RT-000{}-1"))
+    assert {case.numbering for case in found.cases} == {"brats2020"} == {verdict.numbering}
+    (finding,) = found.findings[""]
+    assert (finding.code, finding.severity) == ("label-numbering", "warning")
+    assert "The names say menrt (1 ET), which the numbers do not fit" in finding.message
