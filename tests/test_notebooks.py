@@ -75,7 +75,7 @@ def test_a_notebook_tells_a_story(stage):
     prose = [_source(cell) for cell in _cells(stage, "markdown")]
     assert "?**" in prose[0]
     figures = [k for k, cell in enumerate(_cells(stage)) if "save_figure" in _source(cell)]
-    assert "](../docs/overlays.png)" in prose[0] or figures[0] <= 7
+    assert "/docs/overlays.png)" in prose[0] or figures[0] <= 7
     assert not figures or re.search(r"\*\*(L|l)ook(s|ed)? ", "\n".join(prose))
     summary, exercises, onward = prose[-3:]
     assert summary.startswith("## Summary\n") and len(re.findall(r"\.(?=\s|$)", summary)) == 3
@@ -108,6 +108,15 @@ def test_every_notebook_opens_by_itself():
             f"https://kaggle.com/kernels/welcome?src={home}/{file}",
             f"https://nbviewer.org/github/{name}/{file}",
         ]
+
+
+def test_pictures_are_found_from_any_copy_of_a_notebook():
+    """Colab and a run's folder know no path of the checkout; an address they do. The file that it names is there."""
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for stage in STAGES:
+        pictures = re.findall(r"^!\[[^]]+\]\(([^)]+)\)", "\n".join(map(_source, _cells(stage, "markdown"))), re.M)
+        assert all(picture.startswith(f"{home}/raw/main/docs/") for picture in pictures), stage
+        assert all((ROOT / picture.removeprefix(f"{home}/raw/main/")).is_file() for picture in pictures), stage
 
 
 def test_no_other_address_is_left_anywhere():
