@@ -38,6 +38,7 @@ from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
 from brats_helpers.report.validation import Mark, tally, validate, write_markdown
 from brats_helpers.report.validation.training_lines import best_epoch, predicted_and_measured
+from brats_helpers.report.words import compared, next_steps
 from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
 from brats_helpers.scoring.overlap import mean_dice_of_case
 from brats_helpers.scoring.statistics import ENOUGH
@@ -92,6 +93,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     reviewed = review(run, metrics)
     _draw(run, metrics, reviewed, simulated=simulated)
     lines = validate(run, reviewed)
+    best, failed = _best(run), len({failure.case for failure in reviewed.failures})
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
     _write_card(run)
     if run.predictions.exists():
@@ -129,7 +131,9 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         regions=list(REGIONS),
         enough=ENOUGH,
         terms=_TERMS,
-        best=_best(run),
+        best=best,
+        against=compared(metrics),
+        steps=next_steps(metrics, best=best, failed=failed, parts=bool(run.folds)),
         stopped=lines["training-stopped"],
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),

@@ -1,0 +1,67 @@
+"""The first screen of a report in words: what the scores compare with, and what to do next."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.statistics import ENOUGH
+
+
+class Published(NamedTuple):
+    """Published scores of a data set: where they are from, and the mean Dice of WT, TC and ET."""
+
+    source: str
+    dice: tuple[float, float, float]
+
+
+PUBLISHED = {
+    "BraTS20_": Published(
+        "nnU-Net, which won BraTS 2020 (Isensee et al. 2021), on that challenge's hidden test patients",
+        (0.8895, 0.8506, 0.8203),
+    ),
+}
+"""By the beginning of the patients' names."""
+
+
+def compared(metrics: Mapping) -> str:
+    """Say what the scores of `metrics.json` compare with; "" without scores."""
+    if not metrics.get("cases"):
+        return ""
+    if metrics.get("simulated"):
+        return "These patients are simulated, so no published score compares: only runs on the same patients do."
+    own = [PUBLISHED[name] for name in PUBLISHED if all(case_id.startswith(name) for case_id in metrics["cases"])]
+    if not own or not str(metrics.get("convention", "")).startswith("brats2020"):
+        return "No published score compares: it would need the same data set and rule. Runs on the same patients do."
+    scores = ", ".join(f"{region} {dice:.3f}" for region, dice in zip(REGIONS, own[0].dice, strict=True))
+    return f"Published for comparison: {scores} by {own[0].source}. Other patients, so only an indication."
+
+
+def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> list[str]:
+    """Say what to do next, the most important first.
+
+    Args:
+        metrics: content of `metrics.json`, {} if nothing has been scored.
+        best: `epoch`, the best one, and `epochs`, all of them; {} without a training.
+        failed: number of patients whose segmentation failed.
+        parts: whether the run consists of folds or combinations, which have reports of their own.
+    """
+    if not metrics.get("cases"):
+        return (
+            [] if parts else ["Run the notebooks up to 03, which scores the network: ./run_all.sh with the same --run."]
+        )
+    steps = []
+    if metrics.get("leakage"):
+        steps.append("Score patients that the network has not seen: the scores above are not valid.")
+    if failed:
+        steps.append(f"Look at the patients under Failures ({failed}): the table names the likely cause of each.")
+    if best and best["epoch"] == best["epochs"]:
+        steps.append(
+            "Train longer (-p epochs, -p minutes): the last epoch was the best, so the network was still learning."
+        )
+    if len(metrics["cases"]) < ENOUGH and not parts:
+        steps.append("Test more patients (-p split) or cross-validate (--folds 5): the intervals are wide.")
+    if metrics.get("simulated"):
+        steps.append("Take real patients: --data FOLDER, or --data kaggle --profile small.")
+    else:
+        steps.append("Compare with the packaged network, which needs no training: python -m brats_helpers predict.")
+    return steps
