@@ -16,10 +16,10 @@ from brats_helpers import machine
 from brats_helpers.data.cache import Packed
 from brats_helpers.evaluation.networks import load_network, predict
 from brats_helpers.files import read_json, write_json
-from brats_helpers.labels import REGIONS, DataError
+from brats_helpers.labels import DataError
 from brats_helpers.log import duration
 from brats_helpers.runs import Run
-from brats_helpers.scoring.overlap import mean_dice
+from brats_helpers.scoring.overlap import mean_dice, mean_dice_of_epoch
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, interval_text
@@ -29,29 +29,29 @@ from brats_helpers.training.model import build_model, summary
 from brats_helpers.training.settings import Settings, shown
 
 MEAN = "mean"
-"""Stands among the structures for the mean of a patient's WT, TC and ET."""
+"""The key, beside the structures, of the mean over a patient's WT, TC and ET."""
 SCORED = 8
-"""Validation patients that arms are compared on, at least, if the run has so many."""
+"""Smallest number of validation patients to compare arms on, if the run has enough patients."""
 Outcome = tuple[dict[str, pd.DataFrame], dict[str, dict]]
 """By arm: the history of its training, see `loop.fit`, and its scores in the form of `metrics.json`."""
 
 
 class _TurnOver(Exception):
-    """A training has had its turn."""
+    """The turn of a training is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all experiments of a notebook have in common.
+    """The set-up that all experiments of a notebook share.
 
     Attributes:
-        run: whose notebook this is; the experiments are in its folder `experiments`. An experiment that was scored
-            there on such a machine and with the same patients is not repeated.
+        run: of the notebook; the experiments are in its folder `experiments`. An experiment that was scored there
+            with the same patients on the same kind of machine is not repeated.
         questions: the names of the questions to answer.
         device, workers: see `loop.fit`.
         simulated: whether the patients are simulated.
         seeds: trainings of each arm, with seeds that count up from the settings' own.
-        turn_s: seconds of training after which the next arm has its turn, in whole epochs.
+        turn_s: seconds of training in a turn, rounded up to whole epochs.
     """
 
     run: Run
@@ -71,7 +71,7 @@ class Bench:
         val: Sequence[Packed],
         scored: Sequence[Packed],
     ) -> Outcome | None:
-        """`try_out`, if `question` is to be answered; else print what it costs and the command, and return None."""
+        """Return `try_out(...)` if this run asks `question`; else print its cost and the command, and return None."""
         if question in self.questions:
             return self.try_out(arms, train, val, scored)
         n = len(arms) * self.seeds
@@ -90,13 +90,13 @@ class Bench:
         val: Sequence[Packed],
         scored: Sequence[Packed],
     ) -> Outcome:
-        """Train the arms in turns and score each. An arm that two questions share is trained once.
+        """Train the arms in turns and score each. An arm that two questions share is trained only once.
 
         Args:
             arms: settings by a name for the reader; their `minutes` should be equal.
-            train: prepared cases to learn from.
-            val: prepared cases to choose the epoch by.
-            scored: prepared validation cases to compare the arms on, with their labels.
+            train: prepared cases for training.
+            val: prepared cases that choose the best epoch.
+            scored: prepared validation cases with labels, on which the arms are compared.
 
         Returns:
             By arm, the history of the first seed's training, and the scores: the Dice of WT, TC, ET and their `MEAN`,
@@ -129,10 +129,10 @@ class Bench:
     def _train_in_turns(
         self, todo: Mapping[str, tuple[str, Settings]], train: Sequence[Packed], val: Sequence[Packed]
     ) -> None:
-        """Train each for `turn_s`, then the next, until all are done: what slows the machine down slows all of them.
+        """Train each for `turn_s`, then the next, until all are done, so that a slow phase of the machine affects all.
 
-        A training resumes from `last.pt`, on the clock that stood still meanwhile. Each turn begins with the warm-up
-        steps of the preflight, which the clock does not count.
+        A training resumes from `last.pt`. Its clock counts neither the other turns nor the trial steps of the preflight
+        at the start of its own.
         """
         waiting = dict(todo)
         while waiting:
@@ -141,7 +141,7 @@ class Bench:
                 if self._turn(own, settings, train, val):
                     del waiting[key]
                 row = pd.read_csv(own.history).iloc[-1]
-                dice = np.mean([row[f"dice_{region}"] for region in REGIONS])
+                dice = mean_dice_of_epoch(row)
                 print(f"{title}: {duration(row['seconds'])} of training, mean validation Dice {dice:.3f}", flush=True)
 
     def _turn(self, own: Run, settings: Settings, train: Sequence[Packed], val: Sequence[Packed]) -> bool:
@@ -164,7 +164,7 @@ class Bench:
         return Run(self.run.folder / "experiments" / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', title)}-{key[:6]}")
 
     def _recall(self, key: str, title: str) -> bool:
-        """Whether an earlier session scored this experiment; its result is then known."""
+        """Load the result of an earlier session; return whether there is one."""
         for metrics in (self.run.folder / "experiments").glob(f"*-{key[:6]}/metrics.json"):
             print(f"{title}: scored before")
             self._done[key] = pd.read_csv(Run(metrics.parent).history), read_json(metrics)
@@ -179,7 +179,7 @@ class Bench:
             dice = region_dice(soft.argmax(axis=1).astype(np.uint8), np.asarray(case.labels), convention="brats2020")
             scores[case.id] = dice | {MEAN: mean_dice(dice)}
         write_json(own.metrics, self._collect(scores))
-        own.last.unlink()  # four times as large as the network, and of no more use
+        own.last.unlink()  # four times as large as the network, and no longer needed
         self._done[key] = pd.read_csv(own.history), read_json(own.metrics)
 
     def _collect(self, dice: Mapping[str, Mapping[str, float]]) -> dict:
@@ -187,7 +187,7 @@ class Bench:
         return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
 
     def _averaged(self, seeds: Sequence[Mapping]) -> dict:
-        """The scores of several seeds as those of one experiment."""
+        """Average the scores of several seeds, patient by patient."""
         cases = {}
         for case_id, first in seeds[0]["cases"].items():
             cases[case_id] = {
@@ -197,7 +197,7 @@ class Bench:
         return self._collect(cases) | {"seeds": means}
 
     def _key(self, settings: Settings, *cases: Sequence[Packed]) -> str:
-        """Changes with everything that scores follow from, the machine's speed and precision included."""
+        """Digest of everything that determines the scores, including the machine's speed and precision."""
         start = weights_file(settings.encoder_weights)
         weights = hashlib.sha256(start.read_bytes()).hexdigest() if start.is_file() else ""
         hardware = machine.describe(self.device)
@@ -216,18 +216,18 @@ def _check_unseen(weights: str, scored: Sequence[Packed]) -> None:
 def hold_out(
     train: Sequence[Packed], val: Sequence[Packed], *, n: int = SCORED, seed: int, groups: Mapping[str, str]
 ) -> tuple[list[Packed], list[Packed]]:
-    """Set training patients aside, drawn with the seed, until there are `n` validation patients to compare arms on.
+    """Move randomly drawn training patients to the validation patients until there are `n` to compare arms on.
 
-    At most half of the training patients are set aside, and whole persons only.
+    At most half of the training patients are moved. All scans of a person move together.
 
     Args:
         train, val: prepared cases.
-        n: how many patients are wanted.
+        n: wanted number of patients to compare on.
         seed: of the draw.
-        groups: by ID the person, as in splits.json.
+        groups: person by case ID, as in splits.json.
 
     Returns:
-        The patients left to learn from, and those to compare on, `val` first.
+        The patients left for training, and those to compare on, `val` first.
     """
     persons: dict[str, list[Packed]] = {}
     for case in train:
@@ -244,20 +244,20 @@ def hold_out(
 def rounds_of_few(
     train: Sequence[Packed], scored: Sequence[Packed], *, n: int, seed: int, groups: Mapping[str, str]
 ) -> list[tuple[list[Packed], list[Packed], list[Packed]]]:
-    """Make rounds of training on `n` patients drawn with the seed, who also choose the epoch.
+    """Plan trainings on `n` randomly drawn patients, who also choose the best epoch.
 
-    There is one round if `scored` has `ENOUGH_PAIRS` patients. Otherwise each of so many patients is left out once and
-    scored by a network of `n` others. There are no rounds if there are not `n` others.
+    One round is enough if `scored` has `ENOUGH_PAIRS` patients. Otherwise each of `ENOUGH_PAIRS` patients is left out
+    once and scored by a network trained on `n` others. Without `n` others there is no round.
 
     Args:
         train: prepared cases to draw from.
         scored: prepared cases to compare on.
-        n: how many patients to learn from.
+        n: number of patients to train on.
         seed: of the draw.
-        groups: by ID the person, as in splits.json.
+        groups: person by case ID, as in splits.json.
 
     Returns:
-        Per round the patients to learn from, to choose the epoch by, and to score.
+        For each round the patients to train on, to choose the epoch by, and to score.
     """
     order = np.random.default_rng(seed)
     drawn = [train[k] for k in order.permutation(len(train))]
@@ -275,7 +275,7 @@ def rounds_of_few(
 
 
 def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
-    """Put the scores of rounds on different patients, such as a leave-one-out, together as one experiment's."""
+    """Merge the scores of rounds on different patients, such as a leave-one-out, into those of one experiment."""
     together = {}
     for name, first in metrics[0].items():
         cases = {case_id: scores for found in metrics for case_id, scores in found[name]["cases"].items()}
@@ -285,10 +285,10 @@ def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
 
 
 def going_on_from(checkpoint: Path, base: Settings) -> Settings:
-    """`base`, but starting from the network of a checkpoint.
+    """Return `base` with the network of a checkpoint as its start.
 
     Raises:
-        DataError: there is no such checkpoint, or its network sees another input than `base` gives.
+        DataError: there is no such checkpoint, or its network has another input than `base`.
     """
     known = load_network(checkpoint, device=torch.device("cpu")).settings
     names = ("modalities", "context_slices", "patch_size")
@@ -306,7 +306,7 @@ def going_on_from(checkpoint: Path, base: Settings) -> Settings:
 def backbones(
     arms: Mapping[str, Settings], histories: Mapping[str, pd.DataFrame], metrics: Mapping[str, Mapping], shape: tuple
 ) -> pd.DataFrame:
-    """What each network costs, and what it reached in the same time.
+    """Compare the cost of each network, and the Dice that it reached in the same time.
 
     Args:
         arms, histories, metrics: see `Bench.try_out`.

@@ -1,7 +1,7 @@
 """Cross-validation and sweeps: one run for each fold and combination, then the scores of all patients together.
 
 A fold is a run like any other, with its own manifest, checkpoints, executed notebooks and metrics, made by the same
-notebooks; only its patients are split differently. So whatever can be done with a run can be done with a fold.
+notebooks; only its patients are split differently. Whatever can be done with a run can therefore be done with a fold.
 """
 
 import shutil
@@ -16,6 +16,7 @@ from brats_helpers.data.splits import PARTS, check_disjoint, read_splits
 from brats_helpers.files import read_json, whole_file, whole_folder, write_json
 from brats_helpers.log import fail
 from brats_helpers.runs import ONCE, PER_FOLD, Run
+from brats_helpers.scoring.overlap import mean_dice_of_epoch
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, write_cases_csv
 from brats_helpers.suite.plan import Plan
@@ -23,7 +24,7 @@ from brats_helpers.suite.stages import FINISHED, OUTDATED, begin, is_finished, m
 
 
 def run_members(plan: Plan, run: Run) -> bool:
-    """Run 00 and 01, then 02 and 03 for each fold and combination, gather and compare; return whether all finished."""
+    """Run 00 and 01, then 02 and 03 for each fold and combination; combine the scores. Return whether all finished."""
     begin(plan, run, shared=True, expected=[*ONCE, *(PER_FOLD if "" in plan.sweep else ())])
     if not run_stages(plan, run, ONCE):
         return False
@@ -99,7 +100,7 @@ def run_member(plan: Plan) -> bool:
 
 
 def _gathering(run: Run, name: str) -> Run:
-    """The run that gathers the folds of a combination: one inside `run`, or `run` itself where nothing is swept."""
+    """The run that gathers the folds of a combination: one inside `run`, or `run` itself without a sweep."""
     if not name:
         return run
     also = {"folds": shares(run), "unlabelled": read_json(run.splits)["unlabelled"]}
@@ -117,14 +118,14 @@ def _plan_of(plan: Plan, run: Run, values: Mapping[str, object]) -> Plan:
 
 
 def shares(run: Run) -> list[dict[str, list[str]]]:
-    """Return each fold's train, val and test, as 00_setup split the run's patients."""
+    """Return each fold's train, val and test patients, as 00_setup split them."""
     return [{name: parts[name] for name in PARTS} for parts in read_json(run.splits)["folds"]]
 
 
 def member(run: Run, name: str, parts: Mapping[str, list[str]]) -> Run:
     """Return the run `name` inside the folder of `run`, on the same prepared patients, split as `parts`.
 
-    Results that it holds already stay; they are outdated where its patients were split differently.
+    Its results are kept, but become outdated if its patients were split differently.
     """
     own = Run(run.folder / name)
     content = read_json(run.splits)
@@ -160,16 +161,16 @@ def _gather_and_record(plan: Plan, run: Run, members: Sequence[Run]) -> None:
 
 
 def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, convention: str, labels: str) -> None:
-    """Put together the results of the folds, in the files where notebook 03 leaves its own.
+    """Combine the results of the folds in the files that notebook 03 writes for a single run.
 
     `metrics.json` and `cases.csv`: every labelled patient, scored by the network of the fold that never saw it.
-    `predictions/`: those label maps, and for each unlabelled patient one by the averaged networks of all folds, under
-    the median of the rules that the folds chose; these are packed for submission, too.
+    `predictions/`: those label maps. Each unlabelled patient gets one from the averaged networks of all folds and the
+    median of the rules that the folds chose; these are also packed for submission.
 
     Args:
         run: the cross-validation.
         folds: its finished folds.
-        device, flips, convention, labels: as for notebook 03.
+        device, flips, convention, labels: as in notebook 03.
     """
     scores, filled, by_fold = {}, {}, [read_json(fold.metrics) for fold in folds]
     leakage = sorted({case_id for metrics in by_fold for case_id in metrics["leakage"]})
@@ -210,19 +211,16 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
 def compare_by_validation(run: Run, places: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Write and return `sweep.csv`: for each combination the validation Dice of its best epoch, averaged over folds.
 
-    Test patients have no say in which combination is chosen: whoever chooses by their scores cannot report those
-    scores any more.
+    Test patients must not decide: scores that were used to choose a combination are too optimistic to report for it.
 
     Args:
         run: the sweep.
-        places: by the name of a combination, the places of its folds in the run's folder.
+        places: by the name of a combination, the folders of its folds inside the run's folder.
     """
-    from brats_helpers.training.progress import mean_dice
-
     dice = {}
     for name, own_places in places.items():
         histories = [pd.read_csv(run.folder / place / "history.csv").to_dict("records") for place in own_places]
-        dice[name] = [max(map(mean_dice, history)) for history in histories]
+        dice[name] = [max(map(mean_dice_of_epoch, history)) for history in histories]
     table = pd.DataFrame(dice).T.rename(columns="fold {}".format)
     mean = table.mean(axis=1)
     table = table if len(table.columns) > 1 else table[[]]

@@ -1,7 +1,7 @@
-"""How far a training is, what it leaves in its folder, and whether an interrupted one can be resumed.
+"""The progress of a training, its files, and how an interrupted training resumes.
 
-`last.pt` is the truth: it is written first, and `best.pt` and `history.csv` follow from it. Whenever the training is
-killed, `resume` brings them in line again.
+`last.pt` is written first, and `best.pt` and `history.csv` follow from it. After a kill at any moment, `publish` makes
+them agree again.
 """
 
 import csv
@@ -11,29 +11,29 @@ from pathlib import Path
 import torch
 
 from brats_helpers.files import whole_file
-from brats_helpers.labels import REGIONS
 from brats_helpers.log import done, warn
+from brats_helpers.scoring.overlap import mean_dice_of_epoch
 from brats_helpers.training.checkpoint import CheckpointError, read_checkpoint, save_file
 from brats_helpers.training.settings import Settings, shown
 
 MAY_DIFFER = ("epochs", "minutes", "patience")
-"""Settings that only decide when a training stops: it can be resumed with other values."""
+"""Settings that only decide when a training stops. It can resume with other values of these."""
 
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        epoch: whole epochs done.
-        step: steps done of the epoch begun.
+        epoch: finished epochs.
+        step: finished steps of the present epoch.
         loss_sum: the sum of these steps' losses.
         seconds: of training and validation.
         best: highest mean Dice of WT, TC and ET so far.
         best_epoch: the epoch that reached it; 0 before the first.
-        start: epochs done when the learning rate schedule began, 0 unless a finished training was continued.
+        start: finished epochs when the learning rate schedule began; 0 unless a finished training was extended.
         start_s: seconds at that moment.
-        micro_batch: samples at a time that fitted into the memory, by device; none where whole batches do.
+        micro_batch: by device, samples at a time that fitted into memory; no entry if whole batches did.
         precision: of `steps.DTYPES`, by device.
         history: one row per epoch, see `loop.fit`.
     """
@@ -57,7 +57,7 @@ class Progress:
         return bool(self.epoch >= settings.epochs or stale or late)
 
     def share(self, settings: Settings, steps: int, seconds: float) -> float:
-        """How much of the learning rate schedule is over, 0 to 1 or more, by steps or by the clock.
+        """Return the elapsed share of the learning rate schedule, from 0 to 1 or more, by steps or by the clock.
 
         Args:
             settings: of the training.
@@ -70,37 +70,33 @@ class Progress:
         return share
 
     def add(self, row: dict[str, float]) -> bool:
-        """Note the row of an epoch that is over; return whether it is the best so far."""
+        """Record the row of a finished epoch; return whether it is the best so far."""
         self.history.append(row)
         self.epoch, self.step, self.loss_sum = row["epoch"], 0, 0.0
-        improved = mean_dice(row) > self.best
+        dice = mean_dice_of_epoch(row)
+        improved = dice > self.best
         if improved:
-            self.best, self.best_epoch = mean_dice(row), row["epoch"]
+            self.best, self.best_epoch = dice, row["epoch"]
         return improved
 
     def extend(self) -> None:
-        """Begin another learning rate schedule, for the epochs that are added to a finished training."""
+        """Begin a new learning rate schedule for the epochs added to a finished training."""
         self.start, self.start_s = self.epoch, self.seconds
 
 
-def mean_dice(row: dict[str, float]) -> float:
-    """What the best epoch is chosen by: the mean of the Dice of WT, TC and ET in a row of the history."""
-    return sum(row[f"dice_{region}"] for region in REGIONS) / len(REGIONS)
-
-
 def resume(folder: Path, origin: dict, settings: Settings) -> tuple[Progress, dict | None]:
-    """Find out where to go on.
+    """Decide where a training resumes.
 
-    A training of the same settings and patients is resumed, also if it had finished and `epochs` is now higher: the
-    added epochs get a learning rate schedule of their own. Of anything else the reason is said.
+    A training with the same settings and patients resumes. If it had finished and `epochs` is now higher, the added
+    epochs get a learning rate schedule of their own. Otherwise the reason for starting afresh is printed.
 
     Args:
         folder: of the training.
-        origin: what a checkpoint of the training now begun carries.
-        settings: of the training now begun.
+        origin: the entries that all checkpoints of the new training share.
+        settings: of the new training.
 
     Returns:
-        The progress and the content of `last.pt`; None with a new progress where the training starts afresh.
+        The progress and the content of `last.pt`; a new progress and None if the training starts afresh.
     """
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     if not last.exists():
@@ -109,12 +105,12 @@ def resume(folder: Path, origin: dict, settings: Settings) -> tuple[Progress, di
         saved = read_checkpoint(last)
         progress = Progress(**saved["progress"])
         if progress.best_epoch < progress.epoch and not best.exists():
-            raise CheckpointError(f"{best} is gone, which {last} goes with.")
+            raise CheckpointError(f"{best}, which belongs to {last}, is missing.")
     except CheckpointError as error:
         warn(f"{error} The training starts afresh.")
         return Progress(), None
     if changes := _changes(origin, saved):
-        warn(f"{last} is of another training ({', '.join(changes)}): starting afresh")
+        warn(f"{last} belongs to another training ({', '.join(changes)}): starting afresh")
         return Progress(), None
     before = Settings(**saved["settings"])
     if settings.epochs > before.epochs and progress.finished(before):
@@ -122,17 +118,17 @@ def resume(folder: Path, origin: dict, settings: Settings) -> tuple[Progress, di
             warn(f"epochs {before.epochs} then, {settings.epochs} now, but its time is up: raise minutes as well")
             return progress, saved
         progress.extend()
-        done(f"finished after epoch {progress.epoch}: going on to epoch {settings.epochs}, on a new schedule")
+        done(f"finished after epoch {progress.epoch}: continuing to epoch {settings.epochs} on a new schedule")
     elif progress.finished(settings):
-        done(f"trained before: epoch {progress.epoch} was the last, {progress.best_epoch} the best")
+        done(f"already trained: epoch {progress.epoch} was the last, {progress.best_epoch} the best")
     else:
         within = f" and {progress.step} steps" if progress.step else ""
-        done(f"going on after epoch {progress.epoch} of {settings.epochs}{within}")
+        done(f"resuming after epoch {progress.epoch} of {settings.epochs}{within}")
     return progress, saved
 
 
 def _changes(origin: dict, saved: dict) -> list[str]:
-    """What differs between a training and the one that a checkpoint is of."""
+    """List the differences between a training and the one that a checkpoint belongs to."""
     now, then = origin["settings"] | origin, asdict(Settings(**saved["settings"])) | saved
     ignored = ("settings", "facts", *MAY_DIFFER)
     return [
@@ -143,7 +139,7 @@ def _changes(origin: dict, saved: dict) -> list[str]:
 
 
 def set_aside(folder: Path) -> None:
-    """Move what an earlier training left out of the way of one that starts afresh, and say where to."""
+    """Move the files of an earlier training into a folder of their own, and print its path."""
     names = ("checkpoints/best.pt", "checkpoints/last.pt", "history.csv")
     left = [path for path in (folder / name for name in names) if path.exists()]
     if not any(path.suffix == ".pt" for path in left):
@@ -154,17 +150,17 @@ def set_aside(folder: Path) -> None:
     place.mkdir()
     for path in left:
         path.rename(place / path.name)
-    warn(f"what an earlier training left is kept in {place}")
+    warn(f"the files of an earlier training are kept in {place}")
 
 
 def publish(folder: Path, progress: Progress, origin: dict, averaged: dict) -> None:
-    """Bring `best.pt` and `history.csv` in line with `last.pt`.
+    """Update `best.pt` and `history.csv` to agree with `last.pt`.
 
     Args:
         folder: of the training.
         progress: as in `last.pt`.
-        origin: what a checkpoint of the training carries.
-        averaged: weights of the averaged network after the last whole epoch.
+        origin: the entries that all its checkpoints share.
+        averaged: EMA weights after the last whole epoch.
     """
     best = folder / "checkpoints" / "best.pt"
     if progress.best_epoch == progress.epoch and progress.step == 0 and not _holds(best, averaged):
@@ -176,7 +172,7 @@ def publish(folder: Path, progress: Progress, origin: dict, averaged: dict) -> N
 
 
 def _holds(best: Path, averaged: dict) -> bool:
-    """Whether `best.pt` has these weights already, so that repeating a finished stage leaves it untouched."""
+    """Whether `best.pt` already has these weights, so that repeating a finished stage leaves it untouched."""
     try:
         weights = read_checkpoint(best)["model"]
     except CheckpointError:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from itertools import combinations
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -19,6 +20,7 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import Case, find_cases
 from brats_helpers.data.nifti import read_image, read_mask, write_mask
 from brats_helpers.report import plots
+from brats_helpers.runs import Run
 
 DICE = {"P_1": (0.9, 0.8, 0.7), "P_2": (0.6, 0.5, 0.4), "P_3": (0.8, 0.7, 0.6)}
 
@@ -223,6 +225,26 @@ def test_training_curves_show_the_history_and_the_kept_epoch(history):
     plots.training_curves(history[["epoch", "train_loss"]], best_epoch=1, run="demo", simulated=False)
 
 
+def test_curves_grow_after_every_epoch_where_a_person_watches(history, tmp_path, monkeypatch):
+    run, shown = Run(tmp_path), []
+    run.record(simulated=True)
+    assert plots.live_curves(run) is None
+
+    def display(figure, display_id):
+        shown.append(figure)
+        return SimpleNamespace(update=shown.append)
+
+    monkeypatch.setattr("brats_helpers.machine.watched", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("IPython.display.display", display)
+    rows, follow = history.to_dict("records"), plots.live_curves(run)
+    for epochs in (1, 2, 3):
+        follow(rows[:epochs])
+    said = [everything_said(figure) for figure in shown]
+    assert len(said) == 3 and "epochs 1 to 1" in said[0]
+    assert "epochs 1 to 3 · dotted line: epoch 2, the one kept" in said[2]
+
+
 def test_batch_shows_the_middle_slice_of_a_stack():
     images = torch.zeros(2, 6, 32, 32)  # two modalities, three slices: channels 2 and 3 are the middle one
     images[:, 2], images[:, 3] = 1.0, 2.0
@@ -311,10 +333,10 @@ def test_doubt_is_shown_on_the_slice_with_most_errors(case):
     soft[at, :, row, column] = (0.26, 0.25, 0.25, 0.24)  # in doubt, and wrong
     figure = plots.doubt(packed, soft, modality="t1ce", modalities=list(case.images), simulated=False)
     shown = panels(figure)
-    assert f"{case.id} · errors and doubt · T1ce · axial slice {packed.origin[0] + at}" in everything_said(figure)
+    assert f"{case.id} · errors and uncertainty · T1ce · axial slice {packed.origin[0] + at}" in everything_said(figure)
     marked = shown["errors: 1 voxels"].images[1].get_array()
     assert np.argwhere(marked[..., 3]).tolist() == [[row, column]]
-    heat = shown["entropy: 0 sure, 1 all classes alike"].images[0].get_array()
+    heat = shown["entropy: 0 certain, 1 all classes equal"].images[0].get_array()
     assert np.unravel_index(heat.argmax(), heat.shape) == (row, column) and heat.max() > 0.99
     # -(0.94 log 0.94 + 3 * 0.02 log 0.02) / log 4
     assert heat.min() == pytest.approx(0.2113, abs=1e-3)

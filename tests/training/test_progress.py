@@ -1,4 +1,4 @@
-"""Resuming: where it fits the training goes on, else it starts afresh, says why, and keeps what was there."""
+"""Resuming: a training that fits resumes; another starts afresh, says why, and keeps the earlier files."""
 
 import dataclasses
 import shutil
@@ -6,18 +6,11 @@ import shutil
 import pytest
 import torch
 
-from brats_helpers.data.cache import prepare
-from brats_helpers.data.cases import find_cases
 from brats_helpers.training.checkpoint import save_file
 from brats_helpers.training.loop import Stopped, fit
 from brats_helpers.training.progress import Progress
 from brats_helpers.training.session import frozen_share
 from tests.tiny_training import HOW, SETTINGS, fit_tiny, same, stop, weights
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_patients, tmp_path_factory):
-    return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +26,36 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-@pytest.mark.parametrize("changes", [{"minutes": 40}, {"epochs": 4}, {"patience": 3}])
-def test_another_end_does_not_throw_a_training_away(prepared, tmp_path, capsys, changes):
+@pytest.fixture(scope="module")
+def stopped(prepared, tmp_path_factory):
+    """A training of three epochs in 50 minutes, stopped after the first; copy it before use."""
+    folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Stopped):
-        fit_tiny(prepared, tmp_path, {"follow": stop}, minutes=50)
+        fit_tiny(prepared, folder, {"follow": stop}, minutes=50)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"minutes": 40}, {"epochs": 2}, {"patience": 3}])
+def test_another_end_does_not_throw_a_training_away(prepared, stopped, tmp_path, capsys, changes):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     history = fit_tiny(prepared, tmp_path, **changes)
     assert [row["epoch"] for row in history] == [*range(1, changes.get("epochs", 3) + 1)]
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "resuming after epoch 1" in capsys.readouterr().out
 
 
-def test_a_training_begun_before_modality_dropout_existed_goes_on(prepared, folder, capsys):
+def test_a_training_begun_before_modality_dropout_existed_resumes(prepared, folder, capsys):
     last = folder / "checkpoints" / "last.pt"
     saved = weights(folder)
     assert saved["settings"].pop("modality_dropout") == 0
     save_file(last, saved)
     fit_tiny(prepared, folder, epochs=3)
-    assert "finished after epoch 2: going on to epoch 3" in capsys.readouterr().out
+    assert "finished after epoch 2: continuing to epoch 3" in capsys.readouterr().out
 
 
 def test_more_epochs_after_the_end_get_a_schedule_of_their_own(prepared, folder, capsys):
     before = weights(folder)
     history = fit_tiny(prepared, folder, epochs=4)
-    assert "finished after epoch 2: going on to epoch 4, on a new schedule" in capsys.readouterr().out
+    assert "finished after epoch 2: continuing to epoch 4 on a new schedule" in capsys.readouterr().out
     assert [row["epoch"] for row in history] == [1, 2, 3, 4] and history[:2] == before["progress"]["history"]
     # The rate is noted at the last of 4 steps an epoch: 7 of 8 steps are over by the end, 3 of 8 in its middle.
     rates = [row["lr"] / SETTINGS.lr for row in history]
@@ -91,7 +92,7 @@ def test_a_finished_training_is_left_untouched(prepared, folder, capsys):
     fit_tiny(prepared, folder, epochs=2)
     fit_tiny(prepared, folder, epochs=1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == before
-    assert "trained before: epoch 2 was the last" in capsys.readouterr().out
+    assert "already trained: epoch 2 was the last" in capsys.readouterr().out
 
 
 def test_other_settings_start_afresh_say_what_differs_and_keep_the_finished_training(prepared, folder, capsys):
@@ -101,7 +102,7 @@ def test_other_settings_start_afresh_say_what_differs_and_keep_the_finished_trai
     assert "lr 0.002 then, 0.001 now" in out and "starting afresh" in out and "batch_size" not in out
     assert "class_weights 1.0,1.0,1.0,1.0 then, 1.0,1.0,1.0,2.0 now" in out
     kept = folder / "checkpoints" / "earlier-1"
-    assert f"what an earlier training left is kept in {kept}" in out
+    assert f"the files of an earlier training are kept in {kept}" in out
     assert same(torch.load(kept / "best.pt")["model"], best["model"]) and (kept / "last.pt").exists()
     assert (kept / "history.csv").read_text() == history
     fit_tiny(prepared, folder, lr=1e-4, epochs=1)
@@ -136,7 +137,7 @@ def test_without_its_best_a_training_cannot_be_resumed(prepared, folder, capsys,
     save_file(folder / "checkpoints" / "last.pt", saved)
     (folder / "checkpoints" / "best.pt").unlink()
     fit_tiny(prepared, folder, epochs=2)
-    assert "best.pt is gone" in capsys.readouterr().out and (folder / "checkpoints" / "best.pt").exists()
+    assert "best.pt, which belongs to" in capsys.readouterr().out and (folder / "checkpoints" / "best.pt").exists()
 
 
 def test_the_schedule_follows_steps_or_the_clock_whichever_is_further():

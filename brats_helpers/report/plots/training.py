@@ -35,11 +35,12 @@ from brats_helpers.report.plots.style import (
     z_window,
 )
 from brats_helpers.runs import Run
+from brats_helpers.scoring.overlap import mean_dice_of_epoch
 
 
 @styled
 def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> Figure:
-    """How many patients and slices of each part hold each class, as share and as number.
+    """Share and number of the patients and slices of each part that hold each class.
 
     Args:
         counts: for each part of the split one array a patient, (slices, 4): voxels of each class per slice of
@@ -87,7 +88,7 @@ def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> F
 
 @styled
 def batch(images, masks, *, modalities: Sequence[str], count: int = 6, simulated: bool) -> Figure:
-    """Slices as the network sees them, the segmentation outlined.
+    """Slices as the network sees them, with the segmentation outlined.
 
     Args:
         images: (batch, channels, Y, X), z-scores; with neighbouring slices as channels, the middle one is shown.
@@ -98,10 +99,7 @@ def batch(images, masks, *, modalities: Sequence[str], count: int = 6, simulated
     images, masks = _middle(images, len(modalities))[:count], array(masks)[:count]
     figure, axes = panels(len(modalities), len(images), images.shape[2:])
     for row, name in enumerate(modalities):
-        for column, (image, mask) in enumerate(zip(images, masks, strict=True)):
-            show(axes[row, column], image[row], Z_WINDOW, PRINTED[name] if column == 0 else "")
-            for index, tissue in enumerate(CLASSES[1:], start=1):
-                outline(axes[row, column], mask == index, COLOURS[tissue])
+        _outlined(axes[row], images[:, row], masks, PRINTED[name])
     class_legend(figure)
     height, width = images.shape[2:]
     headline = f"A training batch · {', '.join(PRINTED[name] for name in modalities)}"
@@ -118,14 +116,19 @@ def augmentation(
     rows = {name: (_middle(x, len(modalities))[:count, 0], array(y)[:count]) for name, (x, y) in rows.items()}
     figure, axes = panels(2, len(rows["before"][0]), rows["before"][0].shape[1:])
     for row, (name, (pictures, classes)) in enumerate(rows.items()):
-        for column, (image, mask) in enumerate(zip(pictures, classes, strict=True)):
-            show(axes[row, column], image, Z_WINDOW, name if column == 0 else "")
-            for index, tissue in enumerate(CLASSES[1:], start=1):
-                outline(axes[row, column], mask == index, COLOURS[tissue])
+        _outlined(axes[row], pictures, classes, name)
     class_legend(figure)
     headline = f"Slices before and after augmentation · {PRINTED[modalities[0]]}"
     title(figure, headline, z_window(), simulated)
     return figure
+
+
+def _outlined(axes: Sequence[Axes], images: np.ndarray, masks: np.ndarray, name: str) -> None:
+    """Draw a row of slices with the outlines of their classes; the first one has the name as its title."""
+    for k, (ax, image, mask) in enumerate(zip(axes, images, masks, strict=True)):
+        show(ax, image, Z_WINDOW, name if k == 0 else "")
+        for index, tissue in enumerate(CLASSES[1:], start=1):
+            outline(ax, mask == index, COLOURS[tissue])
 
 
 @styled
@@ -138,7 +141,7 @@ def filters(colours, channels, *, modalities: Sequence[str], encoder: str, count
             slices as channels, those of the middle one are shown.
         modalities: names of a slice's channels.
         encoder: its name.
-        count: filters shown at most; those that vary most.
+        count: filters shown at most; those with the largest variation.
     """
     colours, channels = array(colours), _middle(channels, len(modalities))
     chosen = np.sort(colours.reshape(len(colours), -1).std(axis=1).argsort()[::-1][:count])
@@ -165,11 +168,11 @@ def _middle(images, modalities: int) -> np.ndarray:
 
 @styled
 def training_curves(history: pd.DataFrame, *, best_epoch: int, run: str, simulated: bool) -> Figure:
-    """Loss, validation Dice per region and class, learning rate and speed over the epochs, the best one marked.
+    """Loss, validation Dice per region and class, learning rate and speed over the epochs, with the best one marked.
 
     Args:
         history: `history.csv` of the run; a panel whose columns are missing stays empty.
-        best_epoch: the one whose weights were kept.
+        best_epoch: the one whose weights were saved.
         run: its name.
     """
     figure = plt.figure(figsize=(WIDTH, 6.2))
@@ -230,7 +233,7 @@ def comparison(
         scored_on: which patients were scored, `test` or `validation`.
     """
     end_s = max(history["seconds"].max() for history in histories.values())
-    curves = any(len(history) > 1 for history in histories.values())  # of one epoch each there is nothing to draw
+    curves = any(len(history) > 1 for history in histories.values())  # a single epoch gives no curve
     heights = [3.6] * curves + [0.9 + 0.63 * len(histories)]
     size = (WIDTH, sum(heights) + 0.8 * (not curves))
     figure, axes = plt.subplots(len(heights), 3, figsize=size, height_ratios=heights, sharey="row", squeeze=False)
@@ -271,7 +274,7 @@ def comparison(
 
 
 def live_curves(run: Run) -> Callable[[list[dict]], None] | None:
-    """Curves that grow in place after every epoch, for `launch(follow=...)`; None where nobody watches a notebook."""
+    """Curves that grow in place after every epoch, for `launch(follow=...)`; None if no one is watching a notebook."""
     if not (machine.watched() and "ipykernel" in sys.modules):
         return None
     shown = []
@@ -279,7 +282,7 @@ def live_curves(run: Run) -> Callable[[list[dict]], None] | None:
     def redraw(history: list[dict]) -> None:
         from IPython.display import display
 
-        best = max(history, key=lambda row: sum(row[region] for region in REGIONS))
+        best = max(history, key=mean_dice_of_epoch)
         figure = training_curves(
             pd.DataFrame(history), best_epoch=best["epoch"], run=run.name, simulated=run.manifest["simulated"]
         )
