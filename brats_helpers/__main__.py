@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,13 +15,12 @@ LABELS_HELP = (
     "how the masks are numbered: brats2020, brats2023, msd (Decathlon, nnU-Net), brats2012, gli2024, ped, met2025,"
     " menrt; default: auto, by names, numbers and anatomy"
 )
-FILL_HELP = "take a modality that a patient lacks as background"
 
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` names and return the exit code.
 
-    0; 1 for an error, also where `score` could not score everybody; 2 for wrong arguments.
+    0: success. 1: an error, or a patient that `score` or `predict` had to skip. 2: wrong arguments.
     """
     fit_terminal()
     if argv[:1] == ["run"]:
@@ -49,56 +49,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _verb(verbs, call: Callable, summary: str, details: str = "", *, run: bool = False) -> Callable:
+    """Add the verb that `call` is named after; return its `add_argument`. `run`: its argument is a run's folder."""
+    description = f"{summary[0].upper()}{summary[1:]}{details or '.'}"
+    verb = verbs.add_parser(call.__name__.lstrip("_"), help=summary, description=description)
+    verb.set_defaults(verb=call)
+    if run:
+        verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
+    return verb.add_argument
+
+
+def _add_fill_missing(add: Callable) -> None:
+    add("--fill-missing", action="store_true", help="replace a missing modality by background")
+
+
+def _add_json(add: Callable, content: str) -> None:
+    add("--json", metavar="FILE", type=Path, help=f"write {content} to FILE")
+
+
 def _add_train(verbs) -> None:
-    verb = verbs.add_parser(
-        "train",
-        help="train a run that notebook 02 began, in several processes",
-        description="Train a run that notebook 02 began; one of the processes of torchrun or `accelerate launch`.",
-    )
-    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
-    verb.set_defaults(verb=_train)
+    details = ". This is one of the processes of torchrun or `accelerate launch`."
+    _verb(verbs, _train, "train a run that notebook 02 began, in several processes", details, run=True)
 
 
 def _add_check(verbs) -> None:
-    verb = verbs.add_parser(
-        "check",
-        help="look for faults in a folder of patients",
-        description="Look for faults in a folder of patients; nothing is written or renamed there."
-        " Exit code: 0 no errors, 1 errors, 2 it could not run.",
-    )
-    verb.add_argument("data", metavar="DATA", type=Path, help="a folder of patients")
-    verb.add_argument("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
-    verb.add_argument("--labels", metavar="NAME", default="auto", help=LABELS_HELP)
-    verb.add_argument("--fill-missing", action="store_true", help=FILL_HELP)
-    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it: every finding, what each file holds")
-    verb.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
-    verb.set_defaults(verb=_check)
+    details = "; nothing is written or renamed there. Exit code: 0 no errors, 1 errors, 2 it could not run."
+    add = _verb(verbs, _check, "look for faults in a folder of patients", details)
+    add("data", metavar="DATA", type=Path, help="a folder of patients")
+    add("--modalities", metavar="LIST", help="what every patient needs; default: flair,t1,t1ce,t2")
+    add("--labels", metavar="NAME", default="auto", help=LABELS_HELP)
+    _add_fill_missing(add)
+    _add_json(add, "every finding and the content of each file")
+    add("--workers", metavar="N", type=int, default=os.cpu_count(), help="patients read at once")
 
 
 def _add_phantom(verbs) -> None:
-    verb = verbs.add_parser("phantom", help="write simulated patients", description="Write simulated patients.")
-    verb.add_argument("out", metavar="OUT", type=Path, help="folder for the patients' folders")
-    verb.add_argument("--cases", metavar="N", type=int, required=True, help="how many patients")
-    verb.add_argument("--seed", metavar="S", type=int, default=0, help="the same seed, the same patients; default: 0")
-    verb.add_argument(
+    add = _verb(verbs, _phantom, "write simulated patients")
+    add("out", metavar="OUT", type=Path, help="folder for the patients' folders")
+    add("--cases", metavar="N", type=int, required=True, help="how many patients")
+    add("--seed", metavar="S", type=int, default=0, help="the same seed gives the same patients; default: 0")
+    add(
         "--variety",
         choices=["typical", "broad"],
         default="typical",
         help="broad: more low-grade tumours, flawed images and unusual contrasts, for pretraining; default: typical",
     )
-    verb.set_defaults(verb=_phantom)
 
 
 def _add_predict(verbs) -> None:
-    verb = verbs.add_parser(
-        "predict",
-        help="segment patients with a trained network",
-        description="Segment patients with a trained network: DIR/<case>_seg.nii.gz, in each patient's own geometry."
-        " Patients that the network has seen in training are skipped, unless --allow-leakage is given. A patient with a"
-        " fault is skipped, too. Exit code 1 if any was skipped.",
+    details = (
+        ": DIR/<case>_seg.nii.gz, in each patient's own geometry. Patients that the network has seen in training are"
+        " skipped, unless --allow-leakage is given. A patient with a fault is skipped, too. Exit code 1 if any was"
+        " skipped."
     )
-    verb.add_argument("cases", metavar="CASE", type=Path, nargs="+", help="a patient's folder, or a folder of them")
-    verb.add_argument(
+    add = _verb(verbs, _predict, "segment patients with a trained network", details)
+    add("cases", metavar="CASE", type=Path, nargs="+", help="a patient's folder, or a folder of them")
+    add(
         "--checkpoint",
         metavar="CKPT",
         type=Path,
@@ -108,104 +114,83 @@ def _add_predict(verbs) -> None:
         help="runs/NAME/checkpoints/best.pt; given more than once: the networks' probabilities are averaged; default:"
         " the packaged network, trained on simulated patients, which does without any of the modalities",
     )
-    verb.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the segmentations")
-    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    verb.add_argument("--flips", action="store_true", help="average over mirror images too: better, and slower")
-    verb.add_argument(
+    add("--out", metavar="DIR", type=Path, required=True, help="folder for the segmentations")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--flips", action="store_true", help="average over mirror images too: better, and slower")
+    add(
         "--labels",
         metavar="NAME",
         default="auto",
         help="label numbers to write: 2020 (enhancing tumour is 4), 2023 (it is 3), msd, brats2012, gli2024, ped, ..."
         " default: auto, those of the patient's data set by its ID, else 2020",
     )
-    verb.add_argument(
-        "--postprocess", metavar="FILE", type=Path, help="apply the rules that a run chose: runs/NAME/postprocess.json"
-    )
-    verb.add_argument(
-        "--soft", metavar="DIR", type=Path, help="write DIR/<case>_soft.nii.gz as well: each class's probability"
-    )
-    verb.add_argument(
+    add("--postprocess", metavar="FILE", type=Path, help="apply the rules that a run chose: runs/NAME/postprocess.json")
+    add("--soft", metavar="DIR", type=Path, help="also write DIR/<case>_soft.nii.gz: each class's probability")
+    add(
         "--allow-leakage",
         action="store_true",
         help="predict patients that the network has seen, too, and name them in DIR/leakage.json",
     )
-    verb.add_argument("--fill-missing", action="store_true", help=FILL_HELP)
-    verb.set_defaults(verb=_predict)
+    _add_fill_missing(add)
 
 
 def _add_score(verbs) -> None:
-    verb = verbs.add_parser(
-        "score",
-        help="score segmentations against references",
-        description="Score segmentations against references: Dice, HD95, surface Dice and lesion F1 of WT, TC and ET,"
-        " per patient. Nothing is resampled, moved or relabelled. Exit code 1 if a patient cannot be scored because the"
-        " prediction is missing, has no patient in TRUTH_DIR, lies in another grid, cannot be read, or comes from a"
-        " network that had seen the patient; all others are scored. A patient without a reference is named, but is no"
-        " error.",
+    details = (
+        ": Dice, HD95, surface Dice and lesion F1 of WT, TC and ET, per patient. Nothing is resampled, moved or"
+        " relabelled. Exit code 1 if a patient cannot be scored because the prediction is missing, has no patient in"
+        " TRUTH_DIR, lies in another grid, cannot be read, or comes from a network that had seen the patient; all"
+        " others are scored. A patient without a reference is named, but is no error."
     )
-    verb.add_argument(
-        "pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz, or of one folder per patient"
-    )
-    verb.add_argument("truth_dir", metavar="TRUTH_DIR", type=Path, help="folder of patients with their segmentations")
-    verb.add_argument(
+    add = _verb(verbs, _score, "score segmentations against references", details)
+    add("pred_dir", metavar="PRED_DIR", type=Path, help="folder of <case>_seg.nii.gz, or of one folder per patient")
+    add("truth_dir", metavar="TRUTH_DIR", type=Path, help="folder of patients with their segmentations")
+    add(
         "--convention",
         choices=("brats2020", "brats2023", "brats2026"),
         default="brats2020",
         help="the challenge's rules by year; default: brats2020",
     )
-    verb.add_argument("--labels", metavar="NAME", default="auto", help=f"of both folders; {LABELS_HELP}")
-    verb.add_argument(
-        "--truth-labels", metavar="NAME", default="auto", help="the same for the references, if theirs differ"
-    )
-    verb.add_argument(
+    add("--labels", metavar="NAME", default="auto", help=f"of both folders; {LABELS_HELP}")
+    add("--truth-labels", metavar="NAME", default="auto", help="the same for the references, if theirs differ")
+    add(
         "--task",
         choices=("GLI", "SSA", "PED", "MEN", "MET"),
         help="the task whose rules count; default: as in the patients' names (BraTS-MET-...), else GLI",
     )
-    verb.add_argument(
+    add(
         "--pair",
         choices=("names", "digits"),
         default="names",
         help="digits: where names differ, pair by the numbers in them: SEG-00217-000 is BraTS-MET-00217-000",
     )
-    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, as metrics.json holds it")
-    verb.add_argument(
-        "--allow-leakage", action="store_true", help="score predictions of networks that had seen the patient as well"
-    )
-    verb.set_defaults(verb=_score)
+    _add_json(add, "the scores, in the form of metrics.json,")
+    add("--allow-leakage", action="store_true", help="also score predictions of networks that had seen the patient")
 
 
 def _add_compare(verbs) -> None:
-    verb = verbs.add_parser(
-        "compare",
-        help="compare two runs patient by patient",
-        description="Compare two runs patient by patient: mean of B minus A over the patients that both scored, with"
-        " its 95 % bootstrap interval over patients.",
-    )
-    verb.add_argument("a", metavar="RUN_A", type=Path, help="a run's folder, or a file in the form of metrics.json")
-    verb.add_argument("b", metavar="RUN_B", type=Path, help="the other one")
-    verb.add_argument("--json", metavar="FILE", type=Path, help="write all of it, every structure and metric")
-    verb.set_defaults(verb=_compare)
+    details = ": mean of B minus A over the patients that both scored, with its 95 % bootstrap interval over patients."
+    add = _verb(verbs, _compare, "compare two runs patient by patient", details)
+    add("a", metavar="RUN_A", type=Path, help="a run's folder, or a file in the form of metrics.json")
+    add("b", metavar="RUN_B", type=Path, help="the other one")
+    _add_json(add, "the differences of every structure and metric")
 
 
 def _add_export(verbs) -> None:
-    verb = verbs.add_parser(
-        "export",
-        help="hand a run's network on, as one file",
-        description="Write a run's network as one file without pickle: weights, settings, provenance, scores and model"
-        " card. With --onnx, write it as ONNX with a description in JSON beside it. predict --checkpoint takes all.",
+    details = (
+        " without pickle: weights, settings, provenance, scores and model card. With --onnx, an ONNX file with a"
+        " description in JSON beside it. predict --checkpoint takes all of them."
     )
-    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
-    verb.add_argument(
+    add = _verb(verbs, _export, "write a run's network as one file", details, run=True)
+    add(
         "--out",
         metavar="FILE",
         type=Path,
         required=True,
         help="FILE.zip; FILE.safetensors, with the card beside it in FILE.md; or FILE.onnx with --onnx",
     )
-    verb.add_argument("--onnx", action="store_true", help="write ONNX, for use without torch and without this suite")
-    verb.add_argument("--half", action="store_true", help="store the weights in half precision: half the size")
-    verb.add_argument(
+    add("--onnx", action="store_true", help="write ONNX, for use without torch and without this suite")
+    add("--half", action="store_true", help="store the weights in half precision: half the size")
+    add(
         "--real",
         metavar="FILE",
         type=Path,
@@ -213,17 +198,11 @@ def _add_export(verbs) -> None:
         default=[],
         help="add scores on real patients to file and card, as benchmarks/packaged.py --json writes them",
     )
-    verb.set_defaults(verb=_export)
 
 
 def _add_report(verbs) -> None:
-    verb = verbs.add_parser(
-        "report",
-        help="write a run's report again",
-        description="Write report/index.html and validation.md of a run from what is in its folder now.",
-    )
-    verb.add_argument("run", metavar="RUN", type=Path, help="the run's folder, runs/NAME")
-    verb.set_defaults(verb=_report)
+    details = ": report/index.html and validation.md, from the files that its folder holds now."
+    _verb(verbs, _report, "write a run's report again", details, run=True)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -268,7 +247,7 @@ def _check(options: argparse.Namespace) -> int:
     worst = summary["worst"]
     line = (
         f"{summary['patients']:,} patients: {worst['error']:,} with errors, {worst['warning']:,} with warnings,"
-        f" {worst['note']:,} with notes, {worst['clean']:,} with nothing to say"
+        f" {worst['note']:,} with notes, {worst['clean']:,} without findings"
     )
     (fail if worst["error"] else done)(line)
     unclear = any(finding["severity"] == "error" for finding in report["summary"]["findings"])
@@ -339,10 +318,10 @@ def _score(options: argparse.Namespace) -> int:
     if scores["leakage"]:
         warn(f"the network had seen {', '.join(scores['leakage'])}: these figures say nothing about new patients")
     unlabelled = [reason for reason in scores["not_scored"].values() if reason.startswith(("unlabelled", "extra"))]
-    n, all_of_them = len(scores["cases"]), len(scores["cases"] | scores["not_scored"]) - len(unlabelled)
+    n, total = len(scores["cases"]), len(scores["cases"] | scores["not_scored"]) - len(unlabelled)
     print(scores_table(scores))
-    if n < all_of_them:
-        warn(f"these are {n} of {all_of_them} patients: the others have no part in the mean")
+    if n < total:
+        warn(f"only {n} of {total} patients are scored: the others are not in the mean")
     print(("simulated patients; " if scores["simulated"] else "") + scores["convention"])
     if options.json:
         done(str(options.json))
@@ -360,7 +339,7 @@ def _compare(options: argparse.Namespace) -> None:
         if result[only]:
             warn(f"left out, because {other} has no score for them: {', '.join(result[only])} of {path}")
     if result["n"] < ENOUGH_PAIRS:
-        warn(f"{result['n']} patients in both: with so few, even a gain in each may be chance")
+        warn(f"only {result['n']} patients in both: with so few, even a gain in every patient may be chance")
     print(f"{options.b} minus {options.a}, {result['n']} patients: mean and 95 % interval")
     print(f"{'':4}{'Dice':^28}{'HD95 mm':^32}".rstrip())
     for region in REGIONS:

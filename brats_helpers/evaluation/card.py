@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
+import yaml
+
 from brats_helpers.evaluation.packaged import real_lines, whole_dice
 from brats_helpers.files import read_json
 from brats_helpers.labels import REGIONS
@@ -92,21 +94,27 @@ def _input(settings: Mapping) -> str:
 
 
 def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simulated: bool) -> list[str]:
-    lines = ["---", "license: mit", "library_name: brats_helpers", "pipeline_tag: image-segmentation"]
-    lines += ["tags:", "- brain-tumour", "- BraTS", "- MRI", "- U-Net", "metrics:", "- dice"]
+    front = {
+        "license": "mit",
+        "library_name": "brats_helpers",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["brain-tumour", "BraTS", "MRI", "U-Net"],
+        "metrics": ["dice"],
+    }
     results = []
     if summary := metrics.get("summary"):
         dice = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
-        results.append(("simulated patients" if simulated else "BraTS", "simulated" if simulated else "brats", dice))
-    results += [(f"{one['n']} real patients, {one['patients']}", "brats", whole_dice(one)[1]) for one in real]
+        results.append(_result("simulated patients" if simulated else "BraTS", "simulated" if simulated else "brats", dice))
+    results += [_result(f"{one['n']} real patients, {one['patients']}", "brats", whole_dice(one)[1]) for one in real]
     if results:
-        lines += ["model-index:", f"- name: {name}", "  results:"]
-    for data, kind, dice in results:
-        lines += ["  - task:", "      type: image-segmentation", "    dataset:", f"      name: {data}"]
-        lines += [f"      type: {kind}", "    metrics:"]
-        for region, value in dice.items():
-            lines += ["    - type: dice", f"      name: Dice {region}", f"      value: {value:.4f}"]
-    return [*lines, "---", ""]
+        front["model-index"] = [{"name": name, "results": results}]
+    return ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def _result(data: str, kind: str, dice: Mapping[str, float]) -> dict:
+    """One entry of the model index: the mean Dice of each region on one data set."""
+    metrics = [{"type": "dice", "name": f"Dice {region}", "value": round(value, 4)} for region, value in dice.items()]
+    return {"task": {"type": "image-segmentation"}, "dataset": {"name": data, "type": kind}, "metrics": metrics}
 
 
 def _scores(metrics: Mapping, patients: str) -> list[str]:

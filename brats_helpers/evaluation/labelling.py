@@ -13,28 +13,26 @@ from brats_helpers.data.nifti import read_labels
 from brats_helpers.data.numbering import AUTO, NEARLY_ALL, resolve
 from brats_helpers.labels import CLASSES, KNOWN_LABELS, NUMBERINGS, USUAL, DataError, find_numbering, labels_to_classes
 
-_BETTER = 0.05  # of the reference's tumour: by which another numbering has to agree better to be worth a word
+_BETTER = 0.05  # share of the reference's tumour by which another numbering must agree better to be suggested
 
 
 @dataclass
 class Labelling:
-    """The numbering of every prediction and reference, and what scoring has shown of them.
+    """The numbering of every prediction and reference, and what scoring has found out about them.
 
     Attributes:
         predictions, references: key of `NUMBERINGS` by case ID.
-        asked: whether a user named the numbering of the predictions.
         pairs: by case ID, how many voxels of each label of the prediction (rows) belong to each class of the reference.
         without_class: by case ID, voxels of the reference by label that count as background, as they have no class.
     """
 
     predictions: dict[str, str]
     references: dict[str, str]
-    asked: bool
     pairs: dict[str, np.ndarray] = field(default_factory=dict)
     without_class: dict[str, dict[int, int]] = field(default_factory=dict)
 
     def compare(self, case_id: str, pred: np.ndarray, truth: np.ndarray) -> None:
-        """Note what a pair of masks, label numbers of one shape, shows."""
+        """Record the labels of a pair of masks, label numbers of one shape."""
         box = bounding_box(pred, truth)
         pred, truth = pred[box].astype(np.uint8), truth[box].astype(np.uint8)
         table = NUMBERINGS[self.references[case_id]]
@@ -47,7 +45,7 @@ class Labelling:
         self.pairs[case_id] = joint.reshape(n, len(CLASSES))
 
     def hint(self) -> str:
-        """Which other numbering of the predictions fits the references better in nearly all patients, if one does."""
+        """Suggest another numbering of the predictions if it fits the references better in nearly all patients."""
         compared = [case_id for case_id, joint in self.pairs.items() if (joint[1:, 1:].sum(axis=0) > 0).sum() > 1]
         better: Counter[str] = Counter()
         for case_id in compared:
@@ -70,7 +68,7 @@ class Labelling:
         )
 
     def summary(self) -> dict:
-        """What `metrics.json` holds under `labels`."""
+        """Return the entry `labels` of `metrics.json`."""
         scored = self.pairs.keys()
         return {
             "predictions": dict(Counter(self.predictions[case_id] for case_id in scored)),
@@ -94,17 +92,17 @@ def label_folders(
 ) -> Labelling:
     """Find out how two folders are numbered.
 
-    References are told by `numbering.resolve`, with the images beside them. Predictions have the numbering that
-    `labels` names. If it is `auto`, they have that of their references where all their numbers fit it, else the usual.
+    `numbering.resolve` decides for the references, with the images beside them. Predictions have the numbering that
+    `labels` names. If it is `auto`, they have that of their references if all their numbers fit it, else the usual one.
 
     Args:
         preds, truths: files by case ID.
         truth_dir: where the patients' images lie.
-        labels: `auto`, or the numbering of the predictions; also that of the references if nothing else tells theirs.
+        labels: `auto`, or the numbering of the predictions; also used for references of unknown numbering.
         truth_labels: `auto`, or the numbering of the references.
 
     Raises:
-        DataError: no such numbering, or nothing tells that of the references.
+        DataError: no such numbering, or that of the references is unknown.
     """
     imaged = {case.id: case for case in survey(truth_dir).cases}
     cases = [imaged.get(case_id) or Case(case_id, {}, path) for case_id, path in truths.items()]
@@ -116,13 +114,13 @@ def label_folders(
         verdict = resolve(cases, labels)
     references = {case.id: case.numbering for case in verdict.apply(cases)}
     if labels != AUTO:
-        return Labelling(dict.fromkeys(preds, find_numbering(labels)), references, asked=True)
+        return Labelling(dict.fromkeys(preds, find_numbering(labels)), references)
     numbers: dict[str, frozenset[int]] = {}
     for case_id, path in preds.items():
         group = references.get(case_id, USUAL)
         numbers[group] = numbers.get(group, frozenset()) | _numbers(path)
     read_as = {name: name if NUMBERINGS[name].can_hold(found) else USUAL for name, found in numbers.items()}
-    return Labelling({case_id: read_as[references.get(case_id, USUAL)] for case_id in preds}, references, asked=False)
+    return Labelling({case_id: read_as[references.get(case_id, USUAL)] for case_id in preds}, references)
 
 
 def _numbers(path: Path) -> frozenset[int]:
@@ -135,7 +133,7 @@ def _numbers(path: Path) -> frozenset[int]:
 
 
 def label_notes(labels: Mapping) -> list[str]:
-    """What a reader of scores should know of the labels, a line each; see `Labelling.summary`."""
+    """Return what a reader of scores should know about the labels, a line each; see `Labelling.summary`."""
     notes = [labels["hint"]] if labels["hint"] else []
     for what in ("references", "predictions"):
         for name in labels[what].keys() - {"brats2020", "brats2023"}:

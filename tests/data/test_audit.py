@@ -621,7 +621,7 @@ def test_the_verb_check(tiny_patients, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
     assert main(["check", str(data), "--workers", "1"]) == 0
     assert capsys.readouterr().out == (
-        "✅ 4 patients: 0 with errors, 0 with warnings, 0 with notes, 4 with nothing to say\n"
+        "✅ 4 patients: 0 with errors, 0 with warnings, 0 with notes, 4 without findings\n"
     )
     for case_id in ("Tiny_0", "Tiny_1"):
         (data / case_id / f"{case_id}_t1.nii.gz").unlink()
@@ -631,7 +631,7 @@ def test_the_verb_check(tiny_patients, tmp_path, capsys):
     assert printed[0] == "❌ error missing-modality: 2"
     assert printed[1].startswith("   Tiny_0/Tiny_0_t1.nii.gz: No Tiny_0_t1.nii.gz in Tiny_0 (missing: t1;")
     assert printed[3] == "note stray-file: 1"
-    assert printed[-1].startswith("❌ 4 patients: 2 with errors, 0 with warnings, 0 with notes, 2 with nothing")
+    assert printed[-1].startswith("❌ 4 patients: 2 with errors, 0 with warnings, 0 with notes, 2 without findings")
     report = json.loads((tmp_path / "new" / "check.json").read_text(), parse_constant=pytest.fail)
     assert set(report) == {"cases", "summary"} and list(report["cases"]) == [f"Tiny_{k}" for k in range(4)]
     assert set(report["cases"]["Tiny_0"]["findings"][0]) == {"code", "severity", "file", "message"}
