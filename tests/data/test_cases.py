@@ -3,15 +3,14 @@
 import json
 import os
 
-import nibabel as nib
 import numpy as np
 import pytest
 
 from brats_helpers.__main__ import main
 from brats_helpers.data.cases import find_cases, find_segs, survey
 from brats_helpers.labels import DataError
+from tests.volumes import AFFINE, grid, save
 
-AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 ALL = ("flair", "t1", "t1ce", "t2")
 
 
@@ -25,17 +24,6 @@ def touch(root, *names):
 
 def patient(root, folder, case, *, kinds=(*ALL, "seg"), ending=".nii.gz", dash="_"):
     touch(root, *(f"{folder}/{case}{dash}{kind}{ending}" for kind in kinds))
-
-
-def save(path, data, dtype=np.int16, affine=AFFINE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.asarray(data, dtype), affine), path)
-    return path
-
-
-def grid(values=(0, 1, 2, 4)):
-    """2 x 3 x 4 voxels that take `values` in turn."""
-    return np.resize(values, (2, 3, 4))
 
 
 # ---- Finding

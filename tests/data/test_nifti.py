@@ -13,19 +13,7 @@ from brats_helpers.data import nifti
 from brats_helpers.data.cases import find_segs
 from brats_helpers.data.nifti import read_image, read_mask
 from brats_helpers.labels import DataError
-
-AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
-
-
-def save(path, data, dtype=np.int16, affine=AFFINE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.asarray(data, dtype), affine), path)
-    return path
-
-
-def grid(values=(0, 1, 2, 4)):
-    """2 x 3 x 4 voxels that take `values` in turn."""
-    return np.resize(values, (2, 3, 4))
+from tests.volumes import AFFINE, grid, save
 
 
 @pytest.mark.parametrize("name", ["plain.nii", "packed.nii.gz"])

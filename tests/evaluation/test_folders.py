@@ -13,13 +13,11 @@ from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import score_case
 from brats_helpers.scoring.statistics import summarise
 from tests.scoring.shapes import MM, tumour
-
-AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
+from tests.volumes import AFFINE, save
 
 
 def put(path, classes, numbering="2020", affine=AFFINE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(classes_to_labels(classes, numbering), affine), path)
+    save(path, classes_to_labels(classes, numbering), np.uint8, affine)
 
 
 @pytest.fixture

@@ -22,20 +22,10 @@ from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.labels import MODALITIES, DataError
 from brats_helpers.scoring.overlap import dice
 from brats_helpers.scoring.scores import score_case
-from brats_helpers.training.loop import fit
 from tests.conftest import write_tiny_case
 from tests.evaluation.echo import echo, with_classes_as_images
-from tests.tiny_training import HOW, SETTINGS
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_patients, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit(SETTINGS, packed[:3], packed[3:], folder, **HOW)
-    return folder / "checkpoints" / "best.pt"
 
 
 def test_predictions_lie_in_the_patients_own_geometry(checkpoint, tmp_path):

@@ -12,21 +12,12 @@ from brats_helpers.data.content import image_hash
 from brats_helpers.evaluation import networks
 from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, load_networks, predict
 from brats_helpers.labels import MODALITIES, DataError
-from brats_helpers.training.loop import fit
 from tests.conftest import write_tiny_case
 from tests.evaluation.echo import echo, with_classes_as_images
-from tests.tiny_training import HOW, SETTINGS, fit_tiny
+from tests.tiny_training import fit_tiny
 
 CPU = torch.device("cpu")
 ORDER = {"channels": MODALITIES, "flips": False}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_patients, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    packed = [pack(case) for case in find_cases(tiny_patients)]
-    fit(SETTINGS, packed[:3], packed[3:], folder, **HOW)
-    return folder / "checkpoints" / "best.pt"
 
 
 @pytest.fixture

@@ -384,11 +384,7 @@ def test_how_the_run_was_made(run):
     del stages["02_train"]  # run by hand
     run.record(stages=stages)
     lines = look(run)
-    for check in (
-        "commands-recorded",
-        "revision-clean",
-        "versions-recorded",
-    ):
+    for check in ("commands-recorded", "revision-clean", "versions-recorded"):
         assert lines[check].mark == Mark.PARTLY and lines[check].evidence.endswith("unknown for: 02_train")
 
 

@@ -56,20 +56,6 @@ def test_background_around_the_tumour_changes_nothing(rule):
         assert large[structure] == pytest.approx(figures)
 
 
-@pytest.mark.parametrize("rule", ["brats2020", "brats2023"])
-def test_a_wrong_reference_is_scored_as_wrong(rule):
-    truth = tumour((30, 30, 20), 3)
-    pred = truth.copy()
-    pred[:2] = 0
-    right = score_case(pred, truth, spacing_mm=MM, convention=rule)
-    swapped = score_case(pred, np.array([0, 2, 1, 3], np.uint8)[truth], spacing_mm=MM, convention=rule)
-    shifted = score_case(pred, np.roll(truth, 1, axis=2), spacing_mm=MM, convention=rule)
-    for structure in ("TC", "NCR", "ED"):
-        assert swapped[structure]["dice"] < right[structure]["dice"] - 0.1
-    for structure in right:
-        assert shifted[structure]["dice"] < right[structure]["dice"] - 0.05
-
-
 def test_an_unknown_rule_and_an_impossible_voxel_size_are_refused():
     good = np.zeros((4, 4, 4), np.uint8)
     with pytest.raises(ValueError, match="brats2020, brats2023"):

@@ -59,12 +59,6 @@ def test_edge_distances_equal_brute_force(name):
 
 
 @every_pair
-def test_hd95_of_edge_voxels_agrees_with_medpy(name, medpy):
-    pred, truth, spacing = PAIRS[name]
-    assert pooled_hd95(*PAIRS[name]) == pytest.approx(medpy.hd95(pred, truth, voxelspacing=spacing), abs=1e-9)
-
-
-@every_pair
 def test_edge_distances_agree_with_monai(name, monai):
     pred, truth, spacing = PAIRS[name]
     torch = pytest.importorskip("torch")

@@ -144,10 +144,3 @@ def test_constraints_meet_the_requirements():
     for requirement in map(Requirement, required(ROOT)):
         name = requirement.name.lower().replace("_", "-")
         assert requirement.specifier.contains(exact[name]), requirement
-
-
-def test_no_private_name_of_another_package_is_used():
-    """What an earlier revision used of argparse, ipykernel and torch."""
-    private = re.compile(r"parser\._actions|kernel\._allow_stdin|torch\.cpu\._|_is_avx512_bf16_supported")
-    sources = {path: path.read_text("utf-8") for path in (ROOT / "brats_helpers").rglob("*.py")}
-    assert [str(path) for path, source in sources.items() if private.search(source)] == []

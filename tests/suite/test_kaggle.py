@@ -176,7 +176,7 @@ def test_a_connection_that_stays_broken_ends_the_waiting_and_the_same_command_go
     monkeypatch.setattr(kaggle_run, "_PATIENCE_S", 1)
     assert push(tmp_path, "--yes") == 1
     printed = capsys.readouterr().out
-    assert "The run goes on: https://kaggle/code/tester/it. The same command" in printed
+    assert "The run continues: https://kaggle/code/tester/it. The same command" in printed
 
     kaggle.states = ["COMPLETE"]
     assert push(tmp_path) == 0  # no consent needed
@@ -187,7 +187,7 @@ def test_credentials_that_expire_during_the_run(kaggle, account, tmp_path, capsy
     kaggle.states = ["RUNNING", 401]
     assert push(tmp_path, "--yes") == 1
     printed = capsys.readouterr().out
-    assert "(401)" in printed and "KAGGLE_API_TOKEN" in printed and "The run goes on" in printed
+    assert "(401)" in printed and "KAGGLE_API_TOKEN" in printed and "The run continues" in printed
     kaggle.states = ["COMPLETE"]
     assert push(tmp_path) == 0 and len(kaggle.pushed) == 1
 
@@ -197,7 +197,6 @@ def test_credentials_that_expire_during_the_run(kaggle, account, tmp_path, capsy
     [
         (["--data", "."], "--on kaggle has Kaggle's data sets and simulated patients"),
         (["--prepare-only"], "--prepare-only"),
-        (["-p", "cache_dir", "x"], "-p cache_dir: a place on this machine"),
         (["--only", "03"], "03_evaluate needs 02_train"),
     ],
 )

@@ -65,25 +65,8 @@ def test_a_profile_with_a_key_of_no_notebook_is_an_error(checkout, capsys):
 
 
 def test_values_are_typed_and_reach_every_notebook_that_declares_them(checkout):
-    arguments = [
-        "--data",
-        str(checkout),
-        "-p",
-        "lr",
-        "1e-3",
-        "-p",
-        "skip",
-        "yes",
-        "-p",
-        "epochs",
-        "5",
-        "--run",
-        "x",
-        "-p",
-        "data_dir",
-        "d",
-    ]
-    plan = make_plan(arguments, checkout)
+    pairs = ["-p", "lr", "1e-3", "-p", "skip", "yes", "-p", "epochs", "5", "-p", "data_dir", "d"]
+    plan = make_plan(["--data", str(checkout), "--run", "x", *pairs], checkout)
     folder = str(checkout / "runs" / "x")
     assert plan.given == {
         "00_setup": {

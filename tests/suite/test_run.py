@@ -63,7 +63,7 @@ def test_a_failing_notebook_says_where_and_leaves_itself(checkout):
     assert (
         "❌ 03_evaluate failed in code cell 4, under 'The last step': trained = Path(run_dir, 'trained').read_text()\n"
         "   AssertionError: thirteen\n   brings bad luck\n"
-        f"   The notebook as far as it came: {path}\n"
+        f"   The notebook up to there: {path}\n"
     ) in answer.stdout
     assert "Traceback" not in answer.stdout + answer.stderr
     errors = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", ())]

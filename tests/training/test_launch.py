@@ -36,7 +36,7 @@ def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys
 
 
 def test_what_went_wrong_in_a_process_is_repeated(parts, tmp_path, capsys):
-    with pytest.raises(RuntimeError, match="failed in one of 3 processes.*batch_size 4 cannot be shared out evenly"):
+    with pytest.raises(RuntimeError, match="failed in one of 3 processes.*batch_size 4 cannot be shared evenly"):
         launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=3, **HOW)
 
 

@@ -19,8 +19,6 @@ import torch
 from accelerate import Accelerator
 
 from brats_helpers import machine
-from brats_helpers.data.cache import prepare
-from brats_helpers.data.cases import find_cases
 from brats_helpers.evaluation import networks
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.training import loop, preflight, progress, session, steps
@@ -30,11 +28,6 @@ from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import build_model
 from brats_helpers.training.weights import PACKAGED_ENCODER
 from tests.tiny_training import CUBES, HOW, SETTINGS, fit_tiny, same, stop, weights
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_patients, tmp_path_factory):
-    return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,7 @@ def test_the_seed_decides_whatever_the_number_of_workers(prepared, whole, tmp_pa
 
 
 def test_stopped_after_an_epoch_it_resumes_and_ends_to_the_bit_the_same(prepared, whole, tmp_path):
-    with pytest.raises(Stopped, match="stopped; run this again, and it goes on") as stopped:
+    with pytest.raises(Stopped, match="stopped; run this again to resume") as stopped:
         fit_tiny(prepared, tmp_path, {"follow": stop})
     assert stopped.value._render_traceback_() == [str(stopped.value)]  # all that a notebook shows
     history = fit_tiny(prepared, tmp_path)
@@ -96,7 +89,7 @@ def test_stopped_within_an_epoch_it_resumes_from_there(prepared, whole, tmp_path
     saved = weights(tmp_path)
     assert torch.__version__.startswith(saved["versions"]["torch"]) and len(saved["fingerprint"]) == 16
     fit_tiny(prepared, tmp_path)
-    assert "going on after epoch 1 of 3 and 2 steps" in capsys.readouterr().out
+    assert "resuming after epoch 1 of 3 and 2 steps" in capsys.readouterr().out
     assert ends_like(tmp_path, whole)
 
 
@@ -159,6 +152,8 @@ def program(text, *arguments, processes=None):
     """Run a Python program that has this module's names, in one process or in several of torchrun; its output."""
     head = f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
+from brats_helpers.data.cache import prepare
+from brats_helpers.data.cases import find_cases
 from tests.training.test_loop import *
 torch.set_num_threads(1)
 prepared = prepare(find_cases(sys.argv[1]), cache_dir=Path(sys.argv[2]) / "cache", workers=1)
@@ -216,7 +211,7 @@ fit_tiny(prepared, Path(sys.argv[2]), **changes, frozen_epochs=1, unfreeze_epoch
 
 
 def test_two_processes_train_as_one(tiny_patients, tmp_path):
-    """With the same batch, shared out: the same losses and validation figures, within rounding.
+    """Sharing the same batch, they reach the same losses and validation figures, within rounding.
 
     BatchNorm keeps its statistics here: what makes it see the whole batch, SyncBatchNorm, exists on GPUs only.
     """
@@ -267,7 +262,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(prepared, tm
     seen = _needs_memory(monkeypatch, fits=3)
     with pytest.raises(Stopped):
         fit_tiny(prepared, tmp_path, {"follow": stop}, batch_size=8, epochs=2)
-    assert capsys.readouterr().out.count("⚠️ out of memory: going on with 2 slices at a time") == 1
+    assert capsys.readouterr().out.count("⚠️ out of memory: continuing with 2 slices at a time") == 1
     assert seen[:3] == [8, 4, 2] and set(seen[2:]) == {2}
     # Two steps of 8 slices in four micro-batches each, and before them four steps that were timed.
     assert len(seen) == 2 + 4 * 4 + 2 * 4

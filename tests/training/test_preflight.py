@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from brats_helpers import machine
-from brats_helpers.data.cache import prepare
-from brats_helpers.data.cases import find_cases
 from brats_helpers.training import preflight
 from brats_helpers.training.preflight import Preflight, choose_sizes, settle
 from brats_helpers.training.settings import Execution, SettingsError
@@ -27,11 +25,6 @@ PLAN = Preflight(
     memory_gib=1.0,
 )
 """Three epochs of 25 s."""
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_patients, tmp_path_factory):
-    return prepare(find_cases(tiny_patients), cache_dir=tmp_path_factory.mktemp("cache"), workers=1)
 
 
 def test_patch_and_batch_follow_the_memory(monkeypatch):

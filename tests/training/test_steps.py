@@ -12,18 +12,11 @@ def test_gradients_in_micro_batches_are_those_of_the_batch():
     """For a loss that is a mean over slices, to rounding."""
     model = torch.nn.Conv2d(2, 4, 3, padding=1)
     images, masks = torch.randn(6, 2, 8, 8), torch.randint(0, 4, (6, 8, 8))
-    how = {"accelerator": Accelerator(cpu=True), "scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    how = {"accelerator": Accelerator(cpu=True), "scaler": scaler, "precision": "float32"}
     found = []
     for micro_batch in (6, 4, 1):
-        loss = gradients(
-            model,
-            torch.nn.functional.cross_entropy,
-            images,
-            masks,
-            **how,
-            precision="float32",
-            micro_batch=micro_batch,
-        )
+        loss = gradients(model, torch.nn.functional.cross_entropy, images, masks, **how, micro_batch=micro_batch)
         found.append((loss, model.weight.grad.clone()))
     for loss, gradient in found[1:]:
         torch.testing.assert_close(loss, found[0][0])
