@@ -1,14 +1,13 @@
 """Brain-tumour segmentation on BraTS data: from scans to a trained, honestly scored network.
 
-The names below are what a notebook of one's own needs. Each is loaded when it is first used, so importing the package
-takes no time.
+The names below are enough for your own notebook. Each is imported on first use, so importing the package is instant.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "audit": "data.audit",
     "find_cases": "data.cases",
     "prepare": "data.cache",
@@ -24,14 +23,14 @@ _HOMES = {
     "score_folders": "evaluation.folders",
     "Run": "runs",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

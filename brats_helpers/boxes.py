@@ -6,13 +6,13 @@ import numpy as np
 def bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:
     """Return the smallest box that holds every non-zero voxel of all `masks`, bool or numbers, shape (X, Y, Z).
 
-    The box is empty if there is none.
+    The box is empty if there is no such voxel.
     """
     boxes = []
     for mask in masks:
-        mask = mask if mask.dtype.kind in "bu" else mask != 0  # a maximum does not see negative numbers
+        mask = mask if mask.dtype.kind in "bu" else mask != 0  # the maximum below would miss negative numbers
         box = [slice(None)] * 3
-        for axis in np.argsort(mask.strides)[::-1]:  # memory in order first, then only what is left
+        for axis in np.argsort(mask.strides)[::-1]:  # slowest axis first, then only the remaining box
             used = np.flatnonzero(mask[tuple(box)].max(axis=tuple({0, 1, 2} - {axis}), initial=0))
             if not used.size:
                 break

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 PART = ".part-"
-"""How the names of unfinished folders begin."""
-_STALE_S = 24 * 3600  # nothing takes so long to write
+"""Prefix of the names of unfinished folders."""
+_STALE_S = 24 * 3600  # no write takes this long
 
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write that takes its name only when it is complete and on disk; until then the old one stays.
+    """Open a file for writing that gets its name only when it is complete and on disk; until then the old one stays.
 
     If several processes write it at once, the last to finish wins.
     """
@@ -40,7 +40,7 @@ _REQUIRED = object()
 
 
 def read_json(path: Path, default: object = _REQUIRED) -> Any:
-    """Read JSON as UTF-8, whatever the locale; return `default`, if given, where there is no such file.
+    """Read JSON as UTF-8, whatever the locale; return `default`, if given, if there is no such file.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,7 +68,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def part_folder(beside: Path) -> Iterator[Path]:
-    """Yield a hidden folder inside `beside` to work in; rename what is complete. `sweep` removes what a kill leaves."""
+    """Yield a hidden work folder inside `beside`; move complete files out. `sweep` removes it after a kill."""
     folder = beside / f"{PART}{processes()}-{os.getpid()}-{secrets.token_hex(8)}"
     folder.mkdir(parents=True)
     try:
@@ -79,7 +79,7 @@ def part_folder(beside: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which takes the place of `path` when it is complete; until then that one stays."""
+    """Yield an empty folder to fill. It replaces `path` when it is complete; until then the old one stays."""
     sweep(path.parent)
     with part_folder(path.parent) as folder:
         new = folder / path.name
@@ -103,7 +103,7 @@ def sweep(beside: Path) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process with this number runs, among those that `processes` stands for."""
+    """Whether a process with this number is running, in the scope of `processes`."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

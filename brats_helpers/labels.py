@@ -16,7 +16,7 @@ CLASSES = ("background", "NCR", "ED", "ET")
 REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 """The challenge's regions as sets of class indices; they overlap."""
 STRUCTURES = REGIONS | {"NCR": (1,), "ED": (2,)}
-"""What is scored, as sets of class indices: the regions, and the labels that are no region (the label ET is one)."""
+"""The scored sets of class indices: the regions, and the labels NCR and ED (the label ET is a region)."""
 COLOURS = {
     "background": "#8C8C8C",
     "NCR": "#009E73",
@@ -25,24 +25,24 @@ COLOURS = {
     "WT": "#0072B2",
     "TC": "#CC79A7",
 }
-"""The one colour of each class and region (Okabe and Ito's palette, made for colour-blind readers)."""
+"""The colour of each class and region (Okabe and Ito's palette for colour-blind readers)."""
 
 
 class DataError(Exception):
-    """Something about the data on disk is wrong; the message says which case and file, and how to mend it."""
+    """Something is wrong with the data on disk; the message names case and file, and says what to do."""
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """One way to number the tissues in a mask.
+    """A convention for numbering the tissues in a mask.
 
     Attributes:
-        source: the releases or tools that number so.
+        source: the releases or tools that use it.
         classes: class index of each label number; the first number of a class is the one written.
-        no_class: what the label numbers are that belong to no class; they are read as background.
-        either: two numbers, in order, of one tissue; a mask holds only one of them.
-        regions: those of `REGIONS` that the numbers can tell apart.
-        case_id: pattern of the case IDs that are known to be numbered so; empty if none is.
+        no_class: meaning of the label numbers that belong to no class and are read as background.
+        either: two numbers, in order, of the same tissue; a mask uses only one of them.
+        regions: those of `REGIONS` that the numbers distinguish.
+        case_id: pattern of the case IDs known to use it; empty if there are none.
     """
 
     source: str
@@ -54,7 +54,7 @@ class Numbering:
 
     @property
     def numbers(self) -> set[int]:
-        """All label numbers that a mask may hold, background aside."""
+        """All label numbers that a mask may hold, except background."""
         return {*self.classes, *self.no_class}
 
     @property
@@ -100,10 +100,10 @@ KNOWN_LABELS = frozenset().union(*(table.numbers for table in NUMBERINGS.values(
 """All tumour labels of any numbering."""
 ALIASES = {"2020": "brats2020", "2023": "brats2023", "2012": "brats2012", "nnunet": "msd", "decathlon": "msd"}
 USUAL = "brats2020"
-"""The numbering of masks about which nothing says otherwise."""
+"""The numbering of masks without evidence for another one."""
 OTHERWISE = "If the masks are numbered in another way, name it: -p labels NAME, or --labels NAME."
 NEAR = 0.02
-"""How far a stored label may lie from a whole number: rounding by the slope of a NIfTI header."""
+"""Largest distance of a stored label from a whole number: the slope of a NIfTI header causes rounding."""
 
 
 def check_modalities(modalities: Iterable[str]) -> None:
@@ -117,7 +117,7 @@ def check_modalities(modalities: Iterable[str]) -> None:
 
 
 def find_numbering(name: str) -> str:
-    """Return the key of `NUMBERINGS` that a user means, who may give an alias. `DataError` if there is none."""
+    """Return the key of `NUMBERINGS` for a name or an alias, or raise `DataError`."""
     known = ALIASES.get(str(name).lower(), str(name).lower())
     if known not in NUMBERINGS:
         listed = "\n".join(f"  {key}: {numbering.source}" for key, numbering in NUMBERINGS.items())
@@ -126,22 +126,22 @@ def find_numbering(name: str) -> str:
 
 
 def usual_numbering(case_id: str) -> str:
-    """The numbering to expect where nothing tells it: that of 2023 for names such as `BraTS-GLI-00001-000`, else 2020.
+    """The numbering to assume without other evidence: 2023's for names such as `BraTS-GLI-00001-000`, else 2020's.
 
-    Both read alike, so it matters only to what is written.
+    Both are read in the same way, so the difference matters only for writing.
     """
     return "brats2023" if re.match(r"BraTS-[a-z]+-", case_id, re.IGNORECASE) else USUAL
 
 
 def numbering_of_id(case_id: str) -> str:
-    """The numbering that a case ID tells (`BraTS-PED-00001-000`: `ped`), or an empty string."""
+    """The numbering that a case ID implies (`BraTS-PED-00001-000`: `ped`), or an empty string."""
     for name, numbering in NUMBERINGS.items():
         if numbering.case_id and re.match(numbering.case_id, case_id, re.IGNORECASE):
             return name
     return ""
 
 
-_TISSUES = (  # words in the names that data sets give their labels; the first that fits counts
+_TISSUES = (  # words in data sets' names of labels; the first match counts
     ("cavity", r"cavity|resection|\brc\b"),
     ("NCR", r"non.?enh|necro|cyst|\bncr\b|\bnetc?\b"),
     ("ED", r"edema|flair|\bed\b|snfh"),
@@ -152,7 +152,7 @@ _TISSUES = (  # words in the names that data sets give their labels; the first t
 
 
 def numbering_of_names(labels: Mapping) -> str:
-    """The numbering of a data set that names its labels, or an empty string if no known one fits.
+    """The numbering of a data set with named labels, or an empty string if no known one fits.
 
     Args:
         labels: as in `dataset.json`: name by number (`{"1": "edema"}`, the Decathlon's), number by name, or numbers of

@@ -1,9 +1,9 @@
 """The suite's log vocabulary: four marks, one line each, nothing else.
 
->>> done("24 patients found")            # ✅ it holds, or it is finished
->>> warn("2 patients left out")          # ⚠️ it continues, but look at this
->>> fail("no data at /data/brats")       # ❌ it stops here
->>> timing("02_train", 241.3)            # ⏱ how long it took
+>>> done("24 patients found")            # ✅ true, or finished
+>>> warn("2 patients left out")          # ⚠️ continues, but deserves a look
+>>> fail("no data at /data/brats")       # ❌ stops here
+>>> timing("02_train", 241.3)            # ⏱ duration
 
 A terminal whose encoding lacks the marks shows `[ok]`, `[warning]`, `[error]` and `[time]` instead.
 """
@@ -18,7 +18,7 @@ _PLAINLY = "brats_helpers.log"
 
 
 def done(text: str) -> None:
-    """Print one line for something that holds or is finished."""
+    """Print one line for something that is true or finished."""
     _print(f"{OK} {text}")
 
 
@@ -43,7 +43,7 @@ def _print(text: str) -> None:
 
 
 def fit_terminal() -> None:
-    """From here on, print what the terminal's encoding lacks in another way instead of raising UnicodeEncodeError."""
+    """Replace characters that the terminal's encoding lacks, from now on, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_PLAINLY)
@@ -61,7 +61,7 @@ codecs.register_error(_PLAINLY, _plain)
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Return seconds in words for people: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""What this machine can do: the device, the precision that it gains from, its memory."""
+"""The capabilities of this machine: device, precision, memory."""
 
 import os
 import platform
@@ -10,10 +10,10 @@ import torch
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device to work on: `auto` takes the GPU where a real operation on it succeeds, else the CPU.
+    """Return the device to use: `auto` takes the GPU if a real operation on it succeeds, else the CPU.
 
     Raises:
-        RuntimeError: the device asked for by name is not supported, or does not work.
+        RuntimeError: the named device is not supported, or does not work.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and works(torch.device("cuda")) else "cpu")
@@ -28,7 +28,7 @@ def choose_device(device: str) -> torch.device:
 def works(device: torch.device) -> bool:
     """Whether one small convolution, forward and backward, succeeds on the device.
 
-    Some GPUs are reported as available and fail at the first kernel (a P100 under current builds of torch).
+    Some GPUs are reported as available but fail at the first kernel (a P100 under current builds of torch).
     """
     try:
         layer = torch.nn.Conv2d(1, 1, 3).to(device)
@@ -41,8 +41,8 @@ def works(device: torch.device) -> bool:
 def choose_precision(device: torch.device) -> str:
     """Return `bf16`, `fp16` or `no`: the precision in which the device computes faster than in float32.
 
-    GPUs from Ampere on have bf16; a T4 has fp16 only (torch reports bf16, which it emulates). A CPU is faster where it
-    has instructions for bf16; Linux lists them.
+    GPUs from Ampere on have bf16; a T4 has only fp16 (torch reports bf16, which it emulates). A CPU is faster if it has
+    instructions for bf16, which Linux lists.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -50,27 +50,27 @@ def choose_precision(device: torch.device) -> str:
 
 
 def _cpu_flags(info: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The names of the processor's instruction sets; none where the system does not list them as Linux does."""
+    """The names of the processor's instruction sets; empty if the system does not list them as Linux does."""
     found = re.search(r"^flags\s*:(.*)$", info.read_text("utf-8") if info.exists() else "", re.MULTILINE)
     return set(found[1].split()) if found else set()
 
 
 def set_deterministic(on: bool) -> None:
-    """On a GPU, choose operations that give the same result each time, or else the fastest ones.
+    """On a GPU, choose deterministic operations, or else the fastest ones.
 
     If an operation of the network has no deterministic variant, torch names it in an error. A CPU is always
     deterministic.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses; of no effect without
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.benchmark = not on
 
 
 def used_memory_gib(device: torch.device) -> float:
-    """Return memory in GiB: on a GPU the peak of all tensors since its statistics were reset, else the process's.
+    """Return memory in GiB: on a GPU the peak of all tensors since the last reset, else that of this process.
 
-    On Linux that is the process's present memory without mapped files, such as the prepared patients, which the system
-    drops when it needs the room. On other systems it is the peak so far, mapped files included, and 0 on Windows.
+    On Linux this is the present memory without mapped files, such as the prepared patients, which the system drops when
+    it needs memory. On other systems it is the peak so far, mapped files included; on Windows it is 0.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -85,20 +85,20 @@ def used_memory_gib(device: torch.device) -> float:
 
 
 def watched() -> bool:
-    """Whether a person is watching: in a notebook whose front end could ask for input, or at a terminal.
+    """Whether a person is watching: in a notebook whose front end allows input, or at a terminal.
 
     papermill and nbval run notebooks without input.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if hasattr(shell, "kernel"):
-        request = shell.get_parent()  # the message that asked for this cell
+        request = shell.get_parent()  # the message that started this cell
         return bool(request.get("content", {}).get("allow_stdin"))
     return sys.stdout.isatty()
 
 
 def describe(device: torch.device) -> dict[str, str | int | float]:
-    """Return facts for a person and the manifest: device, precision, cores, memory in GiB, versions."""
+    """Return facts for people and the manifest: device, precision, cores, memory in GiB, versions."""
     facts: dict[str, str | int | float] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "precision": choose_precision(device),

@@ -21,18 +21,18 @@ PER_FOLD = ("02_train", "03_evaluate")
 
 
 FIGURE_REGISTER = "figures.json"
-"""Beside the figures of a run: the names of those that were saved, so that a lost one is noticed."""
+"""Beside the figures of a run: the names of the saved ones, so that a lost one is noticed."""
 
 
 class RunError(Exception):
-    """A run's folder lacks something; the message says what, and which notebook makes it."""
+    """Something is missing from a run's folder; the message says what, and which notebook makes it."""
 
 
 class Run:
-    """The folder of one run, its manifest and the places of its files.
+    """The folder of one run, its manifest and the paths of its files.
 
     Args:
-        folder: `runs/<name>`; made where it does not exist.
+        folder: `runs/<name>`; created if it does not exist.
     """
 
     def __init__(self, folder: Path | str):
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def folds(self) -> list["Run"]:
-        """The runs of a cross-validation inside this one, as far as they have begun with the patients of now."""
+        """The runs of the folds inside this one that have begun with the present split."""
         parts = read_json(self.splits, {}).get("folds", ())
         begun = []
         for k, part in enumerate(parts):
@@ -70,20 +70,20 @@ class Run:
 
     @property
     def expected(self) -> list[str]:
-        """The notebooks that belong to this run: all, but in folds and sweeps, and what holds them, not all."""
+        """The notebooks that belong to this run: all of them, except in cross-validations and sweeps."""
         return self.manifest.get("expected", list(NEEDS))
 
     @property
     def manifest(self) -> dict:
-        """What is known of the run: parameters, versions, device, patients, seconds per stage."""
+        """The facts about the run: parameters, versions, device, patients, seconds per stage."""
         return read_json(self.folder / "manifest.json", {})
 
     def record(self, **entries) -> None:
-        """Put `entries` into `manifest.json`, in place of entries of the same names."""
+        """Write `entries` to `manifest.json`, replacing those of the same names."""
         write_json(self.folder / "manifest.json", self.manifest | entries)
 
     def record_checks(self, stage: str, checks: Mapping[str, tuple[bool, str]]) -> None:
-        """Put what notebook `stage` checked into `checks.json`: for each check, whether it held and what was seen."""
+        """Write the checks of notebook `stage` to `checks.json`: for each, whether it held and what was seen."""
         outcomes = {check: {"held": bool(held), "seen": str(seen)} for check, (held, seen) in checks.items()}
         write_json(self.checks, read_json(self.checks, {}) | {stage: outcomes})
 
@@ -93,9 +93,9 @@ class Run:
 
     @property
     def outdated(self) -> bool:
-        """Whether `metrics.json` is of a network that its checkpoint in the run no longer holds.
+        """Whether `metrics.json` scores a network that the run's checkpoint no longer holds.
 
-        Notebook 02 may have run again since, in the suite or by hand; the results of notebook 03 are then not of it.
+        This happens if notebook 02 ran again after notebook 03, in the suite or by hand.
         """
         networks = read_json(self.metrics, {}).get("networks", {})
         own = [(self.folder / name, digest) for name, digest in networks.items() if not name.startswith("..")]
@@ -104,17 +104,17 @@ class Run:
     def need(self, path: Path, made_by: str) -> Path:
         """Return `path`, or raise `RunError` naming the notebook that makes it."""
         if not path.exists():
-            raise RunError(f"{path} is not there. Run {made_by} first, with run_dir={self.folder}.")
+            raise RunError(f"{path} is missing. Run {made_by} first, with run_dir={self.folder}.")
         return path
 
     def emptied(self, folder: Path) -> Path:
-        """Return one of the run's folders without what an earlier run of a notebook left in it."""
+        """Return one of the run's folders, emptied of what an earlier run of a notebook wrote there."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def results_of(self, stage: str) -> dict[Path, int]:
-        """Return the files that notebook `stage` made for people to look at, with their time of writing in ns."""
+        """Return the files that notebook `stage` made for people to look at, with their modification times in ns."""
         paths = [*self.figures.glob(f"{stage[:2]}_*"), self.notebooks / f"{stage}.ipynb"]
         if stage == "03_evaluate":
             paths += [self.metrics, self.cases_csv, self.postprocess, self.submission.with_suffix(".zip")]
@@ -127,7 +127,7 @@ class Run:
 
         Args:
             stage: name of the notebook.
-            written: an earlier answer of `results_of`: only what was not written again since then is removed.
+            written: an earlier result of `results_of`: only files that are unchanged since then are removed.
         """
         gone = [path for path, at in self.results_of(stage).items() if written is None or written.get(path) == at]
         for path in gone:
@@ -139,7 +139,7 @@ class Run:
 
 
 def _name(folder: Path) -> str:
-    """Its folder's name; of a fold or a combination after that of the run that holds it."""
+    """The folder's name; for a fold or a combination, preceded by the name of the run that it is in."""
     kinds = {"folds": "fold ", "sweep": ""}
     if folder.parent.name in kinds:
         return f"{_name(folder.parent.parent)}, {kinds[folder.parent.name]}{folder.name}"
@@ -147,6 +147,6 @@ def _name(folder: Path) -> str:
 
 
 def from_root(path: Path | str) -> Path:
-    """A relative path as run_all.sh means it, also in Jupyter, where a notebook works in the folder notebooks/."""
+    """Resolve a relative path as run_all.sh does, also in Jupyter, where a notebook runs in the folder notebooks/."""
     here = Path.cwd()
     return (here.parent if here.name == "notebooks" else here) / path

@@ -1,4 +1,4 @@
-"""What experiments say: decided only if patients and seeds agree, and every arm has learnt something."""
+"""Answers from experiments: decided only if patients and seeds agree and every arm has learnt something."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,16 +10,17 @@ from brats_helpers.scoring.statistics import ENOUGH_PAIRS, compare, holm, interv
 FLOOR = 0.3
 """Mean validation Dice of WT, TC and ET below which a network has not learnt enough to be compared."""
 MARGIN = 0.03
-"""Smallest difference of mean Dice that counts: short trainings that differ in the seed alone end as far apart."""
+"""Smallest difference of mean Dice that counts: short trainings with different seeds may differ as much."""
 LEVEL = 0.05
+"""Level of significance."""
 
 
 def answers(metrics: Mapping[str, Mapping]) -> list[str]:
-    """Compare each arm but the first with the first, patient by patient, and say so in one sentence each.
+    """Compare every other arm with the first, patient by patient; return one sentence for each.
 
     A difference is decided if both arms passed `FLOOR`, there are `ENOUGH_PAIRS` patients, the mean difference is at
-    least `MARGIN` and has the same sign for every seed, and the sign-flip test over patients, corrected by Holm for all
-    comparisons, is below `LEVEL`.
+    least `MARGIN` and has the same sign for every seed, and the p value of the sign-flip test over patients, with
+    Holm's correction for all comparisons, is below `LEVEL`.
 
     Args:
         metrics: by name, scores of the same validation patients, as `Bench.try_out` gives them.
@@ -67,7 +68,7 @@ def _mean(metrics: Mapping) -> float:
 
 
 def keep_answers(run: Run, name: str, metrics: Mapping[str, Mapping], *, besides: Sequence[str] = ()) -> None:
-    """Print the `answers` to a question and what is said `besides`, and keep them in `answers.json` by figure."""
+    """Print the `answers` and the sentences `besides`, and save them in `answers.json` by the figure's name."""
     sentences = [*answers(metrics), *besides]
     write_json(run.answers, read_json(run.answers, {}) | {name: sentences})
     print(*sentences, sep="\n")

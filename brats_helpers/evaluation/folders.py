@@ -33,7 +33,7 @@ def score_folders(
     """Score a folder of label maps against a folder of patients, or of label maps.
 
     Nothing is resampled or moved: a pair whose shapes or affines differ is refused. So are predictions of a network
-    that had seen the patient, which `predict` names in `leakage.json` beside them, unless `allow_leakage` is set.
+    that had seen the patient, unless `allow_leakage` is set; `predict` lists them in `leakage.json` beside them.
 
     Args:
         pred_dir, truth_dir, by_digits: see `pairing.find_pairs`.
@@ -48,8 +48,8 @@ def score_folders(
         `Labelling.summary`; and if `by_digits`, `paired`: by reference, the prediction of another name.
 
     Raises:
-        DataError: a folder that holds no label map, references whose numbering is not clear, or patients of tasks that
-            are scored by different rules.
+        DataError: a folder without label maps, references of unknown numbering, or patients of tasks that are scored by
+            different rules.
     """
     pairs, reasons = find_pairs(pred_dir, truth_dir, by_digits=by_digits)
     seen = read_leakage(pred_dir)
@@ -78,7 +78,7 @@ def score_folders(
 
 
 def read_leakage(pred_dir: Path | str) -> set[str]:
-    """IDs of the patients that the network that predicted this folder had seen, as `leakage.json` there names them."""
+    """IDs of the patients in this folder that the network had seen, from its `leakage.json`."""
     path = Path(pred_dir) / "leakage.json"
     return set(json.loads(path.read_text("utf-8"))) if path.exists() else set()
 

@@ -1,4 +1,4 @@
-"""Which prediction belongs to which reference."""
+"""Pairing of predictions with references."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.layouts import walk
 from brats_helpers.data.names import is_nifti, recognise
 
-_SUGGESTED = 20  # names that a nearest one is looked for, which takes long
+_SUGGESTED = 20  # most names that get a suggestion, because finding one is slow
 _YEAR = re.compile(r"^brats\d+", re.IGNORECASE)  # of BraTS20_Training_001, which says nothing about the patient
 Digits = tuple[int, ...]
 
@@ -39,12 +39,12 @@ def find_pairs(
     one name, such as `X/pred.nii.gz`.
 
     Args:
-        by_digits: pair what is left by the numbers in the names, if no other name on the same side has the same ones.
-            `SEG-00217-000` then belongs to `BraTS-MET-00217-000`.
+        by_digits: pair the remaining files by the numbers in their names, if no other name in the same folder has
+            them. `SEG-00217-000` then belongs to `BraTS-MET-00217-000`.
 
     Returns:
-        Pairs by the reference's ID; and by ID, why a patient of either folder is in no pair: files that cannot be told
-        apart, an extra or missing prediction, or no reference.
+        Pairs by the reference's ID; and by ID, why a patient of either folder is unpaired: ambiguous files, an extra or
+        missing prediction, or no reference.
 
     Raises:
         DataError: a folder that holds no label map.
@@ -69,7 +69,7 @@ def find_pairs(
 
 
 def _predictions(root: Path, known: Container[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Label maps by ID, and why some have none; a file whose name is no ID is called by its folder."""
+    """Label maps by ID, and by ID why there is none; a file whose name is no ID gets the name of its folder."""
     in_folders = [path for path in walk(root) if is_nifti(path) and path.is_file() and path.parent != root]
     places = Counter(path.name for path in in_folders)
     by_folder = defaultdict(list)
@@ -105,14 +105,14 @@ def _unique(names: Container[str]) -> dict[Digits, str]:
 
 
 def _by_digits(preds: Container[str], truths: Container[str]) -> dict[str, str]:
-    """Pairs (reference to prediction) of those with the same numbers in names that are not the same."""
+    """Predictions by reference, for different names with the same numbers."""
     mine, theirs = _unique(preds), _unique(truths)
     shared = mine.keys() & theirs.keys()
     return {theirs[found]: mine[found] for found in shared}
 
 
 def _hints(names: list[str], free: Container[str], truths: Container[str]) -> Mapping[str, str]:
-    """By name, the reference that may be meant."""
+    """By name, a suggestion of the reference that may be meant."""
     numbered = _unique(truths)
     hints = {}
     for name in names:

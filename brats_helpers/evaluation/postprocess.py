@@ -1,6 +1,6 @@
-"""What happens to a label map after the network: small components go, holes are filled, too little ET becomes NCR.
+"""Post-processing of label maps: remove small components, fill holes, relabel too little ET as NCR.
 
-The thresholds are chosen on validation patients, kept with the run, and then applied to everybody else.
+The thresholds are chosen on validation patients, saved with the run, and then applied to all other patients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ TRIED = {
     "fill_holes": (True,),
     "et_voxels": (30, 100, 200, 500, 1000),
 }
-"""What `choose` tries of each rule, the mildest first; the rules in the order in which they are applied."""
+"""The values that `choose` tries, mildest first, by rule, in the order in which the rules are applied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Rules:
 
     Attributes:
         component_voxels: connected parts of the tumour (26 neighbours) of fewer voxels become background.
-        fill_holes: what the tumour core encloses becomes NCR, then what the whole tumour encloses becomes ED.
+        fill_holes: holes in the tumour core become NCR, then holes in the whole tumour become ED.
         et_voxels: a patient's enhancing tumour of fewer voxels becomes NCR, which leaves the tumour core as it is.
             A patient without enhancing tumour scores 0 for a single voxel of it and 1 for none.
     """
@@ -44,10 +44,10 @@ class Rules:
     def __call__(self, classes: np.ndarray) -> np.ndarray:
         """Apply the rules to one patient's class indices, uint8, three axes in any order; returns a new array."""
         classes = classes.copy()
-        if not classes.any():  # which may be an empty box
+        if not classes.any():  # the box may be empty
             return classes
         for box in ndimage.find_objects((classes > 0).view(np.uint8)):
-            tumour = classes[box]  # a view: what changes here changes in `classes`
+            tumour = classes[box]  # a view into `classes`
             if self.component_voxels:
                 parts, _ = ndimage.label(tumour, np.ones((3, 3, 3)))
                 tumour[(np.bincount(parts.ravel()) < self.component_voxels)[parts]] = 0
@@ -70,18 +70,18 @@ NO_RULES = Rules(component_voxels=0, fill_holes=False, et_voxels=0)
 
 
 def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -> tuple[Rules, dict]:
-    """Choose the rules by validation patients: the highest mean Dice of WT, TC and ET.
+    """Choose the rules with the highest mean Dice of WT, TC and ET of validation patients.
 
-    Rule after rule, each on top of those before it. A threshold is taken only if the mean gain stays positive
-    whichever patient is left out: what helps one patient alone is chance. Ties go to the milder threshold,
-    and to doing nothing.
+    The rules are chosen one after another, each on top of those before it. A threshold is taken only if the mean gain
+    stays positive whichever patient is left out, because a gain in one patient may be chance. Ties go to the milder
+    threshold, or to none.
 
     Args:
         pairs: per validation patient (prediction, reference), class indices, uint8, three axes.
-        convention: see `metrics.CONVENTIONS`.
+        convention: see `rules.CONVENTIONS`.
 
     Returns:
-        The rules, and what they changed on these patients, see `gain`.
+        The rules, and their effect on these patients, see `gain`.
     """
     rules = NO_RULES
     before = dice = _dice(pairs, rules, convention)
@@ -98,10 +98,10 @@ def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -
 
 
 def gain(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> dict[str, object]:
-    """What rules changed: `n` patients, and their mean Dice of WT, TC and ET `before` and `after`; {} without patients.
+    """Return the effect of rules: `n` patients, and their mean Dice of WT, TC and ET `before` and `after`.
 
     Args:
-        before, after: per patient, what `metrics.region_dice` returns.
+        before, after: per patient, what `rules.region_dice` returns.
     """
     return {"n": len(before), "before": _means(before), "after": _means(after)}
 
@@ -113,7 +113,7 @@ def _means(dice: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
 
 
 def read_rules(path: Path) -> Rules:
-    """The rules that a run chose, out of its `postprocess.json` or its model zip.
+    """Read the rules that a run chose from its `postprocess.json` or its model zip.
 
     Raises:
         DataError: there is no such file, or it holds no rules.

@@ -1,7 +1,7 @@
-"""Does a network know where it is wrong: uncertainty per voxel, detection of errors, calibration.
+"""Does a network know where it is wrong? Entropy per voxel, detection of errors, calibration.
 
-All of it concerns the probabilities as averaged over networks and mirror images, before post-processing, and the voxels
-of the brain: with the empty space around it, every network would look certain and right.
+Everything is computed from the probabilities averaged over networks and mirror images, before post-processing, and
+within the brain. With the empty space around it, every network would look certain and correct.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from brats_helpers.labels import REGIONS
 BINS = 10
 """Bins of equal width, from probability 0 to 1, of the calibration."""
 FLOOR = 0.01
-"""Calibration counts voxels to which a region is given at least this probability; elsewhere nearly all is 0."""
+"""Calibration counts voxels where a region has at least this probability; elsewhere nearly all are 0."""
 _AREAS = ("auc", "auc_tumour")
 
 
@@ -33,7 +33,7 @@ def auc(scores: np.ndarray, hits: np.ndarray) -> float | None:
     Returns:
         0 to 1 (0.5: chance), or None if there are no hits or no misses.
     """
-    from sklearn.metrics import roc_auc_score  # takes a second, which whoever predicts alone need not wait for
+    from sklearn.metrics import roc_auc_score  # takes a second to import, and prediction does not need it
 
     return float(roc_auc_score(hits, scores)) if 0 < np.count_nonzero(hits) < hits.size else None
 
@@ -48,8 +48,8 @@ def examine(soft: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> dict[str,
 
     Returns:
         `auc`: whether errors have the higher entropy, see `auc`; `auc_tumour`: the same among the voxels that are
-        tumour in prediction or reference, where it is hard; `bins`: per region float64 (BINS, 3), by predicted
-        probability: voxels, sum of the probability, voxels of the region.
+        tumour in prediction or reference, where errors are harder to find; `bins`: per region float64 (BINS, 3), by
+        predicted probability: voxels, sum of the probability, voxels of the region.
     """
     soft, truth = np.moveaxis(soft, 1, -1)[brain], truth[brain]
     pred = soft.argmax(axis=-1)
@@ -67,13 +67,13 @@ def examine(soft: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> dict[str,
 
 
 def collect(cases: Mapping[str, Mapping]) -> dict[str, object]:
-    """Put the patients together, as `metrics.json` holds them under `uncertainty`.
+    """Combine the patients into the entry `uncertainty` of `metrics.json`.
 
     Args:
         cases: by ID, what `examine` returns.
 
     Returns:
-        `auc` and `auc_tumour`, means over the patients that have one (None: none has); `cases`: both by ID;
+        `auc` and `auc_tumour`, means over the patients that have one (None if none has); `cases`: both by ID;
         `calibration`: per region, see `_calibration`, over the voxels of all patients together.
     """
     means = {}
@@ -89,7 +89,7 @@ def collect(cases: Mapping[str, Mapping]) -> dict[str, object]:
 
 
 def _calibration(table: np.ndarray) -> dict[str, object]:
-    """Turn counts, float64 (BINS, 3) as in `examine`, into what a calibration curve shows.
+    """Compute a calibration curve from counts, float64 (BINS, 3) as in `examine`.
 
     Returns:
         `ece`, the expected calibration error: the mean distance of probability and observed frequency, weighted by

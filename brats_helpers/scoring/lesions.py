@@ -1,4 +1,4 @@
-"""Lesions: connected components of a region, and which predicted one belongs to which reference lesion."""
+"""Lesions: connected components of a region, and the matching of predicted with reference lesions."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from scipy.sparse import coo_matrix, csgraph
 
 from brats_helpers.boxes import bounding_box
 
-_EARLIER_LINES = ((-1, -1), (-1, 0), (-1, 1), (0, -1))  # the neighbours of a line of voxels that come before it
+_EARLIER_LINES = ((-1, -1), (-1, 0), (-1, 1), (0, -1))  # (X, Y) steps to the earlier neighbours of a line of voxels
 _ENOUGH_OVERLAP = 1e-6  # Dice from which BraTS-evaluation calls two lesions a match
 _LARGEST_TABLE = 10**8  # lesions by lesions, 800 MB; beyond, only those that overlap are in the table
 
 
 @dataclass(frozen=True)
 class Detection:
-    """How many lesions were found, invented and missed."""
+    """How many lesions were found, falsely predicted and missed."""
 
     found: int
     false: int
@@ -122,7 +122,7 @@ class Matching:
         return Detection(found=found, false=self.pred.count - found, missed=self.truth.count - found)
 
     def masks(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the two boolean masks of each pair, cropped to the box around both."""
+        """Return the boolean masks of each pair, (prediction, reference), cropped to the box around both."""
         pred, truth = self.pred.labels(), self.truth.labels()
         pred_boxes, truth_boxes = ndimage.find_objects(pred), ndimage.find_objects(truth)
         cropped = []
@@ -137,7 +137,7 @@ def match(pred: np.ndarray, truth: np.ndarray) -> Matching:
     """Match the 26-connected components of two boolean masks, shape (X, Y, Z), one to one by overlap.
 
     The assignment maximises the sum of the pairs' Dice (`MaxBipartiteMatching` of panoptica, which BraTS 2026 uses).
-    Of several such assignments it is panoptica's: what does not overlap is in the table too, reference lesions by row.
+    If several do, it is panoptica's, because the cost table has its order and also holds pairs without overlap.
     """
     box = bounding_box(pred, truth)
     pred, truth = Components.of(pred[box]), Components.of(truth[box])

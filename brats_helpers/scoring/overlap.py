@@ -23,7 +23,7 @@ def mean_dice(by_region: Mapping[str, float | None]) -> float:
             entries are ignored.
 
     Returns:
-        The mean of what is there; 1 if the rule leaves the patient out in every region.
+        The mean over the counted regions; 1 if the rule leaves the patient out in every region.
     """
     values = [by_region[region] for region in REGIONS]
     counted = [value for value in values if value is not None]
@@ -36,7 +36,7 @@ def mean_dice_of_case(scores: Mapping[str, Mapping[str, float | None]]) -> float
 
 
 def mean_dice_of_epoch(row: Mapping[str, float]) -> float:
-    """Mean validation Dice of WT, TC and ET in one row of `history.csv`, which the best epoch is chosen by."""
+    """Mean validation Dice of WT, TC and ET in one row of `history.csv`; it decides which epoch is best."""
     return mean_dice({region: row[f"dice_{region}"] for region in REGIONS})
 
 

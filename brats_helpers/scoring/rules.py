@@ -6,7 +6,7 @@ A rule turns two boolean masks of one region into figures:
 - `lesion_f1`, `lesion_precision` and `lesion_recall`, by the rule's own definition of a lesion.
 
 `brats2026` has also `nsd`, whose tolerance is the smallest side of a voxel. A figure is None where the rule leaves the
-patient out of the mean. No figure is NaN or infinite: the rules say what an empty mask scores.
+patient out of the mean. No figure is NaN or infinite, because the rules define the scores of empty masks.
 """
 
 import re
@@ -43,9 +43,9 @@ class Rule(ABC):
     """How one region of one patient is scored.
 
     Attributes:
-        name: its identity, such as `brats2023-MET`.
-        convention: the year's rules that it belongs to, such as `brats2023`.
-        tasks: the tasks that it holds for, from `TASKS`.
+        name: such as `brats2023-MET`.
+        convention: the rules of its year, such as `brats2023`.
+        tasks: those of `TASKS` that it applies to.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Rule(ABC):
 
     @property
     def line(self) -> str:
-        """The name and a description, to be shown beside every figure."""
+        """The name and a description, shown beside every figure."""
         return f"{self.name}: {self._description()}"
 
     @abstractmethod
@@ -102,9 +102,9 @@ class WholeRegion(Rule):
 
 @dataclass(frozen=True)
 class DilatedLesions(Rule):
-    """BraTS 2023: lesion by lesion, where the dilated reference tells what one lesion is (`lesions.by_dilation`).
+    """BraTS 2023: lesion by lesion, where the dilated reference defines the lesions (`lesions.by_dilation`).
 
-    Every figure is the mean over reference lesions and false ones. After the organisers' description (Synapse
+    Every figure is the mean over reference and false lesions. Follows the organisers' description (Synapse
     syn51156910, thread 10357) and their program (rachitsaluja/BraTS-2023-Metrics), which counts in mm^3 what the
     description counts in voxels. HD95 and surface Dice weight the surface by area (google-deepmind/surface-distance).
 
@@ -153,16 +153,16 @@ class DilatedLesions(Rule):
 class MatchedLesions(Rule):
     """BraTS 2026: 26-connected components, matched one to one by overlap (`lesions.match`).
 
-    Dice, HD95 and surface Dice are means over matched lesions; missed and false lesions show in F1, precision and
-    recall alone. HD95 is that of `WholeRegion`; surface Dice is the mean of the two masks' shares of edge voxels. For
+    Dice, HD95 and surface Dice are means over matched lesions; missed and false lesions affect only F1, precision and
+    recall. HD95 is that of `WholeRegion`; surface Dice is the mean of the two masks' shares of edge voxels. For
     metastases the mean is over large reference lesions, matched or missed, and over false lesions.
 
-    After what the package BraTS-evaluation 0.0.10 computes (benchmarks/scoring_2026.py compares with it) and
-    panoptica 2.1.7, on which it rests. Where that package writes an infinite HD95, the rule says `NO_MATCH_MM`, as the
-    package's own means for metastases do.
+    Follows the package BraTS-evaluation 0.0.10 (benchmarks/scoring_2026.py compares with it), which uses panoptica
+    2.1.7. Where that package writes an infinite HD95, the rule gives `NO_MATCH_MM`, as the package's own means for
+    metastases do.
 
     Attributes:
-        large_mm3: reference lesions of this volume or more count, and so do misses; None: matched lesions alone.
+        large_mm3: reference lesions of at least this volume count, matched or missed; None: only matched lesions do.
     """
 
     large_mm3: float | None
@@ -207,7 +207,7 @@ class MatchedLesions(Rule):
         return {name: fmean(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)} | figures
 
     def _counted(self, matching: lesions.Matching, spacing_mm: Spacing) -> tuple[np.ndarray, int] | None:
-        """Which matches have a part in the mean, and of how many lesions it is the mean; None: of none at all."""
+        """The matches that count, and the number of lesions to average over; None if the patient is left out."""
         detection = matching.detection
         if self.large_mm3 is None:
             empty = not (detection.found or detection.false or detection.missed)
@@ -227,7 +227,7 @@ def _matched_surfaces(pred: np.ndarray, truth: np.ndarray, spacing_mm: Spacing) 
 
 
 def _of_lesions(detection: Detection) -> Figures:
-    """F1, precision and recall; with nothing to find or nothing predicted, 1 if that is right and else 0."""
+    """F1, precision and recall. Where one is undefined, it is 1 if both masks are empty, else 0."""
     return {
         "lesion_f1": 1.0 if detection.f1 is None else detection.f1,
         "lesion_precision": float(not detection.missed) if detection.precision is None else detection.precision,
@@ -253,9 +253,9 @@ RULES: dict[str, Rule] = {
 }
 """The rules by name."""
 CONVENTIONS = {name: rule.line for name, rule in RULES.items()}
-"""By name of a rule, the line to be shown beside its figures."""
+"""By name of a rule, the line shown beside its figures."""
 YEARS = tuple(dict.fromkeys(rule.convention for rule in RULES.values()))
-"""What `--convention` accepts; the task decides which of the year's rules it is."""
+"""What `--convention` accepts; the task then decides among the year's rules."""
 
 
 def get_rule(name: str) -> Rule:
@@ -269,13 +269,13 @@ def rule_for(convention: str, *, task: str | None = None, cases: Iterable[str] =
     """Choose the rule for a task or, without one, for the task in the patients' names, such as BraTS-MET-00217-000.
 
     Args:
-        convention: one of `YEARS`, or the name of a rule, which is returned as it is if `task` is None.
-        task: one of `TASKS`; None: as the names say, and GLI if they say nothing.
+        convention: one of `YEARS`, or the name of a rule, which is returned if `task` is None.
+        task: one of `TASKS`; None: the task that the names state, else GLI.
         cases: IDs of the patients.
 
     Raises:
         ValueError: an unknown convention or task.
-        DataError: the names belong to tasks that are scored by different rules.
+        DataError: the names state tasks that are scored by different rules.
     """
     year = get_rule(convention).convention
     if task is None and convention not in YEARS:

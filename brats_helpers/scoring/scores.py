@@ -1,7 +1,7 @@
-"""How good is a segmentation, by the rules of the BraTS challenge.
+"""Scores of segmentations by the rules of the BraTS challenge.
 
-Each patient is scored in 3D over the whole volume; then patients are averaged. Every figure is shown beside the rule
-(`rules.RULES`) that it was computed by.
+Each patient is scored in 3D over the whole volume; then the scores are averaged over patients. The rule
+(`rules.RULES`) is shown beside every figure.
 
 Masks are class indices (see `labels.CLASSES`), uint8, shape (X, Y, Z). Distances are in mm, volumes in ml.
 """
@@ -69,7 +69,7 @@ def collect(
     not_scored: Mapping[str, str],
     leakage: Iterable[str],
 ) -> dict[str, object]:
-    """Put together what `metrics.json` holds.
+    """Assemble the content of `metrics.json`.
 
     Args:
         cases: by ID, what `score_case` returns.
@@ -91,7 +91,7 @@ def collect(
 
 
 def scores_table(metrics: Mapping) -> str:
-    """Lay out what `collect` returns as text: a line per patient, then the mean and its 95 % interval."""
+    """Format the result of `collect` as text: a line per patient, then the mean and its 95 % interval."""
     rows: dict[str, Mapping[str, Mapping]] = dict(metrics["cases"])
     rows["mean"] = _picked(metrics, lambda found: found["mean"])
     if len(metrics["cases"]) > 1:
@@ -113,7 +113,7 @@ _COLUMNS = {
     "nsd_1mm": ("NSD 1", 6, 3),
     "lesion_f1": ("F1", 6, 3),
 }
-"""What `scores_table` shows of each region: heading, width and decimal places."""
+"""Columns of `scores_table` for each region: heading, width and decimal places."""
 
 
 def _picked(metrics: Mapping, pick: Callable[[Mapping], float | None]) -> dict[str, dict[str, float | None]]:
@@ -133,8 +133,8 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
             along Z.
 
     Returns:
-        For each convention, by a line that describes it: Dice of WT, TC and ET; None where the convention leaves
-        nothing to average.
+        For each convention, by its description: mean Dice of WT, TC and ET; None where the convention leaves nothing to
+        average.
     """
     collected: dict[str, dict[str, list[float | None]]] = {}
     for pred, truth in pairs:
@@ -147,7 +147,7 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
 
 
 def _by_convention(pred: np.ndarray, truth: np.ndarray, slices: int) -> dict[str, list[float | None]]:
-    """What one patient contributes to the mean Dice of a region, by convention; `slices`: of the whole volume."""
+    """The values that one patient adds to the mean Dice of a region, by convention; `slices`: of the whole volume."""
     hit, true = (pred & truth).sum(axis=(0, 1)), truth.sum(axis=(0, 1))
     both = true + pred.sum(axis=(0, 1))
     slice_dice = (2 * hit[both > 0] / both[both > 0]).tolist()

@@ -12,7 +12,7 @@ from brats_helpers.labels import STRUCTURES, DataError
 ENOUGH = 10
 """With fewer patients, a mean and its interval are only an indication."""
 ENOUGH_PAIRS = 6
-"""With fewer patients in a comparison, even a gain in each may be chance: five coins fall alike once in 16 times."""
+"""With fewer pairs, even a gain in every patient may be chance: five coins show the same side once in 16 throws."""
 _BOOTSTRAPS = 10_000
 
 
@@ -63,7 +63,7 @@ def _values(cases: Mapping[str, Mapping], columns: list[tuple[str, str]]) -> np.
 
 
 def _mean_intervals(values: np.ndarray) -> list[list[float] | None]:
-    """95 % bootstrap intervals of the mean over patients, for each column of (patients, columns); None: all is NaN."""
+    """95 % bootstrap interval of the mean over patients for each column of (patients, columns); None if all are NaN."""
     intervals: dict[int, list[float] | None] = {}
     complete = ~np.isnan(values).any(axis=0)
     intervals |= zip(np.flatnonzero(complete).tolist(), _bootstrap(values[:, complete]), strict=True)
@@ -76,9 +76,9 @@ def _mean_intervals(values: np.ndarray) -> list[list[float] | None]:
 def _bootstrap(values: np.ndarray) -> list[list[float]]:
     """95 % intervals of the mean over patients, one for each column of (patients, columns), without NaN.
 
-    With few patients the plain percentiles lie too close together: with six, they cover the true mean 87 times in 100.
-    So they are moved outwards, as far as Student's interval is from the normal one (the expanded percentile interval of
-    Hesterberg, What Teachers Should Know About the Bootstrap, 2015). With many patients they are the plain ones.
+    With few patients the plain percentile interval is too narrow: with six, it covers the true mean 87 times in 100. It
+    is therefore widened as Student's interval widens the normal one (the expanded percentile interval of Hesterberg,
+    What Teachers Should Know About the Bootstrap, 2015). With many patients the two are equal.
     """
     patients, random = len(values), np.random.default_rng(0)
     if patients == 1:
@@ -107,8 +107,8 @@ def compare(metrics_a: Mapping, metrics_b: Mapping) -> dict[str, object]:
         metrics_a, metrics_b: what `collect` returns, scored by one rule and against the same references.
 
     Returns:
-        `convention` and `rule`; `simulated`; `leakage`, the compared patients that a network had seen; `n`, the
-        patients that both scored; `only_a` and `only_b`, the IDs of the others; `differences`: per structure and
+        `convention` and `rule`; `simulated`; `leakage`, the compared patients that a network had seen; `n`, the number
+        of patients that both scored; `only_a` and `only_b`, the IDs of the others; `differences`: per structure and
         metric `mean_difference`, the mean of b minus a over the `n` patients with both figures, and `ci95`, its 95 %
         bootstrap interval over patients. Both are None with `n` 0.
 
@@ -151,8 +151,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         differences: one per patient.
 
     Returns:
-        The two-sided p value: the share of all sign patterns whose mean lies at least as far from 0 as the observed
-        one. With more than 12 patients, that of 10,000 random patterns and the observed one.
+        The two-sided p value: the share of all sign patterns whose mean is at least as far from 0 as the observed one.
+        With more than 12 patients, the share of 10,000 random patterns and the observed one.
     """
     values = np.asarray(differences, float)
     n = len(values)
@@ -166,7 +166,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
+    """Correct p values for multiple tests (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -181,6 +181,6 @@ def _check_references(a: Mapping[str, Mapping], b: Mapping[str, Mapping], shared
         if None not in (ml_a, ml_b) and not np.isclose(ml_a, ml_b, rtol=1e-4):
             raise DataError(
                 f"{case}: its reference has {ml_a:.3f} ml of {name} in one run and {ml_b:.3f} ml in the other: either"
-                " these are different patients of one name, or the references were changed. Score both runs against"
-                " the same references."
+                " these are different patients with the same name, or the references were changed. Score both runs"
+                " against the same references."
             )

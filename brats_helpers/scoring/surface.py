@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 
 from brats_helpers.boxes import bounding_box
 
-_REACH = 3  # voxels searched one by one around a surface point before the k-d tree takes over; 2 to 6 are equally fast
+_REACH = 3  # voxels around a surface point that are searched before the k-d tree is used; 2 to 6 are equally fast
 
 
 def edge_distances(
@@ -126,7 +126,7 @@ def area_distances(
 ) -> tuple[AreaDistances, AreaDistances]:
     """Distances between two surfaces as google-deepmind/surface-distance defines them, which BraTS 2023 uses.
 
-    The surface passes between voxels. Its elements are the corners whose eight surrounding voxels are not all alike,
+    The surface passes between voxels. Its elements are the corners whose eight surrounding voxels are not all equal,
     each weighted by the area of the marching-cubes surface there.
 
     Args:
@@ -182,7 +182,7 @@ _SURFACES = {
 def _surface_areas(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Area in mm^2 of the marching-cubes surface for each of the 256 codes of `_corner_codes`.
 
-    Each face-connected group of set corners has its own surface; if fewer corners are unset, these are taken instead.
+    Each face-connected group of set corners has its own surface; if fewer corners are unset, their groups are used.
     """
     side_areas = np.prod(spacing_mm) / np.asarray(spacing_mm)
     group_areas = {}

@@ -1,6 +1,6 @@
 """Folds and combinations as tasks of a Dask cluster, on this machine or on any other.
 
-Dask hands each task to a free worker, and to another one if that worker dies; notebook 02 then continues from its
+Dask gives each task to a free worker, and to another one if that worker dies; notebook 02 then continues from its
 `last.pt`. The workers need the checkout and the run's folder under the same paths as here.
 """
 
@@ -23,11 +23,11 @@ CONNECT_S = 30
 
 
 class ClusterError(Exception):
-    """There is no cluster as asked for; the message says why and what to do."""
+    """The requested cluster is not available; the message says why and what to do."""
 
 
 def run_on_cluster(plan: Plan, work: Callable[[Plan], bool], plans: Sequence[Plan]) -> list[Plan]:
-    """Call `work` with each of `plans` on the plan's cluster, and return those for which it was not successful."""
+    """Call `work` with each of `plans` on the plan's cluster; return the plans that failed."""
     failed = {own.folder: own for own in plans}
     try:
         with _client(plan) as client:
@@ -45,7 +45,7 @@ def run_on_cluster(plan: Plan, work: Callable[[Plan], bool], plans: Sequence[Pla
 
 
 def _results(client, work, plans):
-    """Yield the folder of each finished task, and what went wrong in it or "", in the order in which they finish."""
+    """Yield the folder and the error, or "", of each task as it finishes."""
     from distributed import as_completed
 
     futures = {client.submit(_logged, work, own, pure=False): own.folder for own in plans}

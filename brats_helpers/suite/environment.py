@@ -1,9 +1,9 @@
-"""What is installed, against what requirements.txt asks for. Needs the standard library alone.
+"""Compare what is installed with requirements.txt, and install the rest. Needs only the standard library.
 
     python -P brats_helpers/suite/environment.py [--editable] [EXTRA]
 
-installs what is missing into this Python, with what pyproject.toml lists for EXTRA. Packages that meet the requirements
-stay as they are, above all torch. A copy of this package made from other sources is replaced.
+installs what is missing into this Python, including what pyproject.toml lists for EXTRA. Packages that meet the
+requirements, above all torch, are left alone. A copy of this package made from other sources is replaced.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def installed(name: str) -> str | None:
 
 
 def is_met(requirement: str) -> bool:
-    """Whether what is installed meets `requirement`; without `packaging`, nothing is installed yet."""
+    """Whether the installed version meets `requirement`; without `packaging`, nothing is installed yet."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

@@ -1,7 +1,7 @@
 """`./run_all.sh --on kaggle`: run the suite as a private notebook on Kaggle's GPUs and fetch the results.
 
-The notebook carries the whole suite in its first cell. Nothing else is uploaded; the data set is attached. A run goes
-on without this machine: `runs/NAME/pushed.json` says what was pushed, and the same command fetches its results.
+The notebook contains the whole suite in its first cell. Nothing else is uploaded; the data set is attached. A run does
+not need this machine: `runs/NAME/pushed.json` records what was pushed, and the same command fetches its results.
 """
 
 import base64
@@ -37,11 +37,11 @@ CARRIED = (
     "notebooks/*.ipynb",
     "profiles/*.yaml",
 )
-"""What of the checkout goes to Kaggle."""
+"""The files of the checkout that are pushed to Kaggle."""
 _MOST_BYTES = 1 << 20  # of a notebook on Kaggle
 _POLL_S = 20
-_PATIENCE_S = 1800  # without an answer while the run goes on there
-_LATER = "The same command waits for it and fetches what it leaves."
+_PATIENCE_S = 1800  # of waiting without an answer
+_LATER = "The same command waits for it and fetches its results."
 
 
 class KaggleError(Exception):
@@ -49,7 +49,7 @@ class KaggleError(Exception):
 
 
 class NoAnswer(KaggleError):
-    """The connection broke, or Kaggle is busy: the same may work later."""
+    """The connection broke, or Kaggle is busy: trying again later may work."""
 
 
 def run_on_kaggle(plan: Plan) -> int:
@@ -96,7 +96,7 @@ def _run(plan: Plan) -> int:
     if not run.report.exists():
         raise KaggleError(f"the run ended on Kaggle as {status}, but left no report; see {run.folder / 'kaggle.log'}.")
     done(f"report    {run.report}")
-    done(f"all of it {run.folder}")
+    done(f"all files {run.folder}")
     return 0
 
 
@@ -137,7 +137,7 @@ def _carried(root: Path) -> list[Path]:
 
 
 def _notebook(plan: Plan, files: list[Path]) -> dict:
-    """A notebook that unpacks the suite, runs it, and fails if it fails. The same suite gives the same bytes."""
+    """Build a notebook that unpacks and runs the suite, and fails if it fails. The same suite gives the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
         for path in files:
@@ -187,10 +187,10 @@ def _wait(pushed: dict) -> tuple[str, str]:
             status, answered = answer.status.name, time.monotonic()
         except NoAnswer as error:
             if time.monotonic() - answered > _PATIENCE_S:
-                raise KaggleError(f"{error} The run goes on: {pushed['url']}. {_LATER}") from error
+                raise KaggleError(f"{error} The run continues: {pushed['url']}. {_LATER}") from error
             status = "no answer, trying again"
         except KaggleError as error:
-            raise KaggleError(f"{error} The run goes on: {pushed['url']}. {_LATER}") from error
+            raise KaggleError(f"{error} The run continues: {pushed['url']}. {_LATER}") from error
         now = time.monotonic()
         line = f"Kaggle: {status.lower().replace('_', ' ')}"
         if sys.stdout.isatty():
@@ -206,7 +206,7 @@ def _wait(pushed: dict) -> tuple[str, str]:
 
 
 def _fetch(run: Run, kernel: str) -> str:
-    """Bring the run's files into its folder, and return its log; what has arrived is not fetched again."""
+    """Fetch the run's files into its folder, and return its log. Files that have arrived are not fetched again."""
     arriving = run.folder / ".kaggle"
     for attempt in range(5):
         try:
@@ -216,7 +216,7 @@ def _fetch(run: Run, kernel: str) -> str:
         except NoAnswer as error:
             if attempt == 4:
                 raise KaggleError(f"{error} What has arrived is kept. {_LATER}") from error
-            print("Kaggle: the connection broke, fetching goes on", flush=True)
+            print("Kaggle: the connection broke, trying again", flush=True)
             time.sleep(_POLL_S)
     if (arriving / run.folder.name).is_dir():
         shutil.copytree(arriving / run.folder.name, run.folder, dirs_exist_ok=True)
@@ -227,7 +227,7 @@ def _fetch(run: Run, kernel: str) -> str:
 
 
 def _words(log: str) -> str:
-    """Kaggle's log is JSON, one entry per piece of output."""
+    """Return the text of Kaggle's log, which is JSON with one entry per piece of output."""
     try:
         return "".join(entry["data"] for entry in json.loads(log))
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What one command asks for: options, profile and parameters, checked before anything runs."""
+"""The plan of a command: options, profile and parameters, checked before anything runs."""
 
 import argparse
 import hashlib
@@ -48,7 +48,7 @@ Values = Mapping[str, Mapping[str, object]]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one command asks for, checked.
+    """What a command asks for, checked.
 
     Attributes:
         root: the checkout.

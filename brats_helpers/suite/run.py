@@ -1,6 +1,6 @@
 """The verb `run`: what `run_all.sh` does once everything is installed.
 
-Everything before the first notebook needs the standard library alone, so that a wrong argument stops the run before
+Everything before the first notebook needs only the standard library, so that a wrong argument stops the run before
 anything is installed or written.
 """
 
@@ -32,7 +32,7 @@ from brats_helpers.suite.stages import (
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
-    """Run the notebooks as `argv` asks; return the exit code."""
+    """Run the notebooks that `argv` names; return the exit code."""
     try:
         if {"-h", "--help"} & set(argv):
             print(help_text(root))
@@ -43,7 +43,7 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         return 2
     if "--check" in argv:
         return 0
-    for stop in (signal.SIGTERM, signal.SIGINT):  # a script's background ignores the second
+    for stop in (signal.SIGTERM, signal.SIGINT):  # in the background of a script, the second is ignored
         signal.signal(stop, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if plan.log:
@@ -106,7 +106,7 @@ def _run(plan: Plan) -> int:
 
 @contextlib.contextmanager
 def _alone_in(run: Run) -> Iterator[int | None]:
-    """Note in the run's folder that this process works there; yield another one of this machine that does, or None."""
+    """Mark the run's folder as in use. Yield the process of this machine that already uses it, or None."""
     note = run.folder / "running.json"
     holder = read_json(note, {})
     if holder.get("among") == processes() and holder["process"] != os.getpid() and alive(holder["process"]):
@@ -149,9 +149,9 @@ def _report(run: Run) -> bool:
 
 
 def _run_in_time(plan: Plan, run: Run, start: float) -> bool:
-    """Run the notebooks of the plan under its time limit, which counts from `start`; return whether there are scores.
+    """Run the plan's notebooks within its time limit; return whether there are scores.
 
-    `time.monotonic` gives `start`, in seconds.
+    The limit counts from `start`, in seconds of `time.monotonic`.
     """
     if plan.time_limit:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -176,7 +176,7 @@ def _run_in_time(plan: Plan, run: Run, start: float) -> bool:
 
 
 def with_time_left(plan: Plan, elapsed_s: float) -> Plan:
-    """Return the plan with notebook 02 cut to the minutes that the set-up has left of the time limit."""
+    """Return the plan with the training time of notebook 02 cut to what the set-up has left."""
     left = max(plan.time_limit * (1 - RESERVED_SHARE) - elapsed_s / 60, 0.1)
     planned = plan.given["02_train"]["minutes"]
     if left >= planned:

@@ -1,4 +1,4 @@
-"""Executing notebooks: what is finished stays, what is unfinished or out of date runs, and the manifest records it."""
+"""Execute notebooks: finished ones are kept, unfinished and outdated ones run; the manifest records it."""
 
 import hashlib
 import os
@@ -20,24 +20,24 @@ from brats_helpers.suite.plan import Plan
 
 FINISHED, RUNNING, FAILED, STOPPED = "finished", "running", "failed", "stopped"
 OUTDATED = "outdated"
-"""How a stage may stand in the manifest. Outdated: it finished once, and something that it builds on changed since."""
+"""Status of a stage in the manifest. Outdated: it finished, but something that it depends on has changed since."""
 
 
 def begin(plan: Plan, run: Run, **entries) -> None:
-    """Record in a run's manifest what the command begins."""
+    """Record the start of the command in a run's manifest."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run.record(profile=plan.profile, started=started, **_provenance(plan), **entries)
 
 
 def is_finished(plan: Plan, run: Run, stages: Iterable[str]) -> bool:
-    """Whether all these notebooks have finished in `run` as the plan asks for them."""
+    """Whether all these notebooks have finished in `run` with the parameters of the plan."""
     made = run.manifest.get("stages", {})
     entries = [(made.get(stage, {}), plan.keys[stage]) for stage in stages]
     return all(entry.get("status") == FINISHED and entry["key"] == key for entry, key in entries)
 
 
 def mark_outdated(run: Run, stages: Iterable[str]) -> None:
-    """Record that the results of `stages` are to be replaced; they stay until the new ones are complete."""
+    """Mark the results of `stages` as outdated; they are kept until the new ones are complete."""
     made = run.manifest.get("stages", {})
     outdated = {stage: made[stage] | {"status": OUTDATED} for stage in stages if stage in made}
     if outdated:
@@ -45,7 +45,7 @@ def mark_outdated(run: Run, stages: Iterable[str]) -> None:
 
 
 def before(stages: Iterable[str]) -> set[str]:
-    """Return every stage that one of `stages` builds on."""
+    """Return every stage that one of `stages` depends on."""
     needs = {need for stage in stages for need in NEEDS[stage]}
     return needs | before(needs) if needs else needs
 
@@ -58,14 +58,14 @@ def run_stages(plan: Plan, run: Run, stages: Sequence[str]) -> bool:
 def compare_data(run: Run) -> str:
     """Compare the patients on disk with those that 00_setup split, and return why they cannot be reached, or "".
 
-    Only patients that were read and differ make 00_setup outdated.
+    Only patients that could be read and differ make 00_setup outdated.
     """
     entry = run.manifest.get("stages", {}).get("00_setup", {})
     if entry.get("status") != FINISHED or not run.splits.exists():
         return ""
     digest = _splits_digest(run)
     if entry.get("splits_digest", digest) != digest:
-        warn(f"{run.splits} is not what 00_setup wrote in this run: the notebook was run by hand since")
+        warn(f"{run.splits} has changed since 00_setup wrote it: the notebook was run by hand")
         mark_outdated(run, ["00_setup"])
         return ""
     from brats_helpers.data.patients import ChangedError, load_parts
@@ -84,8 +84,8 @@ def compare_data(run: Run) -> str:
 def run_stage(plan: Plan, run: Run, stage: str) -> bool:
     """Run one notebook unless it is finished; return whether it is finished now.
 
-    Its earlier results are replaced file by file, and the rest is removed once it has finished. The notebooks that
-    build on it become outdated.
+    Its earlier results are replaced file by file; the others are removed once it has finished. The notebooks that
+    depend on it become outdated.
     """
     made = run.manifest.get("stages", {})
     how = _provenance(plan)
@@ -128,7 +128,7 @@ def _splits_digest(run: Run) -> str | None:
 
 
 def _execute(plan: Plan, run: Run, stage: str) -> None:
-    """Execute a notebook in `notebooks/unfinished/`; an executed notebook is replaced by a finished one only."""
+    """Execute a notebook in `notebooks/unfinished/`; only a finished one replaces the executed notebook."""
     path, unfinished = run.notebooks / f"{stage}.ipynb", _unfinished(run, stage)
     try:
         papermill(plan, stage, unfinished)
@@ -151,7 +151,7 @@ def papermill(plan: Plan, stage: str, output: Path, *, prepare_only: bool = Fals
     from jupyter_client import AsyncKernelManager
 
     class ThisPython(AsyncKernelManager):
-        """The kernel of the Python that runs the suite, whatever kernel is registered as python3."""
+        """A kernel of the Python that runs the suite, whatever is registered as python3."""
 
         shutdown_wait_time = 2.0  # s, before a busy kernel is killed
 
@@ -182,9 +182,9 @@ def papermill(plan: Plan, stage: str, output: Path, *, prepare_only: bool = Fals
 
 
 def _what_failed(stage: str, run: Run, error: Exception) -> str:
-    """One paragraph: notebook, cell, the error's message, and the path of the notebook as executed so far."""
-    # nbclient reports an error in a cell, a kernel that died and a kernel that never started in different ways; the
-    # notebook written so far knows the cell in all of them.
+    """One paragraph: notebook, cell, error message, and the path of the partly executed notebook."""
+    # nbclient reports an error in a cell, a kernel that died and a kernel that never started in different ways. The
+    # notebook as written so far shows the cell in each case.
     path = _unfinished(run, stage)
     if not path.exists():
         path = run.notebooks / f"{stage}.ipynb"
@@ -197,11 +197,11 @@ def _what_failed(stage: str, run: Run, error: Exception) -> str:
         number += 1
         if entry["metadata"].get("papermill", {}).get("start_time"):
             at = f"in code cell {number}, under {heading!r}: {source.strip().partition(chr(10))[0]}"
-    return f"{stage} failed {at}\n   {reason(error)}\n   The notebook as far as it came: {path}"
+    return f"{stage} failed {at}\n   {reason(error)}\n   The notebook up to there: {path}"
 
 
 def reason(error: Exception) -> str:
-    """Return the error's name and message; long lines are shortened, and so is the middle of a long message."""
+    """Return the error's name and message, with long lines and the middle of a long message shortened."""
     name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
     lines = re.sub(r"\x1b\[[\d;]*m", "", f"{name}: {message}").splitlines()
     cut = [*lines[:8], "[...]", *lines[-12:]] if len(lines) > 20 else lines
@@ -209,7 +209,7 @@ def reason(error: Exception) -> str:
 
 
 def warn_of_changes(plan: Plan, run: Run) -> None:
-    """Warn where an earlier notebook, left out by `--only`, ran with other parameters than the command has now."""
+    """Warn if an earlier notebook, left out by `--only`, ran with other parameters than the command's."""
     for stage in sorted(before(plan.stages) - set(plan.stages)):
         recorded = run.manifest["stages"][stage]["parameters"]
         for name, value in plan.values[stage].items():
@@ -218,7 +218,7 @@ def warn_of_changes(plan: Plan, run: Run) -> None:
 
 
 def _provenance(plan: Plan) -> dict:
-    """What the results follow from besides the parameters."""
+    """What determines the results besides the parameters."""
     return {"command": plan.command, "revision": revision(plan.root), "versions": _versions(plan.root)}
 
 

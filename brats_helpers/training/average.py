@@ -8,9 +8,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
-    """A copy of a network that follows it slowly: weights and BatchNorm statistics.
+    """The EMA of a network's weights and BatchNorm statistics.
 
-    Early on the memory is short: after n updates the decay is at most (1 + n) / (10 + n).
+    The first updates count more: after n updates the decay is at most (1 + n) / (10 + n).
 
     Args:
         network: on its device.
@@ -24,7 +24,7 @@ class MovingAverage:
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.updates = 0  # counted here rather than on a GPU, which would have to be waited for
+        self.updates = 0  # counted on the CPU: reading a count from a GPU would wait for it
 
     @torch.no_grad()
     def update(self, network: nn.Module, made: torch.Tensor | None = None) -> None:
@@ -32,11 +32,11 @@ class MovingAverage:
 
         Args:
             network: after a step; always the same one.
-            made: 0-dimensional; false where the step was skipped, so that the average stays. None: it was made.
+            made: 0-dimensional; false if the optimiser skipped the step, which leaves the average as it is. None: true.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
         self.updates += 1
-        if not self._pairs:  # the tensors stay the same, what is in them changes
+        if not self._pairs:  # valid for all updates, which change the tensors in place
             own, other = (list(each.state_dict().values()) for each in (self.network, network))
             self._pairs = list(zip(own, other, strict=True))
         floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
@@ -51,7 +51,7 @@ class MovingAverage:
                 one.copy_(other if made is None else torch.where(made, other, one))
 
     def state_dict(self) -> dict:
-        """All that `load_state_dict` needs to go on."""
+        """Return the state that `load_state_dict` restores."""
         return {"updates": self.updates, "network": self.network.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

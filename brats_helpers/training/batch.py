@@ -1,4 +1,4 @@
-"""What the data sets give to a network: a batch of slices, of patches, or a whole patient."""
+"""Batches for a network: slices, patches or a whole patient."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 OUTSIDE = 255
-"""In the masks of `patients`: voxels that only pad a sample. They belong to no class and count for nothing."""
+"""Marks padding in the masks of `dataset.patients`. These voxels belong to no class and are ignored."""
 
 
 class Draw(NamedTuple):
-    """One sample as a sampler draws it.
+    """One sample, as drawn by a sampler.
 
     Attributes:
         item: its position among the samples.
         size: the sides that all samples of its batch are padded to.
-        seed: decides all that is random about it, whatever else is in its batch; None where nothing is random.
+        seed: determines everything random about the sample, whatever else its batch holds; None: nothing is random.
     """
 
     item: int
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: float32 (batch, channels, [depth,] height, width); z-scores, background 0.
-        masks: uint8 (batch, [depth,] height, width), class indices; `OUTSIDE` where `patients` pads.
+        masks: uint8 (batch, [depth,] height, width), class indices; `OUTSIDE` in padding.
         index: int64 (batch, 2), on the CPU: the position of each sample's case, and its first slice in the case's box.
         places: int64 (batch, 3, 3), on the CPU. For each axis z, y and x: the first voxel in the sample, the first
             voxel in the case's box, and how many voxels the two share.
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
         return self._replace(images=images, masks=masks)
 
     def write(self, values: torch.Tensor, box: np.ndarray) -> None:
-        """Write the answers of a network into their places in the box of their case.
+        """Write the outputs of a network to their places in the box of their case.
 
         Args:
             values: (batch, classes, [depth,] height, width), for each voxel of `images`.
@@ -63,13 +63,13 @@ class Batch(NamedTuple):
 
 
 def ranges(span: Sequence[int]) -> tuple[slice, slice]:
-    """The part of the sample, and of the box, that `(in the sample, in the box, length)` names."""
+    """Return the slices of the sample and of the box for a span (start in the sample, start in the box, length)."""
     to, origin, length = span
     return slice(to, to + length), slice(origin, origin + length)
 
 
 def middle_slices(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The middle slice of each patch, for a picture; slices as they are."""
+    """Return the middle slice of each patch for a figure; return slices unchanged."""
     if images.ndim == 4:
         return images, masks
     middle = images.shape[2] // 2

@@ -15,7 +15,7 @@ from brats_helpers.labels import DataError
 from brats_helpers.training.model_zip import is_model, packaged_model, read_model
 
 FORMAT = 3
-"""Of the checkpoints; raised when their content changes. Checkpoints of another format are refused."""
+"""Version of the checkpoint format; raised when its content changes. Other formats are refused."""
 
 
 SIMULATED = "simulated"
@@ -23,11 +23,11 @@ SIMULATED = "simulated"
 
 
 class WeightsError(Exception):
-    """The weights to start from cannot be had; the message says why and names the ways out."""
+    """The initial weights are not available; the message says why and names the alternatives."""
 
 
 class CheckpointError(DataError):
-    """A file is not there, or is no checkpoint that this version of the suite reads; the message says which."""
+    """A file is missing, or is not a checkpoint that this version of the suite reads; the message says which."""
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -45,7 +45,7 @@ def read_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"no checkpoint at {path}. A run leaves its best in runs/<name>/checkpoints/best.pt."
+            f"no checkpoint at {path}. A run saves its best one as runs/<name>/checkpoints/best.pt."
         ) from error
     except Exception as error:  # damaged bytes make torch raise anything, such as an IndexError
         raise CheckpointError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}: {error}).") from error
@@ -65,7 +65,7 @@ def check_format(path: Path | str, saved: object) -> None:
 
 
 def fingerprint(cases: Sequence[Packed]) -> str:
-    """Of the patients' content, as far as it can be told without reading it: boxes, and voxels by slice and class."""
+    """Digest of the patients' content without reading their voxels: boxes, and voxel counts by slice and class."""
     digest = hashlib.sha256()
     for case in cases:
         digest.update(f"{case.id} {case.origin} {case.shape} {case.images.shape}".encode() + case.counts.tobytes())
@@ -73,13 +73,13 @@ def fingerprint(cases: Sequence[Packed]) -> str:
 
 
 def learnt_from(weights: str) -> list[str]:
-    """IDs of the patients that a network has seen when it starts from `weights`, see `model.build_model`."""
+    """IDs of the patients that the initial weights have seen; `weights` as in `model.build_model`."""
     start = _start(weights)
     return [*start["train_cases"], *start["val_cases"]] if start else []
 
 
 def with_start(facts: Mapping, weights: str) -> dict:
-    """Add to the facts of a training the patients that its start, the checkpoint `weights`, has seen.
+    """Add to the facts of a training the patients that its initial weights have seen.
 
     Args:
         facts: see `loop.fit`.
@@ -91,7 +91,7 @@ def with_start(facts: Mapping, weights: str) -> dict:
 
 
 def _start(weights: str) -> dict | None:
-    """The checkpoint that a training starts from; None if it starts from other weights."""
+    """The checkpoint with the initial weights; None if they are from elsewhere."""
     if weights in ("imagenet", "none"):
         return None
     state = read_weights(weights)

@@ -1,6 +1,6 @@
-"""Batches out of prepared cases: slices or 3D patches to learn from, whole patients to validate and predict.
+"""Batches from prepared cases: slices or 3D patches for training, whole patients for validation and prediction.
 
-`samples` and `patients` choose between the two kinds of network; whatever uses them sees `Samples` and `Batch` alone.
+`samples` and `patients` choose between 2D and 3D; their callers see only `Samples` and `Batch`.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class Samples(Protocol):
         index: int64 (samples, 2): the position of each sample's case, and its slice in the case's box.
         sizes: int64 (samples, axes): the sides that each sample needs.
         has_tumour: bool (samples,).
-        kept: whether `keep_on` has copied them to a device, where batches are then made.
+        kept: whether `keep_on` has copied them to a device, which then assembles the batches.
         channels: input channels of the network.
         size: the sides of the largest samples.
-        once: how many samples cover every voxel once.
+        once: number of samples that cover every voxel once.
     """
 
     cases: list[Packed]
@@ -45,15 +45,15 @@ class Samples(Protocol):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch: ...
 
     def keep_on(self, device: torch.device) -> None:
-        """Copy the samples to a device if that pays and its memory allows."""
+        """Copy the samples to a device if this saves time and its memory allows it."""
 
 
 def samples(cases: Sequence[Packed], *, context_slices: int, patch_size: int) -> Samples:
-    """What a network learns from. See `settings.Settings` for the arguments."""
+    """Return the samples for training. See `settings.Settings` for the arguments."""
     if not patch_size:
         return Slices(cases, context_slices=context_slices, window=training_window(cases))
     if context_slices:
-        raise ValueError(f"context_slices {context_slices}: patches hold their neighbours already, so it must be 0.")
+        raise ValueError(f"context_slices {context_slices}: patches include their neighbours, so it must be 0.")
     return Patches(cases, patch_size)
 
 
@@ -68,17 +68,17 @@ def patients(
     rank: int = 0,
     processes: int = 1,
 ) -> DataLoader:
-    """Batches that hold every voxel of every brain once, for a network in `eval()`.
+    """Batches that cover every voxel of every brain once, for a network in `eval()`.
 
-    A network of slices gets up to `batch_size` slices of the same size at a time, each cut to its own box of brain;
-    one of patches gets a whole patient. What lies outside these boxes is background. `Batch.write` puts answers back.
+    A 2D network gets up to `batch_size` slices of one size, each cropped to its brain; a 3D network gets a whole
+    patient. Everything outside is background. `Batch.write` writes the outputs back.
 
     Args:
         cases: prepared cases.
         context_slices, patch_size: see `settings.Settings`.
-        batch_size: slices at a time at most.
-        workers: processes that gather them.
-        device: where they are used.
+        batch_size: most slices in a batch.
+        workers: processes that load batches.
+        device: of the network.
         rank, processes: this process gets every batch whose number is `rank` modulo `processes`.
     """
     data = Volumes(cases) if patch_size else Slices(cases, context_slices=context_slices, window=None)
@@ -93,9 +93,9 @@ def patients(
 
 
 def make_loader(data: Dataset, batches, *, workers: int, device: torch.device) -> DataLoader:
-    """A loader of the batches that `batches`, a list or a sampler of lists of `Draw`, names.
+    """Return a loader for `batches`, a list or a sampler of lists of `Draw`.
 
-    They do not depend on `workers`, the processes that gather them; samples that a GPU keeps need none.
+    The batches do not depend on `workers`, the processes that load them. Samples kept on a GPU need no workers.
     """
     return DataLoader(
         data,
@@ -107,5 +107,5 @@ def make_loader(data: Dataset, batches, *, workers: int, device: torch.device) -
 
 
 def _whole(batch: Batch) -> Batch:
-    """The data set gathers whole batches already."""
+    """Do nothing: the data set returns whole batches."""
     return batch

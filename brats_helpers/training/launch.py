@@ -1,4 +1,4 @@
-"""Start the training of a run: in this process, or in several that share out each batch, one a GPU.
+"""Start the training of a run: in this process, or in several that share each batch, one per GPU.
 
 Several processes are started by torchrun, each of which runs `python -m brats_helpers train RUN`. The same command
 under `accelerate launch` or torchrun trains on several machines that see the same folders. A notebook does not fork
@@ -27,7 +27,7 @@ from brats_helpers.training.loop import fit, stoppable
 from brats_helpers.training.settings import Settings
 
 JOB = "training.json"
-"""In a run's folder: what its processes are to do."""
+"""In a run's folder: the instructions for its training processes."""
 _STARTED_BY = "BRATS_STARTED_BY"
 
 
@@ -51,7 +51,7 @@ def launch(
         settings: how to train.
         train: prepared cases to learn from.
         val: prepared cases to choose the epoch by.
-        processes: that share out each batch; 0 takes one for each GPU, as far as the batch can be shared evenly.
+        processes: number of processes that share each batch; 0: one per GPU, or fewer if they cannot share it evenly.
         device: the device to train on.
         facts: see `loop.fit`.
         follow: called with the rows of `history.csv` so far after every epoch.
@@ -101,9 +101,9 @@ def launch(
 
 
 def train_run(run: Run) -> None:
-    """Train as `launch` wrote down: one process of several, started by torchrun or `accelerate launch`.
+    """Follow the instructions of `launch`: one process of several, started by torchrun or `accelerate launch`.
 
-    Only the main process prints, but for errors.
+    Only the main process prints, except for errors.
 
     Raises:
         SystemExit: the training failed; the reason has been printed.
@@ -126,7 +126,7 @@ def train_run(run: Run) -> None:
 
 
 def _end_with(process: int) -> None:
-    """End this process when another one is gone, as by `kill -9`: whoever comes next trains in the same folder."""
+    """End this process when another one is gone, as after `kill -9`: the next training uses the same folder."""
 
     def watch():
         while alive(process):

@@ -1,6 +1,6 @@
 """Training: the loop from top to bottom, and the validation after each epoch.
 
-Hugging Face accelerate places the work on a device, or on several in as many processes, and keeps trackers; everything
+Hugging Face accelerate places the work on one device, or on several with a process each, and runs trackers. Everything
 else is here.
 """
 
@@ -39,7 +39,7 @@ from brats_helpers.training.steps import NotFiniteError, autocast
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody stopped the training. A notebook shows the message alone."""
+    """The user stopped the training. A notebook shows only the message."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -47,12 +47,12 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn an interrupt, of the keyboard or of a notebook's stop button, into a plain sentence."""
+    """Turn an interrupt, from the keyboard or a notebook's stop button, into a plain sentence."""
     try:
         yield
     except KeyboardInterrupt as error:
-        traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, and with it all that was on the GPU
-        raise Stopped("stopped; run this again, and it goes on from where it was last saved") from None
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the error, which would keep the GPU's memory
+        raise Stopped("stopped; run this again to resume from the last save") from None
 
 
 @stoppable()
@@ -70,23 +70,23 @@ def fit(
     facts: Mapping | None = None,
     follow: Callable[[list[dict]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a network, or resume from `folder/checkpoints/last.pt` where that fits the settings and patients.
+    """Train a network, or resume from `folder/checkpoints/last.pt` if it has the same settings and patients.
 
-    Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt` (all that is
-    needed to go on), `history.csv` and `preflight.json` (cost as predicted and as measured). Of several processes, each
-    takes its part of every batch; the loss, and on GPUs BatchNorm, are those of the whole batch.
+    Writes `checkpoints/best.pt` (highest mean validation Dice of WT, TC and ET), `checkpoints/last.pt` (to resume
+    from), `history.csv` and `preflight.json` (predicted and measured cost). Several processes share every batch. The
+    loss and, on GPUs, BatchNorm are those of the whole batch.
 
     Args:
         settings: how to train.
-        train: prepared cases to learn from.
-        val: prepared cases to choose the epoch by, scored per patient over the whole volume.
-        folder: where the checkpoints and the history go.
+        train: prepared cases for training.
+        val: prepared cases that choose the best epoch, scored per patient over the whole volume.
+        folder: for the checkpoints and the history.
         device: the device to train on.
-        workers: processes that load batches; 0 loads in this one. The result does not depend on it.
-        checkpoint_minutes: write `last.pt` within an epoch too, every so many minutes; 0 only after every epoch.
+        workers: processes that load batches; 0: this one does. The result does not depend on it.
+        checkpoint_minutes: interval at which `last.pt` is written within an epoch; 0: only after every epoch.
         deterministic: see `machine.set_deterministic`.
         tracker: `none`, or a tracker of accelerate such as `tensorboard`.
-        facts: about the patients, kept in every checkpoint, with the `patients` of a checkpoint to start from.
+        facts: about the patients, saved in every checkpoint; `patients` of an initial checkpoint are added.
         follow: called with the rows so far after every epoch.
 
     Returns:
@@ -96,14 +96,14 @@ def fit(
     Raises:
         FloatingPointError: the loss or its gradients are not finite; the message names the slices.
         MemoryError: not even one slice fits into the memory.
-        Stopped: by the keyboard or a notebook's stop button.
+        Stopped: from the keyboard or by a notebook's stop button.
     """
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
     machine.set_deterministic(deterministic)
     accelerator = make_accelerator(device, tracker=tracker, folder=folder)
 
-    # The data: balanced random slices or patches to learn from, all of the validation patients.
+    # The data: balanced random slices or patches for training, and all validation patients.
     batches = _batches(settings, train, accelerator)
     loader = make_loader(batches.samples, batches, workers=workers, device=accelerator.device)
     val_loader = patients(
@@ -117,13 +117,13 @@ def fit(
         processes=accelerator.num_processes,
     )
 
-    # Where an earlier training of the same settings and patients stopped, this one goes on.
+    # Resume an earlier training with the same settings and patients.
     origin = _origin(settings, batches.samples.channels, train, val, facts or {})
     progress, saved = _resumed(folder, origin, settings, accelerator)
     if progress.finished(settings):
         return progress.history
 
-    # The network and all that belongs to it, in the precision and micro-batch that a few steps decide.
+    # The network, its EMA, the loss and the optimiser. A few trial steps choose precision and micro-batch.
     session = Session.build(settings, folder, origin, progress, accelerator)
     plan = measure(session, batches, val_loader, workers=workers, deterministic=deterministic)
     plan.announce()
@@ -133,7 +133,7 @@ def fit(
     try:
         _train(session, batches, loader, val, val_loader, plan, **how)
     except NotFiniteError as error:
-        raise FloatingPointError(_what_was_in(error, session, train)) from None
+        raise FloatingPointError(_not_finite_message(error, session, train)) from None
     accelerator.end_training()
     return progress.history
 
@@ -149,7 +149,7 @@ def _train(
     checkpoint_minutes: float,
     follow: Callable[[list[dict]], None],
 ) -> None:
-    """The loop: until the training is finished, train for an epoch, validate, keep what is needed to go on."""
+    """The loop: train for an epoch, validate, save; until the training is finished."""
     settings, progress, steps = session.settings, session.progress, len(batches)
     while not progress.finished(settings):
         epoch, first = progress.epoch + 1, progress.step
@@ -160,7 +160,7 @@ def _train(
         for batch in _bar(loader, epoch, first, steps):
             waited += time.perf_counter() - asked
 
-            # How much of the training is over, by steps or by the clock, sets the learning rate.
+            # The learning rate depends on the elapsed share of the training, by steps or by the clock.
             seconds = session.seconds()
             share = progress.share(settings, steps, seconds)
             if share >= 1:
@@ -178,7 +178,7 @@ def _train(
         loss = session.loss_sum.item() / max(progress.step, 1)
         trained = time.perf_counter() - began
 
-        # Score the averaged weights.
+        # Validate the averaged weights.
         memory_gib = machine.used_memory_gib(session.device)
         how = {"precision": session.precision, "at_once": 2 * session.micro_batch}
         scores = validate(session.average.network, val_loader, val, session.criterion, session.accelerator, **how)
@@ -198,7 +198,7 @@ def _train(
 
 
 def _finish_epoch(session: Session, row: dict[str, float], plan: Preflight) -> None:
-    """Keep an epoch: `last.pt` first, from which `best.pt` and `history.csv` can be made again."""
+    """Save an epoch: `last.pt` first, from which `best.pt` and `history.csv` can be rebuilt."""
     progress, settings = session.progress, session.settings
     session.check.look()
     improved = progress.add(row)
@@ -214,10 +214,10 @@ def _finish_epoch(session: Session, row: dict[str, float], plan: Preflight) -> N
 
 
 def _batches(settings: Settings, train: Sequence[Packed], accelerator: Accelerator) -> BalancedBatches:
-    """The batches to learn from: this process's part of them."""
+    """The training batches of this process."""
     processes = accelerator.num_processes
     if settings.batch_size % processes:
-        raise ValueError(f"batch_size {settings.batch_size} cannot be shared out evenly among {processes} processes.")
+        raise ValueError(f"batch_size {settings.batch_size} cannot be shared evenly by {processes} processes.")
     data = samples(train, context_slices=settings.context_slices, patch_size=settings.patch_size)
     data.keep_on(accelerator.device)
     batches = BalancedBatches(
@@ -235,7 +235,7 @@ def _batches(settings: Settings, train: Sequence[Packed], accelerator: Accelerat
 
 
 def _resumed(folder: Path, origin: dict, settings: Settings, accelerator: Accelerator) -> tuple[Progress, dict | None]:
-    """The progress and the content of `last.pt`, once the main process has brought the folder in line with it."""
+    """The progress and the content of `last.pt`, after the main process has made the folder agree with it."""
     progress, saved = resume(folder, origin, settings)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -247,7 +247,7 @@ def _resumed(folder: Path, origin: dict, settings: Settings, accelerator: Accele
 
 
 def _origin(settings: Settings, channels: int, train, val, facts: Mapping) -> dict:
-    """What every checkpoint of a training carries."""
+    """The entries that all checkpoints of a training share."""
     return {
         "format": FORMAT,
         "settings": asdict(settings),
@@ -270,17 +270,16 @@ def validate(
     precision: str,
     at_once: int,
 ) -> dict[str, float]:
-    """Loss over the voxels of the slices' own boxes, and Dice per patient over the whole volume, averaged.
+    """Return the loss over the voxels of the slices' boxes, and the mean over patients of the Dice of whole volumes.
 
-    The volume is counted as the test does: what pads a sample counts for nothing, and outside the boxes everything is
-    predicted background.
+    As in the test, padding is ignored, and everything outside the boxes counts as predicted background.
 
     Args:
         network: put into `eval()`.
         loader: see `dataset.patients`.
         cases: the patients of the loader, with their labels.
         criterion: the loss.
-        accelerator: adds up what several processes count.
+        accelerator: adds up the counts of several processes.
         precision: of `steps.DTYPES`.
         at_once: samples that go through the network together.
     """
@@ -300,7 +299,7 @@ def validate(
             place = (owners.expand_as(masks)[inside] * n + truth) * n + answers.argmax(dim=1)
             tables += torch.bincount(place, minlength=len(tables))
     tables = accelerator.reduce(tables, reduction="sum").reshape(len(cases), n, n).cpu().numpy()
-    for table, case in zip(tables, cases, strict=True):  # tumour outside the boxes is missed
+    for table, case in zip(tables, cases, strict=True):  # tumour outside the boxes counts as missed
         table[1:, 0] += case.counts[:, 1:].sum(axis=0) - table[1:].sum(axis=1)
     loss = criterion.value(accelerator.reduce(sums, reduction="sum")).item()
     dice = [dice_scores(table) for table in tables]
@@ -312,26 +311,26 @@ def lr_factor(share: float, warm_up: float) -> float:
     """Learning rate as a share of the highest: a linear rise, then half a cosine down to 0.
 
     Args:
-        share: of the training that is over, 0 to 1.
-        warm_up: share of the training in which it rises.
+        share: elapsed share of the training, 0 to 1.
+        warm_up: share of the training in which the learning rate rises.
     """
     if share < warm_up:
         return (share + 0.001) / (warm_up + 0.001)
     return 0.5 + 0.5 * math.cos(math.pi * (share - warm_up) / (1 - warm_up))
 
 
-def _what_was_in(error: NotFiniteError, session: Session, cases: Sequence[Packed]) -> str:
+def _not_finite_message(error: NotFiniteError, session: Session, cases: Sequence[Packed]) -> str:
     last = session.folder / "checkpoints" / "last.pt"
     index = session.accelerator.gather(error.index.to(session.device)).tolist()
     slices = ", ".join(f"{cases[k].id} slice {cases[k].origin[0] + z}" for k, z in index)
     return (
         f"the loss or its gradient is not finite in epoch {session.progress.epoch + 1}, step {error.step}, on {slices}."
-        f" Look at these slices, or lower lr{f'; {last} holds all that went well before' if last.exists() else ''}."
+        f" Look at these slices, or lower lr{f'; {last} holds the state before' if last.exists() else ''}."
     )
 
 
 def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterable[Batch]:
-    """A bar over the steps of an epoch where a person watches."""
+    """Show a progress bar over the steps of an epoch if a person is watching."""
     return tqdm(
         batches,
         desc=f"epoch {epoch}",
@@ -344,7 +343,7 @@ def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterab
 
 
 def _line(history: list[dict], plan: Preflight, settings: Settings, improved: bool) -> str:
-    """The epoch in one line."""
+    """Summarise the last epoch in one line."""
     row = history[-1]
     scores = "  ".join(f"{name} {row[f'dice_{name}']:.3f}" for name in STRUCTURES)
     return (

@@ -10,15 +10,15 @@ from torch.nn import functional as F
 class CrossEntropyDice(nn.Module):
     """Mean of cross-entropy over voxels plus 1 - mean soft Dice over the tumour classes, in float32.
 
-    Soft Dice (Milletari et al. 2016, with the sum of both masses in the denominator as in
-    Drozdzal et al. 2016) is taken over the whole batch, so that a slice without a class does not
-    count as a miss; a class that the batch lacks altogether still costs its false positives.
+    Soft Dice (Milletari et al. 2016, with the sum of both masses in the denominator as in Drozdzal et al. 2016) is
+    computed over the whole batch, so that a slice without a class does not count as a miss. A class that the whole
+    batch lacks still costs its false positives.
 
-    All of it follows from a few sums over voxels (`sums`, `value`), so that the loss over several
-    batches, or over the parts of a batch in several processes, is that of all their voxels.
+    The loss follows from a few sums over voxels (`sums`, `value`). Sums added up over batches, or over the processes
+    that share a batch, give the loss of all their voxels.
 
     Args:
-        class_weights: weight of each of the four classes (`cases.CLASSES`) in the cross-entropy.
+        class_weights: weight of each of the four classes (`labels.CLASSES`) in the cross-entropy.
     """
 
     def __init__(self, *, class_weights: Sequence[float]):
@@ -42,9 +42,9 @@ class CrossEntropyDice(nn.Module):
         return torch.stack([part.sum(dim=(0, *range(2, logits.ndim))) for part in parts])
 
     def value(self, sums: torch.Tensor) -> torch.Tensor:
-        """The loss that `sums`, of one batch or added up over several, amount to."""
+        """Return the loss of `sums`, which may be added up over several batches."""
         cross_entropy, overlap, predicted, true = sums
         weights = self.class_weights.to(sums.dtype)
-        dice = (2 * overlap + 1) / (predicted + true + 1)  # one voxel more, so that an absent class costs nothing
-        weight = (weights * true).sum().clamp(min=1e-6)  # 0 where every class that is present weighs nothing
+        dice = (2 * overlap + 1) / (predicted + true + 1)  # 1 is added so that an absent class costs nothing
+        weight = (weights * true).sum().clamp(min=1e-6)  # 0 if every class that is present has weight 0
         return (weights * cross_entropy).sum() / weight + 1 - dice[1:].mean()

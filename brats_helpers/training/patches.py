@@ -1,4 +1,4 @@
-"""3D patches of prepared cases to learn from, and whole patients to validate and predict."""
+"""3D patches of prepared cases for training, and whole patients for validation and prediction."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from brats_helpers.training.batch import Batch, Draw, ranges
 
 
 class Patches(Dataset):
-    """Cubes out of some cases' boxes: one around each slice's tumour, if it has any, and one around its brain.
+    """Cubes from some cases' boxes: for each slice one around its brain, and one around its tumour, if it has any.
 
-    The seed of a draw decides which voxel of the slice's tumour, or brain, is the cube's centre. A cube is moved to
-    lie within the box; along axes where the box is smaller, it is centred and the rest is background.
+    The seed of a draw chooses the cube's centre among the slice's voxels of brain, or of tumour. A cube is shifted to
+    lie within the box; along axes where the box is smaller, the box is centred in the cube.
 
     Args:
         cases: prepared cases.
@@ -39,11 +39,11 @@ class Patches(Dataset):
 
     @property
     def once(self) -> int:
-        """Patches that hold as many voxels as the boxes do."""
+        """Patches with as many voxels as the boxes have."""
         return -(-sum(case.images[:, 0].size for case in self.cases) // self.size[0] ** 3)
 
     def keep_on(self, device: torch.device) -> None:
-        """Nothing is copied: fetching a patch costs little beside what a network does with it."""
+        """Do nothing: loading a patch is cheap compared with the network's work on it."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,7 +69,7 @@ class Patches(Dataset):
         return Batch(images, masks, index, places, tuple(draw.seed for draw in draws))
 
     def centre(self, draw: Draw) -> tuple[int, int, int]:
-        """The voxel (z, y, x) of its case's box that a patch is drawn around."""
+        """Return the centre (z, y, x) of a patch in its case's box."""
         k, z = self.index[draw.item].tolist()
         case = self.cases[k]
         brain = (case.images[z] != 0).any(axis=0)
@@ -78,7 +78,7 @@ class Patches(Dataset):
         return z, int(y), int(x)
 
     def _span(self, centre: int, side: int) -> tuple[int, int, int]:
-        """Along one side of the box: where a cube around `centre` begins in the cube and in the box, and its length."""
+        """Along one axis: first voxel in the cube and in the box, and length, of the part of a cube within the box."""
         edge = self.size[0]
         length = min(edge, side)
         low = min(max(centre - edge // 2, 0), side - length)
@@ -98,7 +98,7 @@ class Volumes(Dataset):
         return len(self.cases)
 
     def keep_on(self, device: torch.device) -> None:
-        """Nothing is copied: see `Patches.keep_on`."""
+        """Do nothing, see `Patches.keep_on`."""
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         (draw,) = draws

@@ -1,4 +1,4 @@
-"""Before a training: sizes that fit the device, the faster precision, and how long it will take, from a few steps."""
+"""Before a training: choose sizes that fit the device and the faster precision, and estimate the cost."""
 
 import copy
 import math
@@ -26,16 +26,16 @@ from brats_helpers.training.steps import autocast, fitted, gradients
 from brats_helpers.training.weights import choose_encoder, packaged_settings
 
 SLICES = {"cuda": 16, "cpu": 4}
-"""Slices per step, if nobody says otherwise: a CPU is as fast in small steps, and more steps learn more."""
+"""Default number of slices per step. Small steps are as fast on a CPU, and more steps learn more."""
 EDGES = (128, 96, 64, 32)
 LARGEST = {"cuda": (128, 8), "cpu": (64, 2)}
-"""Largest edge and number of patches per step. A CPU has memory for more, but takes minutes per step then."""
+"""Largest edge and number of patches per step. A CPU has memory for more, but would take minutes per step."""
 LOOKED_AT = 64
-"""Batches of the first epoch from which those to be timed are taken."""
+"""Batches of the first epoch from which the timed ones are chosen."""
 GAIN = 1.25
-"""How much faster half precision must be to be chosen: a smaller gain is within the noise of a busy machine."""
+"""How many times faster half precision must be to be chosen. A busy machine hides smaller gains in noise."""
 LONG_HOURS = 12
-"""After so many hours a session of Colab or Kaggle has ended."""
+"""A session of Colab or Kaggle ends after this many hours."""
 
 
 def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Execution]:
@@ -72,17 +72,17 @@ def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Exec
 def choose_sizes(
     encoder: str, *, patch_size: int, batch_size: int, in_channels: int, device: torch.device
 ) -> tuple[int, int]:
-    """Settle the 0 in patch and batch size: the largest patches of which the device's memory holds two, then more.
+    """Replace a patch or batch size of 0: the largest patches of which two fit into memory, then as many as fit.
 
     Args:
         encoder: see `model.build_model`.
-        patch_size: edge in voxels; 0 lets the memory decide.
-        batch_size: slices or patches per step; 0 takes `SLICES`, or as many patches as the memory holds.
+        patch_size: edge in voxels; 0: chosen by memory.
+        batch_size: slices or patches per step; 0: `SLICES`, or as many patches as fit.
         in_channels: modalities.
         device: to train on.
 
     Returns:
-        Patch size (of a network of slices as given) and batch size.
+        Patch size (unchanged for a 2D network) and batch size.
     """
     if not sees_patches(encoder):
         return patch_size, batch_size or SLICES[device.type]
@@ -90,7 +90,9 @@ def choose_sizes(
     facts = machine.describe(device)
     memory = facts.get("device_memory_gib", facts.get("memory_gib", 8)) * 2**30
     whole = facts["precision"] == "no" or device.type == "cpu"  # float32, see `window.Windows`
-    voxel = (TRAINING_BYTES[encoder] + 4 * in_channels) * (2 if whole else 1)  # half of it is for all else
+    voxel = (TRAINING_BYTES[encoder] + 4 * in_channels) * (
+        2 if whole else 1
+    )  # half of the memory is for everything else
     edges = [patch_size] if patch_size else [edge for edge in EDGES if edge <= largest_edge]
     edge = next((edge for edge in edges if 2 * voxel * edge**3 <= memory), edges[-1])
     fitting = int(memory / (voxel * edge**3))
@@ -99,15 +101,15 @@ def choose_sizes(
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What a training is expected to cost.
+    """The expected cost of a training.
 
     Attributes:
-        facts: what it runs on and how, for a person and for the manifest.
+        facts: about device and precision, to be printed and recorded in the manifest.
         batch_size: slices per step, over all processes.
         steps: per epoch.
-        epochs: that are planned, from the first.
-        limit_s: seconds after which it stops in any case.
-        step_s: seconds of a step in which the whole network trains.
+        epochs: planned, counted from the first.
+        limit_s: seconds after which training stops.
+        step_s: seconds of a step that trains the whole network.
         validation_s: seconds of a validation.
         memory_gib: peak memory, see `machine.used_memory_gib`.
     """
@@ -127,13 +129,13 @@ class Preflight:
         return self.steps * self.step_s + self.validation_s
 
     def left_s(self, history: list[dict[str, float]]) -> float:
-        """Seconds that are left, if the epochs to come take as long as the last one."""
+        """Return the remaining seconds, if each epoch takes as long as the last one."""
         epoch, seconds = history[-1]["epoch"], history[-1]["seconds"]
         last_s = seconds - (history[-2]["seconds"] if len(history) > 1 else 0)
         return max(min((self.epochs - epoch) * last_s, self.limit_s - seconds), 0)
 
     def predicted(self) -> dict[str, float]:
-        """Epochs, seconds, speed and memory to expect."""
+        """Return the expected epochs, seconds, speed and memory."""
         epochs = self.epochs
         if self.limit_s < epochs * self.epoch_s:
             epochs = max(math.ceil(self.limit_s / self.epoch_s), 1)
@@ -146,7 +148,7 @@ class Preflight:
         }
 
     def announce(self) -> None:
-        """Say what is expected, and warn of a training that will take very long."""
+        """Print the expected cost, and warn if the training will take very long."""
         predicted = self.predicted()
         print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
         print(
@@ -160,11 +162,11 @@ class Preflight:
             limit = f", where a session ends after {LONG_HOURS} hours" if hosted else ""
             warn(
                 f"would take about {duration(predicted['seconds'])} on this machine{limit}. Take a GPU, or -p minutes"
-                " 60, or fewer slices_per_epoch, or --profile small. Stopped at any time, it goes on later."
+                " 60, or fewer slices_per_epoch, or --profile small. You can stop it at any time and resume it later."
             )
 
     def report(self, history: list[dict[str, float]], micro_batch: int) -> dict:
-        """For the manifest: what was expected, and what `history` measured; so many slices at a time did fit."""
+        """Return expected and measured cost for the manifest; `micro_batch` slices at a time fitted into memory."""
         last = history[-1]
         whole = [row for row in history if row["seconds"] < self.limit_s]  # the clock may have cut the last one short
         measured = {
@@ -181,16 +183,16 @@ class Preflight:
 def measure(
     session: Session, batches: BalancedBatches, val: DataLoader, *, workers: int, deterministic: bool
 ) -> Preflight:
-    """Choose the precision and the micro-batch of a session, and time a few steps and a batch of the validation.
+    """Choose the precision and micro-batch of a session, and time a few steps and a batch of the validation.
 
-    All on a copy of the network, which trains as it will once its encoder is as free as it gets.
+    The trial steps use a copy of the network, in the epoch in which most of its encoder is trained.
 
     Args:
         session: before `Session.start`; its `precision` and `micro_batch` are set.
         batches: of the training.
         val: see `dataset.patients`.
         workers: processes that load batches.
-        deterministic: take the precision that the device is made for, rather than the one that is faster now.
+        deterministic: take the precision that the device supports best, rather than the one measured as faster.
 
     Raises:
         MemoryError: not even one slice fits.
@@ -213,7 +215,7 @@ def measure(
     step_s = fmean(trial.step_s(draws, precision, micro_batch, workers) for draws in trial.spread)
     validation_s, micro_batch = fitted(lambda n: trial.validation_s(val, precision, n), micro_batch)
 
-    # The slowest process and the smallest micro-batch count for all.
+    # All processes take the smallest micro-batch; the slowest one sets the estimate.
     steps, validations, micro_batches = zip(*gather_object([(step_s, validation_s, micro_batch)]), strict=True)
     session.micro_batch, session.precision = min(micro_batches), precision
     progress.precision[name] = precision
@@ -236,13 +238,13 @@ def measure(
 
 
 def _candidates(device: torch.device) -> list[str]:
-    """The precisions that a device may gain from, the one that it is made for last."""
+    """The precisions worth trying on a device, float32 first."""
     half = machine.choose_precision(device)
     return ["float32"] if half == "no" else ["float32", half]
 
 
 def _faster(candidates: Iterable[str], seconds: Callable[[str], float]) -> str:
-    """The second candidate if it is faster by `GAIN`, else the first: the fastest of three turns each counts."""
+    """Return the second candidate if it is `GAIN` times faster, else the first; the best of three runs counts."""
     first, second = candidates
     took = [(seconds(first), seconds(second)) for _ in range(3)]
     fastest = [min(turns) for turns in zip(*took, strict=True)]
@@ -250,12 +252,12 @@ def _faster(candidates: Iterable[str], seconds: Callable[[str], float]) -> str:
 
 
 class _Trial:
-    """Steps on a copy of a session's network, which stays as it is.
+    """Trial steps on a copy of a session's network.
 
     Attributes:
-        spread: batches of the first epoch whose mean cost is about that of all.
-        typical: the middle one of them.
-        largest: a batch padded to the largest size that any can have.
+        spread: batches of the first epoch whose mean cost is about that of all batches.
+        typical: the middle one of `spread`.
+        largest: a batch padded to the largest possible size.
     """
 
     def __init__(self, session: Session, batches: BalancedBatches):
@@ -271,7 +273,7 @@ class _Trial:
         self.largest = [draw._replace(size=self.data.size) for draw in by_size[-1]]
 
     def step_s(self, draws: list[Draw], precision: str, micro_batch: int, workers: int = 0) -> float:
-        """Seconds of a step on the samples of `draws`, of which `workers` processes load one while another is used."""
+        """Return the seconds of a step on the samples of `draws`, while `workers` processes load the next batches."""
         began = time.perf_counter()
         batch = self.data.__getitems__(draws)
         loading_s = time.perf_counter() - began
@@ -294,7 +296,7 @@ class _Trial:
 
     @torch.no_grad()
     def validation_s(self, val: DataLoader, precision: str, micro_batch: int) -> float:
-        """Seconds of a whole validation, from its largest batch."""
+        """Estimate the seconds of a whole validation from its largest batch."""
         area = [len(draws) * math.prod(draws[0].size) for draws in val.batch_sampler]
         if not area:
             return 0.0

@@ -1,4 +1,4 @@
-"""Which slices or patches an epoch shows, in which batches."""
+"""Sampling: the slices or patches of an epoch, in batches."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,22 +12,22 @@ from brats_helpers.training.dataset import Samples
 
 
 class BalancedBatches(Sampler[list[Draw]]):
-    """Batches of a random draw, a given share of it with tumour, grouped so that samples of similar size meet.
+    """Batches of randomly drawn samples, a given share of them with tumour. Each batch holds samples of similar size.
 
-    The draw, and the seed of each sample in it, follow from the seed and the epoch alone. Batch size and grouping
-    decide only who is padded to whose size. A last batch that would be short is left out.
+    The drawn samples and their seeds depend on the seed and the epoch alone. Batch size and grouping affect only the
+    padding. A last batch that would be short is dropped.
 
     Args:
         samples: what to draw from.
-        n: samples per epoch; 0 takes as many as cover every voxel once.
+        n: samples per epoch; 0: as many as cover every voxel once.
         batch_size: samples per batch, over all processes.
-        foreground: share of samples with tumour, 0 to 1; a negative number keeps the data's own share.
+        foreground: share of samples with tumour, 0 to 1; a negative number: the share in the data.
         seed: of every draw.
         rank, processes: this process gets the `rank`-th of `processes` equal parts of each batch.
 
     Attributes:
         epoch: set it before each pass.
-        first: number of the batch to begin with; set it to resume within an epoch.
+        first: number of the first batch; set it to resume within an epoch.
     """
 
     def __init__(
@@ -78,6 +78,6 @@ class BalancedBatches(Sampler[list[Draw]]):
 
 
 def _some_of(pool: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
-    """`n` of the pool, none a second time before all were taken once."""
+    """Draw `n` items; none is repeated before every item has been drawn."""
     rounds = [random.permutation(pool) for _ in range(-(-n // max(len(pool), 1)))]
     return np.concatenate(rounds)[:n] if rounds else pool[:0]

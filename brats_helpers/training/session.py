@@ -1,4 +1,4 @@
-"""What a training works with from its first step to its last: the network, its average, the optimiser, the loss."""
+"""The state of a training: the network, its EMA, the optimiser and the loss."""
 
 import os
 import time
@@ -23,17 +23,17 @@ from brats_helpers.training.settings import Settings
 from brats_helpers.training.steps import FiniteCheck, fitted, gradients
 
 LOOK_EVERY = 16
-"""Steps between two looks at a GPU, or at the other processes: each look waits for them."""
+"""Steps between two synchronisations with a GPU or with the other processes."""
 
 
 def make_accelerator(device: torch.device, *, tracker: str, folder: Path) -> Accelerator:
-    """Accelerate's view of the device and the processes. Precision, sampling and loss scale are the suite's own."""
+    """Set up accelerate for the device and the processes. Precision, sampling and loss scale are the suite's own."""
     if "WORLD_SIZE" not in os.environ:
         forget_device()
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
-        # Frozen layers, and the last ones of some encoders, which a U-Net does not use, get no gradients.
+        # Frozen layers get no gradients, nor do the last layers of some encoders, which a U-Net does not use.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
@@ -41,9 +41,9 @@ def make_accelerator(device: torch.device, *, tracker: str, folder: Path) -> Acc
 
 
 def forget_device() -> None:
-    """Let a second training in this process use another device; accelerate remembers the first one's.
+    """Make accelerate forget the device of an earlier training in this process.
 
-    Accelerate has no public way. Without the private one, only a change of device within a process is lost.
+    There is no public way. If the private one disappears, a process merely cannot change its device.
     """
     reset = getattr(AcceleratorState, "_reset_state", None)
     if reset:
@@ -51,23 +51,23 @@ def forget_device() -> None:
 
 
 def frozen_share(epoch: int, settings: Settings) -> float:
-    """Share of the encoder's layers that are frozen in `epoch` (from 1): all, then fewer each epoch, then none."""
+    """Share of the encoder's layers that are frozen in `epoch` (from 1). It falls from all to none."""
     thawed = (epoch - settings.frozen_epochs) / (settings.unfreeze_epochs + 1)
     return 1 - min(max(thawed, 0.0), 1.0)
 
 
 @dataclass
 class Session:
-    """A training under way.
+    """A training in progress.
 
     Attributes:
         settings: how to train.
-        folder: where its files go.
-        origin: what each of its checkpoints carries.
-        progress: how far it is.
+        folder: of its files.
+        origin: the entries that all its checkpoints share.
+        progress: see `progress.Progress`.
         accelerator: of the training.
         network: on the device.
-        average: its moving average.
+        average: its EMA.
         criterion: the loss.
         optimizer: of the network, one group for the encoder and one for the rest.
         precision: of `steps.DTYPES`.
@@ -90,7 +90,7 @@ class Session:
     def build(
         cls, settings: Settings, folder: Path, origin: dict, progress: Progress, accelerator: Accelerator
     ) -> "Session":
-        """Make the network and all that belongs to it. `start` completes it."""
+        """Build the network, its EMA, the loss and the optimiser. `start` completes the session."""
         device = accelerator.device
         torch.manual_seed(settings.seed)
         network = build_model(
@@ -106,7 +106,7 @@ class Session:
             {"params": network.encoder.parameters(), "share": settings.encoder_lr},
             {"params": rest, "share": 1.0},
         ]
-        # Fused, AdamW leaves out a step whose gradients are not finite without asking the GPU.
+        # Fused AdamW skips steps whose gradients are not finite without waiting for the GPU.
         fused = {"fused": True} if device.type == "cuda" else {}
         return cls(
             settings,
@@ -121,7 +121,7 @@ class Session:
         )
 
     def start(self, saved: dict | None) -> None:
-        """Begin or, from the content of `last.pt`, go on, in the precision and micro-batch that are set by now."""
+        """Start or, from the content of `last.pt`, resume. Precision and micro-batch must have been set."""
         accelerator = self.accelerator
         if accelerator.num_processes > 1 and self.device.type == "cuda":
             self.network = convert_sync_batchnorm(self.network)
@@ -144,7 +144,7 @@ class Session:
         return self.accelerator.device
 
     def ready(self, network: nn.Module, epoch: int) -> None:
-        """Put a network into the training mode of an epoch, with as much of its encoder frozen as the settings say."""
+        """Put a network into training mode and freeze as much of its encoder as the settings say for this epoch."""
         settings = self.settings
         freeze_encoder(network, frozen_share(epoch, settings))
         train_mode(network, frozen_statistics=settings.frozen_statistics and settings.encoder_weights != "none")
@@ -162,9 +162,9 @@ class Session:
         )
 
     def step(self, batch: Batch) -> None:
-        """Augment a batch, and make one step down its gradients."""
+        """Augment a batch and take one optimiser step."""
         progress = self.progress
-        # Dropout, if any, follows from the seed and the place in the training.
+        # Dropout depends only on the seed and the position in the training.
         torch.manual_seed(seed_of(self.settings.seed, progress.epoch, progress.step, self.accelerator.process_index))
         images, masks = self.augmented(batch)
         loss = self.gradients(images, masks)
@@ -178,7 +178,7 @@ class Session:
         progress.step += 1
 
     def gradients(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Set the gradients of the batch; if memory runs out in a single process, in smaller micro-batches."""
+        """Accumulate the gradients of the batch. A single process reduces the micro-batch if memory runs out."""
 
         def work(micro_batch: int) -> torch.Tensor:
             return gradients(
@@ -198,20 +198,20 @@ class Session:
         return loss
 
     def loss(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The loss of the whole batch; its gradients reach this process's samples, and are averaged over processes."""
+        """The loss of the whole batch. Its gradients are those of this process's samples; processes average them."""
         own = self.criterion.sums(logits, masks)
         whole = self.accelerator.reduce(own.detach(), reduction="sum")
         return self.criterion.value(whole + self.accelerator.num_processes * (own - own.detach()))
 
     def set_lr(self, factor: float) -> None:
-        """Set the learning rate to `factor` of the highest, of the encoder to its share of that."""
+        """Set the learning rate to `factor` times the highest; the encoder gets its share of that."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * group["share"] * factor
 
     def seconds(self, *, exact: bool = False) -> float:
         """Seconds of training so far, the same in all processes.
 
-        With several processes it is the main one's clock, read every `LOOK_EVERY` steps, or now if `exact`.
+        With several processes, the main one's clock is read every `LOOK_EVERY` steps, or at once if `exact`.
         """
         now = time.perf_counter() - self.began
         if self.accelerator.num_processes == 1:
@@ -221,7 +221,7 @@ class Session:
         return self.agreed_s
 
     def save(self) -> None:
-        """Write `last.pt`: all that is needed to go on from here."""
+        """Write `last.pt`, from which the training can resume."""
         self.check.look()
         progress = self.progress
         progress.seconds = self.seconds(exact=True)
@@ -239,6 +239,6 @@ class Session:
         save_file(self.folder / "checkpoints" / "last.pt", self.origin | state)
 
     def publish(self) -> None:
-        """Bring `best.pt` and `history.csv` in line with `last.pt`."""
+        """Update `best.pt` and `history.csv` to agree with `last.pt`."""
         if self.accelerator.is_main_process:
             publish(self.folder, self.progress, self.origin, self.average.network.state_dict())

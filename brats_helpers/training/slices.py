@@ -1,4 +1,4 @@
-"""Axial slices of prepared cases, each cut to its own brain."""
+"""Axial slices of prepared cases, each cropped to its brain."""
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ HELD_WHOLE = 0.9
 
 
 class Slices(Dataset):
-    """The axial slices of some cases that hold brain, each cut to its own box of brain.
+    """The axial slices with brain of some cases, each cropped to the bounding box of its brain.
 
-    A slice takes the smallest sides in multiples of 32 that hold its brain, at most those of the window. Of a larger
-    brain the seed of its draw decides which part is seen: in time, every voxel is.
+    A slice has the smallest sides in multiples of 32 that hold its brain, but at most those of the window. The seed of
+    a draw chooses the visible part of a larger brain, so that in time every voxel is seen.
 
     Args:
         cases: prepared cases.
-        context_slices: neighbours on each side that are fed as further channels (0: plain 2D).
+        context_slices: neighbouring slices on each side that become further channels (0: plain 2D).
             Channels are ordered by slice from below, then by modality; outside the box they are 0.
-        window: largest (height, width); None never crops.
+        window: largest (height, width); None: no brain is cropped.
     """
 
     def __init__(self, cases: Sequence[Packed], *, context_slices: int, window: tuple[int, int] | None):
@@ -91,7 +91,7 @@ class Slices(Dataset):
         return self.__getitems__([draw])
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
-        """Gather a whole batch at once, by one copy per slice."""
+        """Assemble a whole batch at once, with one copy per slice."""
         index = torch.from_numpy(self.index[[draw.item for draw in draws]])
         spans = np.array([self._spans(draw) for draw in draws])
         depth = np.stack([np.zeros(len(draws), np.int64), index[:, 1].numpy(), np.ones(len(draws), np.int64)], axis=1)
@@ -102,7 +102,7 @@ class Slices(Dataset):
     def _spans(self, draw: Draw) -> list[tuple[int, int, int, int, int, int]]:
         """For rows and columns: the brain's place in the sample and in the case's box, and its length (see `places`).
 
-        Then the same of all that is copied: the brain with what surrounds it, as far as the sample's own size reaches.
+        Then the same for the copied region: the brain and its surroundings, within the sample's own size.
         """
         random = None if draw.seed is None else np.random.default_rng(draw.seed)
         case = self.cases[self.index[draw.item, 0]]
@@ -129,7 +129,7 @@ class Slices(Dataset):
             low, high = max(z - reach, 0), min(z + reach + 1, len(case.images))
             around = slice(low - z + reach, high - z + reach)
             images[row, around, :, to_rows, to_columns] = case.images[low:high, :, from_rows, from_columns]
-            if self.padding == OUTSIDE:  # the brain's own box alone counts
+            if self.padding == OUTSIDE:  # only the brain's own box counts
                 (to_rows, from_rows), (to_columns, from_columns) = ranges(rows[:3]), ranges(columns[:3])
             labels = 0 if case.labels is None else case.labels[z, from_rows, from_columns]
             masks[row, to_rows, to_columns] = labels
@@ -181,7 +181,7 @@ def rounded_up(sides: np.ndarray) -> np.ndarray:
 def training_window(cases: Sequence[Packed]) -> tuple[int, int]:
     """The smallest (height, width) in multiples of 32 that hold the brains of `HELD_WHOLE` of the cases.
 
-    One large head would otherwise make every batch that holds its slices, and every kept copy, as large.
+    Without this limit, one large head would enlarge every batch with its slices, and the copy on the GPU.
     """
     largest = np.array([(case.boxes[:, 1::2] - case.boxes[:, ::2]).max(axis=0) for case in cases])
     height, width = np.quantile(rounded_up(largest.clip(SMALLEST)), HELD_WHOLE, axis=0, method="inverted_cdf")

@@ -1,4 +1,4 @@
-"""One step of the training: a batch in micro-batches that the device's memory holds, and a check that it is finite."""
+"""One training step: gradient accumulation over micro-batches that fit into memory, and checks for finite values."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +14,11 @@ from brats_helpers.log import warn
 Result = TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED = 20
-"""Steps in a row that may be skipped under fp16. Each halves the loss scale, from 65,536: it is below 1 by then."""
+"""Consecutive steps that fp16 may skip. Each halves the loss scale from 65,536; after 20 it is below 1."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context of a forward pass in one of `DTYPES`."""
+    """Return the context of a forward pass in one of `DTYPES`."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
 
 
@@ -33,13 +33,13 @@ def gradients(
     precision: str,
     micro_batch: int,
 ) -> torch.Tensor:
-    """Set the model's gradients to those of a batch, `micro_batch` samples at a time; return the loss.
+    """Accumulate the model's gradients over a batch, `micro_batch` samples at a time; return the loss.
 
-    The loss is the mean of the micro-batches' losses. The cross-entropy is then that of the batch (with unequal class
-    weights nearly so), but soft Dice is each micro-batch's own, and BatchNorm sees them one by one.
+    The loss is the mean of the micro-batches' losses. Its cross-entropy equals that of the whole batch (approximately,
+    with unequal class weights), but soft Dice and BatchNorm work on each micro-batch separately.
 
     Args:
-        model: as `accelerator` prepared it; processes exchange their gradients at the last micro-batch.
+        model: as `accelerator` prepared it; processes exchange their gradients after the last micro-batch.
         loss_of: the loss of logits and masks.
         images: (batch, channels, [depth,] height, width), on the device.
         masks: (batch, [depth,] height, width), class indices.
@@ -62,7 +62,7 @@ def gradients(
 
 
 def fitted(work: Callable[[int], Result], micro_batch: int) -> tuple[Result, int]:
-    """Return `work(micro_batch)` and the micro-batch; while memory runs out, try again with half of it and say so.
+    """Return `work(micro_batch)` and the micro-batch, which is halved, with a warning, as often as memory runs out.
 
     Not for work in which several processes wait for each other.
 
@@ -81,7 +81,7 @@ def fitted(work: Callable[[int], Result], micro_batch: int) -> tuple[Result, int
                     " (-p encoder tu-tf_efficientnet_lite0), fewer context_slices, or -p device cpu."
                 ) from error
         micro_batch = -(-micro_batch // 2)
-        warn(f"out of memory: going on with {micro_batch} slices at a time, gradients added up to the same batch")
+        warn(f"out of memory: continuing with {micro_batch} slices at a time and the same batch size")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -100,12 +100,12 @@ class NotFiniteError(FloatingPointError):
 
 
 class FiniteCheck:
-    """Looks for losses and gradients that are not finite; on a GPU only every so many steps, as it has to wait for it.
+    """Checks that losses and gradients are finite; only every few steps, because each check waits for the GPU.
 
     Args:
-        every: steps between two looks.
-        scaled: whether a loss scale skips steps whose gradients are not finite: these are then no fault, unless more
-            than `MOST_SKIPPED` follow one another.
+        every: steps between two checks.
+        scaled: whether a loss scale is used. It skips steps whose gradients are not finite, so these are an error only
+            after more than `MOST_SKIPPED` in a row.
     """
 
     def __init__(self, *, every: int, scaled: bool):
@@ -114,16 +114,16 @@ class FiniteCheck:
         self._waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, index: torch.Tensor) -> None:
-        """Note a step's loss and the norm of its gradients, before the optimiser makes the step."""
+        """Record a step's loss and gradient norm, before the optimiser takes the step."""
         self._waiting.append((step, torch.stack([loss.isfinite(), norm.isfinite()]), index))
         if len(self._waiting) >= self.every:
             self.look()
 
     def look(self) -> None:
-        """Look at all steps since the last look: do so before anything is kept.
+        """Check all steps since the last check. Call this before anything is saved.
 
         Raises:
-            NotFiniteError: names the first step that is at fault.
+            NotFiniteError: names the first faulty step.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:

@@ -1,14 +1,14 @@
-"""Whole patients by a network that was made for patches."""
+"""Sliding windows: whole patients, segmented by a network for patches."""
 
 import torch
 from torch import nn
 
 OVERLAP = 0.25
-"""Of neighbouring windows, as a share of their edge; where the box is hardly larger than the window it is more."""
+"""Smallest overlap of neighbouring windows, as a share of their edge."""
 
 
 class Windows(nn.Module):
-    """A network of 3D patches that answers whole patients as well, by a window that slides over them.
+    """A network for 3D patches that also segments whole patients, with a sliding window.
 
     Args:
         network: maps (batch, channels, depth, height, width) to logits of the same sizes.
@@ -19,7 +19,7 @@ class Windows(nn.Module):
         super().__init__()
         self.network = network
         self.edge = edge
-        self.encoder = nn.Identity()  # pretrained weights, to be frozen or trained more slowly: it has none
+        self.encoder = nn.Identity()  # nothing pretrained that could be frozen
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -28,8 +28,8 @@ class Windows(nn.Module):
                 slices of one volume in order, (slices, channels, height, width).
 
         Returns:
-            Logits of the same sizes. In `eval()` they are those of overlapping windows, averaged with Gaussian weights
-            that trust the middle of a window more than its border (as nnU-Net does).
+            Logits of the same sizes. In `eval()` they are averages over overlapping windows, with Gaussian weights that
+            favour the centre of each window (as in nnU-Net).
         """
         if images.ndim == 4:
             return self(images.movedim(0, 1)[None])[0].movedim(1, 0)
@@ -47,6 +47,6 @@ class Windows(nn.Module):
         )
 
     def _answer(self, patches: torch.Tensor) -> torch.Tensor:
-        """In float32 on a CPU: there, bf16 gradients of kernels over few voxels are not always finite (torch 2.14)."""
+        """Use float32 on a CPU: its bf16 gradients of kernels over few voxels are not always finite (torch 2.14)."""
         with torch.autocast("cpu", enabled=False):
             return self.network(patches)

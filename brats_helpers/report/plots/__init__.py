@@ -1,9 +1,8 @@
 """Every figure of the notebooks and the report, one function each.
 
-Each function returns a matplotlib figure that is shown once, as a cell's last value, and kept by
-`save_figure`. Patients are drawn as radiologists look at them: anterior (or head) up, the
-patient's right on the left. A region has one colour wherever it appears, and a line style and a
-marker besides, for print and for eyes that tell few colours apart.
+Each function returns a matplotlib figure that is shown once, as a cell's last value, and saved by `save_figure`.
+Patients are drawn as radiologists see them: anterior (or head) up, the patient's right on the left. A region has the
+same colour everywhere, and also a line style and a marker, for print and for colour-blind readers.
 """
 
 from brats_helpers.report.plots.patients import gif, histograms, modalities, montage, planes

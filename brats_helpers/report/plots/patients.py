@@ -63,7 +63,7 @@ class Scan:
 
     @property
     def brain(self) -> np.ndarray:
-        """Where the first modality that is there is not 0, bool (X, Y, Z)."""
+        """Where the first modality that is not empty is not 0, bool (X, Y, Z)."""
         filled = (volume != 0 for volume in self.volumes.values())
         return next((brain for brain in filled if brain.any()), np.ones(self.shape, bool))
 
@@ -93,7 +93,7 @@ class Scan:
 
 
 def around(inside: np.ndarray) -> list[slice]:
-    """The box of the true voxels, with four voxels of margin where the volume has them; all of it if none is true."""
+    """The box of the true voxels with a margin of up to four voxels; the whole volume if none is true."""
     if not inside.any():
         return [slice(0, n) for n in inside.shape]
     sides = zip(bounding_box(inside), inside.shape, strict=True)
@@ -175,7 +175,7 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
 
     Args:
         path: of the GIF, a megabyte or so.
-        step: every which slice.
+        step: distance of the slices shown.
     """
     import imageio.v3 as imageio
     from PIL import Image, ImageDraw, ImageFont
@@ -188,7 +188,7 @@ def gif(case: Case, path: Path, *, modality: str, step: int = 2, simulated: bool
     frames = []
     for at in range(scan.box[2].start, scan.box[2].stop, step):
         image = scan.cut(scan.volumes[modality], "axial", at)
-        grey = np.round(np.clip((image - low) / (high - low), 0, 1) * 31) / 31  # few greys: a small file
+        grey = np.round(np.clip((image - low) / (high - low), 0, 1) * 31) / 31  # few grey levels keep the file small
         plain = np.repeat(grey[..., None], 3, axis=2)
         marked = plain.copy()
         if scan.mask is not None:
@@ -232,7 +232,7 @@ def planes(case: Case, modality: str, *, simulated: bool) -> Figure:
 
 
 def fullest(volume: np.ndarray, axis: int) -> int:
-    """Index along `axis` of the slice with most true voxels."""
+    """Index along `axis` of the slice with the most true voxels."""
     return int(volume.sum(axis=tuple({0, 1, 2} - {axis})).argmax())
 
 

@@ -93,7 +93,7 @@ def overlays(cases: Sequence[Case], predictions: Path, metrics: Mapping, *, moda
 
 @styled
 def one_false_voxel(*, name: str) -> Figure:
-    """A drawn patient without enhancing tumour, a prediction that agrees, and one with a single false voxel.
+    """A drawn patient without enhancing tumour, a correct prediction, and one with a single false voxel.
 
     Args:
         name: the convention to score by, see `scoring.rules.CONVENTIONS`.
@@ -116,7 +116,7 @@ def one_false_voxel(*, name: str) -> Figure:
 
 
 def best_median_worst(scores: Mapping[str, Mapping]) -> dict[str, str]:
-    """IDs by rank; of fewer than three patients, as many as there are."""
+    """IDs by rank; fewer than three if there are fewer patients."""
     ranked = sorted(scores, key=lambda case_id: -mean_dice_of_case(scores[case_id]))
     picks = {"Best": ranked[0], "Median": ranked[len(ranked) // 2], "Worst": ranked[-1]}
     if len(ranked) < 3:
@@ -169,7 +169,7 @@ def score_distributions(metrics: Mapping, *, simulated: bool) -> Figure:
 
 @styled
 def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
-    """How often a region is where the network gives it a probability; `metrics` is `metrics.json`."""
+    """Observed frequency of each region over its predicted probability; `metrics` is `metrics.json`."""
     found = metrics["uncertainty"]["calibration"]
     figure, axes = plt.subplots(1, len(REGIONS), figsize=(WIDTH, 4.3), sharey=True)
     for ax, (region, curve) in zip(axes, found.items(), strict=True):
@@ -180,21 +180,20 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
         ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
     axes[0].set_ylabel("share that is the region")
-    detail = (
-        "brain voxels given the region with 0.01 or more · dotted: perfect · above: says too little, below: too much"
-    )
+    detail = "brain voxels with a probability of 0.01 or more · dotted: perfect · above: underconfident, below: over"
     title(figure, f"Calibration on {_tested(len(metrics['uncertainty']['cases']))}", detail, simulated)
     return figure
 
 
 @styled
 def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence[str], simulated: bool) -> Figure:
-    """Where a network is wrong and where it is in doubt, on the slice with most errors.
+    """Errors and uncertainty of a network, on the slice with the most errors.
 
     Args:
         case: a prepared patient with its labels.
-        soft: its probabilities, see `inference.predict`.
-        modality: the one of `modalities`, those of the prepared patient, to show below the errors.
+        soft: its probabilities, see `networks.predict`.
+        modality: shown below the errors.
+        modalities: of the prepared patient, in order.
     """
     wrong = (soft.argmax(axis=1) != case.labels) & case.brain
     at = int(wrong.sum(axis=(1, 2)).argmax())
@@ -205,11 +204,11 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
     show(axes[0, 1], image, Z_WINDOW, f"errors: {int(wrong[at].sum()):,} voxels")
     axes[0, 1].imshow(np.where(wrong[at, ..., None], to_rgba(ERROR), 0))
     shown = axes[0, 2].imshow(entropy(np.moveaxis(soft[at], 0, -1)), cmap="magma", vmin=0, vmax=1)
-    axes[0, 2].set_title("entropy: 0 sure, 1 all classes alike")
+    axes[0, 2].set_title("entropy: 0 certain, 1 all classes equal")
     figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
     class_legend(figure)
-    headline = f"{case.id} · errors and doubt · {PRINTED[modality]} · axial slice {case.origin[0] + at}"
-    title(figure, headline, f"the slice with most errors · {z_window()}", simulated)
+    headline = f"{case.id} · errors and uncertainty · {PRINTED[modality]} · axial slice {case.origin[0] + at}"
+    title(figure, headline, f"the slice with the most errors · {z_window()}", simulated)
     return figure
 
 
@@ -273,7 +272,7 @@ def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
 
 @styled
 def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
-    """How alike the parts of a split are in grade and tumour size: shares of their patients and of their slices.
+    """Compare the parts of a split in grade and tumour size: shares of their patients and of their slices.
 
     Args:
         patients: a row a patient: `part`, `grade` (None where unknown), `tumour_ml` (whole tumour, ml), and `slices`,

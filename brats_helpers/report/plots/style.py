@@ -1,4 +1,4 @@
-"""The one style of all figures."""
+"""The style of all figures."""
 
 import functools
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ ERROR = "#D55E00"
 DASHED = (0, (2.5, 1.5))
 PART_INK = ("#2B2B2B", "#808080", "#C4C4C4")  # train, val, test; and runs side by side
 WIDTH = 10.0  # inches; 1,000 pixels in a notebook
-MOST = 60  # patients that a figure names
+MOST = 60  # most patients that a figure names
 PERCENTILES = (1, 99.5)
 Z_WINDOW = (-2.5, 3.5)
 _STYLE = {
@@ -63,7 +63,7 @@ _STYLE = {
 
 
 def styled(draw):
-    """Draw in the house style, and take the figure off pyplot's list, or a notebook would show it twice."""
+    """Draw in the common style, and close the figure in pyplot, or a notebook would show it twice."""
 
     @functools.wraps(draw)
     def styled(*args, **kwargs) -> Figure:
@@ -77,9 +77,9 @@ def styled(draw):
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write a figure as PNG, register it, and give it back to be shown.
+    """Write a figure as PNG, register it, and return it to be shown.
 
-    Its title goes into the file's metadata: the report shows it to those who cannot see the figure.
+    Its title is stored in the file's metadata, as the report's alternative text.
     """
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150, metadata={"Title": figure.get_label()})
@@ -101,7 +101,7 @@ def stored_title(path: Path) -> str:
 
 
 def title(figure: Figure, headline: str, detail: str, simulated: bool) -> None:
-    """A headline, which says if the patients are simulated, and a line of detail above the figure."""
+    """Put a headline and a line of detail above the figure. The headline says if the patients are simulated."""
     points = 72 * figure.get_figheight()
     headline += " · simulated" * simulated
     figure.set_label(f"{headline} · {detail}")
@@ -161,5 +161,5 @@ def array(values) -> np.ndarray:
 
 
 def convention(metrics: Mapping) -> str:
-    """The name of the rule book, without its text."""
+    """The name of the scoring rule, without its description."""
     return f"convention {str(metrics.get('convention', 'not stated')).partition(':')[0]}"

@@ -16,7 +16,7 @@ from brats_helpers.report.plots.style import COLOURS, PRINTED
 
 
 def interactive_view(case: Case, modality: str, *, simulated: bool):
-    """A viewer to click through in three planes: the last value of a cell shows it, `.save_as_html(path)` keeps it.
+    """A viewer of three planes to click through. As a cell's last value it is shown; `.save_as_html(path)` saves it.
 
     Returns:
         nilearn's view, at half the resolution so that the page stays light. It does not turn its crosshair
@@ -40,7 +40,7 @@ def interactive_view(case: Case, modality: str, *, simulated: bool):
 
 
 def viewer_tiles(case: Case, prediction: Path, numbering: str = USUAL) -> dict[str, object]:
-    """A patient's brain for the report's viewer: pictures that a page can carry and a browser can cut in three planes.
+    """A patient's brain for the report's viewer: images that a browser can cut in three planes.
 
     Axial slices lie side by side as tiles, from left to right and top to bottom. Axes run right to left, front to
     back, feet to head, as in every figure here.

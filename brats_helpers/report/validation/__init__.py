@@ -1,7 +1,7 @@
 """The validation of a run: one line for each property, computed from the run's files, with its evidence.
 
-The lines are in the modules `..._lines`; a new line is a function there, decorated with
-`facts.line` under an ID that never changes.
+The lines are in the modules `..._lines`. A new line is a function there, decorated with `facts.line` under an ID that
+never changes.
 """
 
 import html
@@ -45,8 +45,8 @@ def validate(run: Run, review: Review) -> dict[str, Line]:
     """Compute every line of a run's validation.
 
     Args:
-        run: its folder, in whatever state.
-        review: its predictions read again, see `review.review`.
+        run: in any state.
+        review: of its predictions, see `review.review`.
 
     Returns:
         The lines by ID, in the order of `HEADINGS`.
@@ -67,7 +67,7 @@ def validate(run: Run, review: Review) -> dict[str, Line]:
 
 
 def tally(lines: dict[str, Line]) -> str:
-    """How many lines have which mark; there is no total, because the lines do not weigh the same."""
+    """Count the lines by mark. There is no total, because the lines are not equally important."""
     counts = Counter(line.mark for line in lines.values())
     return ", ".join(f"{mark.sign} {counts[mark]} {mark.value}".strip() for mark in Mark)
 
@@ -90,5 +90,5 @@ def write_markdown(path: Path, name: str, lines: dict[str, Line], *, simulated: 
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

@@ -1,4 +1,4 @@
-"""What the lines of a validation rest on: the files of a run, and the marks that a line can have."""
+"""The basis of the validation's lines: the files of a run, and the marks that a line can have."""
 
 import csv
 from collections.abc import Callable, Iterable
@@ -23,12 +23,12 @@ class Mark(Enum):
 
     @property
     def sign(self) -> str:
-        """`✅`, `⚠️` or `❌`; empty where the line does not apply."""
+        """`✅`, `⚠️` or `❌`; empty if the line does not apply."""
         return {Mark.HELD: OK, Mark.PARTLY: WARN, Mark.FAILED: FAIL}.get(self, "")
 
 
 class NotDone(Exception):
-    """The run has not done what a line is about; the message says what is missing."""
+    """The run has not done what a line checks; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Check:
 
 
 CHECKS: list[Check] = []
-"""Every check, in the order in which its module was imported."""
+"""Every check, in the order of registration."""
 
 
 def line(check_id: str, heading: str, text: str):
@@ -63,7 +63,7 @@ def line(check_id: str, heading: str, text: str):
 
 
 class RunFacts:
-    """The files of a run. Each is read once, when a line asks for it; a missing one raises `NotDone`."""
+    """The files of a run. Each is read once, on first use; a missing one raises `NotDone`."""
 
     def __init__(self, run: Run, review: Review):
         self.run = run
@@ -84,7 +84,7 @@ class RunFacts:
 
     @cached_property
     def checks(self) -> dict:
-        """`checks.json`: what the notebooks checked."""
+        """`checks.json`: the checks of the notebooks."""
         return read(self.run.checks)
 
     @cached_property
@@ -124,7 +124,7 @@ class RunFacts:
 
     @cached_property
     def stages(self) -> dict[str, dict]:
-        """The manifests' entries of all finished notebooks; those of folds are named after their fold as well."""
+        """The manifests' entries of all finished notebooks; for folds, the names include the fold."""
         runs = {"": self.run} | {f" of fold {fold.folder.name}": fold for fold in self.folds}
         found = {}
         for place, run in runs.items():
@@ -180,8 +180,8 @@ def read(path: Path) -> dict:
 
 
 def load_checkpoint(run: Run) -> dict:
-    """The `best.pt` of a run on the CPU, or raise `NotDone`."""
-    import torch  # takes seconds, and only runs with a checkpoint need it
+    """Load the `best.pt` of a run on the CPU, or raise `NotDone`."""
+    import torch  # takes seconds to import, and only runs with a checkpoint need it
 
     if not run.best.exists():
         raise NotDone("no checkpoints/best.pt")

@@ -1,4 +1,4 @@
-"""Lines about figures, notebooks and what is needed to repeat the run."""
+"""Lines about figures, notebooks and the information needed to repeat the run."""
 
 from brats_helpers.report.validation.facts import Mark, NotDone, RunFacts, but, line, mark
 
@@ -76,7 +76,7 @@ def _commands(facts: RunFacts) -> tuple[Mark, str]:
 
 
 def _listed(stages_by_value: dict[str, list[str]]) -> str:
-    """The values; where there are several, each with the notebooks it belongs to."""
+    """List the values; if there are several, each with its notebooks."""
     if len(stages_by_value) == 1:
         return next(iter(stages_by_value))
     return "; ".join(f"{value} ({', '.join(stages)})" for value, stages in stages_by_value.items())

@@ -21,7 +21,7 @@ def _scored(facts: RunFacts) -> tuple[Mark, str]:
     return Mark.FAILED if unexplained else mark(not missing, Mark.PARTLY), evidence
 
 
-@line("rules-named", METRICS, "The scoring rules are known and stand beside the scores")
+@line("rules-named", METRICS, "The scoring rules are known and shown beside the scores")
 def _named(facts: RunFacts) -> tuple[Mark, str]:
     if not facts.run.cases_csv.exists():
         raise NotDone("no cases.csv")
@@ -75,11 +75,11 @@ def _postprocessed(facts: RunFacts) -> tuple[Mark, str]:
     return Mark.FAILED if lost and not gained else mark(gained and not lost, Mark.PARTLY), evidence
 
 
-@line("uncertainty", METRICS, "The network's uncertainty points at its errors")
+@line("uncertainty", METRICS, "The network's uncertainty indicates its errors")
 def _uncertainty(facts: RunFacts) -> tuple[Mark, str]:
     auc, brain = (facts.metrics["uncertainty"][name] for name in ("auc_tumour", "auc"))
     if auc is None:
-        raise NotDone("there is no error to find")
+        raise NotDone("the predictions have no error")
     evidence = (
         f"area under the ROC curve of error detection: {auc:.3f} within the tumour (chance 0.5, partly from 0.6, held"
         f" from 0.8), {brain:.3f} in the whole brain, which is easier"

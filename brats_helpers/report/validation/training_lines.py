@@ -10,7 +10,7 @@ from brats_helpers.report.validation.facts import Mark, NotDone, RunFacts, line,
 from brats_helpers.scoring.overlap import mean_dice_of_epoch
 
 MODEL, TRAINING = "Model architecture", "Training loop"
-_RELATED = 0.5  # cosine of trained and pretrained filters; unrelated filters have 0.00
+_RELATED = 0.5  # least cosine of trained and pretrained filters; unrelated filters have 0.00
 _CLOSE, _FAR = 1.25, 2.0  # factors between a measurement and its estimate
 
 
@@ -35,7 +35,7 @@ def _outputs(facts: RunFacts) -> tuple[Mark, str]:
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found = {name: tensor.shape for name, tensor in saved["model"].items()}
     differ = [name for name in expected | found if expected.get(name) != found.get(name)]
-    evidence = f"best.pt: {len(found)} tensors, as {settings['encoder']} with outputs for {', '.join(CLASSES)} has them"
+    evidence = f"best.pt: {len(found)} tensors, as in {settings['encoder']} with outputs for {', '.join(CLASSES)}"
     return mark(not differ), f"{evidence}, but {', '.join(differ[:3])}" if differ else evidence
 
 
@@ -150,10 +150,10 @@ def _predicted(facts: RunFacts) -> tuple[Mark, str]:
     compared = predicted_and_measured(facts.manifest)
     if not compared:
         raise NotDone("manifest.json has no estimate with its measurement")
-    # Nobody can know when early stopping will end a training.
+    # Early stopping may end a training sooner than estimated.
     counting = {name: pair for name, pair in compared.items() if name not in ("epochs", "seconds")}
     if not counting:
-        raise NotDone("the preflight estimated nothing that early stopping leaves comparable")
+        raise NotDone("the preflight estimated nothing that is independent of early stopping")
     factor = max(max(pair) / max(min(pair), 1e-9) for pair in counting.values())
     evidence = "; ".join(f"{name}: predicted {p:.4g}, measured {m:.4g}" for name, (p, m) in counting.items())
     evidence += f"; held up to a factor of {_CLOSE:g}, partly up to {_FAR:g}"
