@@ -46,7 +46,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == b"old" and names(tmp_path) == ["a.bin"]
 
 
-def test_what_a_killed_writer_leaves_goes_with_the_next_writing(tmp_path):
+def test_the_next_write_removes_what_a_killed_writer_left(tmp_path):
     leave_part(tmp_path)
     assert names(tmp_path)[0].startswith(files.PART)
     with whole_file(tmp_path / "last.pt") as file:

@@ -91,7 +91,7 @@ def test_classes_become_labels_and_back(name):
     np.testing.assert_array_equal(labels_to_classes(found, numbering), classes)
 
 
-def test_written_labels():
+def test_labels_to_write():
     classes = np.arange(4, dtype=np.uint8)
     assert {name: classes_to_labels(classes, name).tolist() for name in ("brats2020", "brats2023", "msd", "ped")} == {
         "brats2020": [0, 1, 2, 4],

@@ -18,7 +18,7 @@ def python(*arguments, **environ):
 
 
 @pytest.mark.parametrize("environ", [LATIN, PLAIN_C])
-def test_marks_become_words_where_the_terminal_lacks_them(environ):
+def test_marks_become_words_if_the_terminal_lacks_them(environ):
     say = "from brats_helpers.log import *\ndone('M\\xfcller \\u2229')\nwarn('w')\nfail('f')\ntiming('t', 1)"
     done = python("-c", say, **environ)
     name = "Müller" if environ is LATIN else "M?ller"

@@ -39,7 +39,7 @@ def rewrite(path, change=lambda labels: labels, affine=lambda affine: affine):
     nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), affine(image.affine)), path)
 
 
-def test_everybody_scored_is_exit_0(folders, capsys):
+def test_all_patients_scored_is_exit_0(folders, capsys):
     assert score(folders) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["1.000"] * 3  # P0, P1, mean
     (folders[1] / "P1" / "P1_seg.nii.gz").unlink()  # a patient without a reference is no error
@@ -47,7 +47,7 @@ def test_everybody_scored_is_exit_0(folders, capsys):
     assert "P1 is not scored: unlabelled" in capsys.readouterr().out
 
 
-def test_whoever_cannot_be_scored_is_named_and_exit_1(folders, capsys):
+def test_a_patient_that_cannot_be_scored_is_named_and_exit_1(folders, capsys):
     pred_dir, truth_dir = folders
     (pred_dir / "P1_seg.nii.gz").rename(pred_dir / "P2_seg.nii.gz")
     assert main(["score", str(truth_dir), str(truth_dir)]) == 1
@@ -59,7 +59,7 @@ def test_whoever_cannot_be_scored_is_named_and_exit_1(folders, capsys):
     assert "only 1 of 2 patients are scored" in printed and "95 %" not in printed
 
 
-def test_swapped_labels_in_the_reference_score_as_wrong(folders, capsys, tmp_path):
+def test_swapped_labels_in_the_reference_lower_the_scores(folders, capsys, tmp_path):
     """NCR and ED swapped: WT and ET cannot show it, TC, NCR and ED do."""
     path = folders[1] / "P0" / "P0_seg.nii.gz"
     truth = read_mask(path, "brats2020")
@@ -88,7 +88,7 @@ def test_a_reference_on_another_grid_is_refused(folders, capsys, changes, said):
     assert "P0 is not scored: misaligned: " in printed and said in printed
 
 
-def test_a_reference_shifted_by_one_slice_scores_as_wrong(folders, tmp_path):
+def test_a_reference_shifted_by_one_slice_lowers_the_scores(folders, tmp_path):
     path = folders[1] / "P0" / "P0_seg.nii.gz"
     truth = read_mask(path, "brats2020")
     rewrite(path, change=lambda labels: np.roll(labels, 1, axis=2))

@@ -85,7 +85,7 @@ def test_every_message_of_the_troubleshooting_table_is_one_of_the_code(quoted):
         "one slice alone does not fit into the memory",
     ],
 )
-def test_a_message_that_is_none_is_noticed(quoted):
+def test_a_quoted_message_that_does_not_exist_is_noticed(quoted):
     assert len(QUOTED) > 15 and share(quoted) < ENOUGH
 
 

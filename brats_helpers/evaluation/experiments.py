@@ -284,7 +284,7 @@ def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
     return together
 
 
-def going_on_from(checkpoint: Path, base: Settings) -> Settings:
+def starting_from(checkpoint: Path, base: Settings) -> Settings:
     """Return `base` with the network of a checkpoint as its start.
 
     Raises:

@@ -48,12 +48,12 @@ class Failure:
 
 @dataclass
 class Review:
-    """What reading the scored predictions of a run again has shown.
+    """The result of reading the scored predictions of a run again.
 
     Attributes:
         cases: by ID, the scored patients whose scans and prediction could be read and match.
         problem: why there is none, or empty.
-        changed: whether there is none because the patients are no longer the ones that were split.
+        changed: whether the reason is that the patients are no longer the ones that were split.
         unreadable: by ID, what is wrong with a prediction or its reference.
         failures: in the order of `CAUSES`, the lowest Dice first.
         conventions: see `scores.conventions_table`.
@@ -100,7 +100,7 @@ def review(run: Run, metrics: Mapping) -> Review:
 
 
 def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield prediction and reference of each patient; note in `result` what they show."""
+    """Yield prediction and reference of each patient; record in `result` what they show."""
     convention = str(metrics.get("convention", "")).partition(":")[0]
     for case_id, case in result.cases.items():
         try:
@@ -188,16 +188,16 @@ def _far(pred: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, fl
         return 0, 0.0, 0.0
     box = bounding_box(pred, truth)
     pred, truth = pred[box], truth[box]
-    pieces, count = ndimage.label(pred, np.ones((3, 3, 3)))
+    components, count = ndimage.label(pred, np.ones((3, 3, 3)))
     if truth.any():
         distance = ndimage.distance_transform_edt(~truth, sampling=spacing_mm)
     else:
         distance = np.full(pred.shape, np.inf)
-    nearest = ndimage.minimum(distance, pieces, range(1, count + 1))
+    nearest = ndimage.minimum(distance, components, range(1, count + 1))
     far = np.flatnonzero(np.asarray(nearest) > FAR_MM)
     if not far.size:
         return 0, 0.0, 0.0
-    voxels = np.bincount(pieces.ravel(), minlength=count + 1)[1:][far].sum()
+    voxels = np.bincount(components.ravel(), minlength=count + 1)[1:][far].sum()
     return far.size, float(voxels * np.prod(spacing_mm) / 1000), float(np.max(np.asarray(nearest)[far]))
 
 

@@ -40,13 +40,13 @@ def build_model(
     decoder: Sequence[int] = DECODER,
     modalities: Sequence[str] = (),
 ) -> nn.Module:
-    """A network with four output channels, the class indices of `cases.CLASSES`.
+    """A network with four output channels, the class indices of `labels.CLASSES`.
 
     Args:
         encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
             or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
-            from which the whole network goes on; `simulated` is the packaged one.
+            whose whole network is the start; `simulated` is the packaged one.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
         patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; no effect on a network of slices.
@@ -57,12 +57,12 @@ def build_model(
     Returns:
         A network that maps float (batch, in_channels, height, width), sides multiples of 32, to
         logits (batch, 4, height, width); or `window.Windows`, which does the same with the slices of a patient.
-        At first it answers background nearly everywhere, as rare as tumour is: from even odds it would spend its
-        first minutes learning that.
+        At first it predicts background nearly everywhere, because tumour is rare; otherwise it would spend its first
+        minutes learning that.
 
     Raises:
-        WeightsError: the weights cannot be had. Nothing falls back to random weights.
-        ValueError: no such encoder, or no patches or slices of such a size.
+        WeightsError: the weights are not available. There is no fallback to random weights.
+        ValueError: no such encoder, or a patch size that it does not support.
     """
     state = {} if weights in ("imagenet", "none") else read_weights(weights)
     if sees_patches(encoder):
@@ -120,12 +120,12 @@ def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) 
 
 
 def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Windows, nn.Module]:
-    """One of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net, and for a CPU; and its last layer."""
+    """Return one of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net or for a CPU; and its head."""
     if name not in PATCH_NETWORKS:
         raise ValueError(f"encoder {name!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
     if patch_size < 32 or patch_size % 16:
         raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times; expected 32, 48, 64, ...")
-    from monai.networks import nets  # takes a second, which a network of slices need not wait
+    from monai.networks import nets  # takes a second to import, and 2D networks do not need it
 
     sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}
     if name == "monai-segresnet":
@@ -142,7 +142,7 @@ def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Window
 
 
 def rebuild(saved: Mapping) -> nn.Module:
-    """The network of a checkpoint with its weights, see `checkpoint.read_checkpoint`."""
+    """Rebuild the network of a checkpoint with its weights, see `checkpoint.read_checkpoint`."""
     settings = saved["settings"]
     model = build_model(
         encoder=settings["encoder"],
@@ -167,10 +167,10 @@ def first_filters(model: nn.Module) -> torch.Tensor:
 
 
 def freeze_encoder(model: nn.Module, share: float) -> None:
-    """Stop the training of the first `share` of the encoder's layers, and resume that of the rest.
+    """Freeze the weights of the first `share` of the encoder's layers, and unfreeze the others.
 
-    Layers are counted from the input on: the first ones hold what all pictures have in common. Statistics are
-    stopped by `train_mode`.
+    Layers are counted from the input, because the first ones hold the most general features. `train_mode` freezes
+    their statistics.
     """
     layers = [layer for layer in model.encoder.modules() if list(layer.parameters(recurse=False))]
     for k, layer in enumerate(layers):
@@ -179,10 +179,10 @@ def freeze_encoder(model: nn.Module, share: float) -> None:
 
 
 def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
-    """`model.train()`, but what is frozen stays in `eval()`, so that its BatchNorm statistics do not move.
+    """Call `model.train()`, but keep frozen layers in `eval()`, so that their BatchNorm statistics do not change.
 
-    With `frozen_statistics` the encoder's do not move either while its weights are trained. Batches that
-    favour tumour have other statistics than whole volumes have, and a fine-tuned network pays for it.
+    With `frozen_statistics`, none of the encoder's statistics change, even while its weights are trained: batches that
+    favour tumour have other statistics than whole volumes, which would harm a fine-tuned network.
     """
     model.train()
     for module in model.encoder.modules():
@@ -193,7 +193,7 @@ def train_mode(model: nn.Module, *, frozen_statistics: bool) -> None:
 
 
 def summary(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """Size and cost of a network.
+    """Return the size and cost of a network.
 
     Args:
         model: the network.
@@ -203,7 +203,7 @@ def summary(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         `layers` (modules that hold parameters of their own), `parameters`, `trainable_parameters`,
         `encoder_parameters`, and `multiply_adds` of one slice or patch.
     """
-    counted = copy.deepcopy(model).to("meta").eval()  # where nothing is computed
+    counted = copy.deepcopy(model).to("meta").eval()  # the meta device computes nothing
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(torch.zeros(1, *shape, device="meta"))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]

@@ -14,10 +14,10 @@ from brats_helpers.evaluation.experiments import (
     MEAN,
     Bench,
     backbones,
-    going_on_from,
     hold_out,
     merged,
     rounds_of_few,
+    starting_from,
 )
 from brats_helpers.evaluation.networks import load_network
 from brats_helpers.labels import MODALITIES, DataError
@@ -57,14 +57,14 @@ def test_patients_to_compare_on_are_drawn_with_the_seed_from_those_to_train_on(m
     assert len(hold_out(train[:5], val, n=8, seed=0, groups={})[0]) == 3  # at least half is left to learn from
 
 
-def test_a_person_is_not_divided_between_training_and_comparison(many):
+def test_no_person_is_in_both_training_and_comparison(many):
     groups = {case.id: f"person {k // 4}" for k, case in enumerate(many)}
     for seed in range(5):
         left, scored = hold_out(many[4:], many[:4], n=8, seed=seed, groups=groups)
         assert not {groups[name] for name in ids(left)} & {groups[name] for name in ids(scored)}
 
 
-def test_the_few_to_learn_from_are_drawn_with_the_seed(many):
+def test_the_few_training_patients_are_drawn_with_the_seed(many):
     train, scored = many[ENOUGH:], many[:ENOUGH]
     drawn = [ids(rounds_of_few(train, scored, n=2, seed=seed, groups={})[0][0]) for seed in range(8)]
     assert len({*map(tuple, drawn)}) > 4 and all({*pair} <= {*ids(train)} for pair in drawn)
@@ -73,7 +73,7 @@ def test_the_few_to_learn_from_are_drawn_with_the_seed(many):
     assert rounds_of_few(train, scored, n=15, seed=0, groups={}) == []
 
 
-def test_with_few_to_compare_on_patients_are_left_out_one_by_one(many):
+def test_with_few_patients_to_compare_on_each_is_left_out_once(many):
     a, b, c, d = many[:4]
     rounds = rounds_of_few([a, b, c], [d], n=2, seed=0, groups={})
     assert len(rounds) == 4 and ids(rounds[0][2]) == ["P03"]
@@ -144,7 +144,7 @@ def test_an_experiment_that_was_scored_is_not_trained_again(tried, monkeypatch, 
         assert [path.name for path in folder.iterdir()] == ["best.pt"]
 
 
-def test_a_question_that_is_not_asked_says_what_it_costs_and_how_to_ask(tried, capsys):
+def test_a_question_that_is_not_asked_prints_its_cost_and_the_command(tried, capsys):
     bench, arms, *_, cases = tried
     arms = {name: dataclasses.replace(settings, minutes=10.0) for name, settings in arms.items()}
     assert bench.ask("backbones", arms, cases[:2], cases[2:3], cases[2:]) is None
@@ -168,7 +168,7 @@ def test_seeds_are_averaged_by_patient(tried, monkeypatch):
     assert found["new"]["seeds"] == [1.0, 2.0] and found["new"]["cases"]["P"][MEAN]["dice"] == 1.5
 
 
-def test_an_experiment_is_repeated_where_patients_weights_or_the_machine_changed(tried, tmp_path, monkeypatch):
+def test_an_experiment_is_repeated_if_patients_weights_or_the_machine_changed(tried, tmp_path, monkeypatch):
     bench, arms, _, _, _, (a, b, c, d) = tried
     (settings, _), known = arms.values(), tmp_path / "known.pt"
     known.write_bytes(b"one")
@@ -218,10 +218,10 @@ def test_weights_that_have_seen_a_patient_to_compare_on_are_refused_before_anyth
 )
 def test_a_checkpoint_that_sees_another_input_is_no_start(tried, change, said):
     known = best(tried[0], "three")
-    start = going_on_from(known, dataclasses.replace(SETTINGS, encoder="resnet18", lr=0.5))
+    start = starting_from(known, dataclasses.replace(SETTINGS, encoder="resnet18", lr=0.5))
     assert (start.encoder, start.encoder_weights, start.lr) == (SETTINGS.encoder, str(known), 0.5)
     with pytest.raises(DataError, match=said):
-        going_on_from(known, dataclasses.replace(SETTINGS, **change))
+        starting_from(known, dataclasses.replace(SETTINGS, **change))
 
 
 def test_the_table_of_backbones_says_what_each_costs(tried):

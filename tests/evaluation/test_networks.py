@@ -148,7 +148,7 @@ def _empty(images):
     return networks.Packed("P", images, None, (0, 0, 0), (width, height, depth), counts)
 
 
-def test_within_its_box_a_slice_gets_what_the_full_slice_gets(uneven, exact):
+def test_predictions_within_the_box_equal_those_of_the_full_slice(uneven, exact):
     """To the precision of float32 where padding is the same as background.
 
     A deep network pads its feature maps with zeros where the full slice has features of background, so that it agrees
@@ -162,7 +162,9 @@ def test_within_its_box_a_slice_gets_what_the_full_slice_gets(uneven, exact):
     np.testing.assert_allclose(own, expected, atol=1e-6)
 
 
-def test_a_trained_network_answers_alike_within_the_box_and_in_the_full_slice(checkpoint, tiny_patients, exact):
+def test_a_trained_network_predicts_nearly_the_same_within_the_box_and_in_the_full_slice(
+    checkpoint, tiny_patients, exact
+):
     """Of the tiny patients' brain, box and full slice disagree about less than one voxel in a hundred."""
     network, packed = load_network(checkpoint, device=CPU), pack(find_cases(tiny_patients)[3])
     whole = np.tile([0, packed.images.shape[2], 0, packed.images.shape[3]], (len(packed.images), 1))

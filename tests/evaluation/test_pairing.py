@@ -41,7 +41,7 @@ def test_a_single_patient_in_a_folder(place):
     assert list(reasons) == [MET[1]] and reasons[MET[1]].startswith("missing: ")
 
 
-def test_folders_of_other_files_are_read_as_before(place):
+def test_names_of_files_come_before_names_of_folders(place):
     put(place / "pred" / "fold_0" / f"{MET[0]}.nii.gz", place / "pred" / "fold_1" / f"{MET[1]}_seg.nii.gz")
     pairs, reasons = pair(place)
     assert {case: name for case, (_, name) in pairs.items()} == {name: name for name in MET} and not reasons
@@ -94,7 +94,7 @@ def test_digits_that_two_references_share_pair_nobody(place):
     assert pairs == {} and reasons["SEG-00217-000"].startswith("extra: ")
 
 
-def test_the_same_name_goes_before_digits(place):
+def test_the_same_name_has_priority_over_digits(place):
     put(place / "pred" / f"{MET[0]}.nii.gz", place / "pred" / "SEG-00217-000.nii.gz")
     pairs, reasons = pair(place, by_digits=True)
     assert pairs == {MET[0]: (f"{MET[0]}.nii.gz", MET[0])}

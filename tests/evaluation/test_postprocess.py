@@ -88,13 +88,13 @@ def test_the_mildest_of_the_best_thresholds_is_taken():
     assert on_validation["before"]["TC"] == on_validation["after"]["TC"] == 1
 
 
-def test_what_helps_one_patient_alone_is_chance():
+def test_a_gain_in_one_patient_alone_chooses_no_rule():
     for pairs in ([false_et(3)], [false_et(3), (TRUTH, TRUTH)], [false_et(3), (TRUTH, TRUTH), (TRUTH, TRUTH)]):
         rules, on_validation = choose(pairs, convention="brats2020")
         assert rules == NO_RULES and on_validation["before"] == on_validation["after"]
 
 
-def test_what_costs_others_more_is_not_taken():
+def test_a_rule_that_costs_others_more_is_not_chosen():
     """Small ET that is right is lost by the rule: a patient loses a third of the mean Dice where others gain one."""
     right = false_et(4)[0]
     gainers, loser = [false_et(3), false_et(4), false_et(5)], (right, right)
@@ -103,7 +103,7 @@ def test_what_costs_others_more_is_not_taken():
     assert choose([*gainers[:2], loser, loser, loser], convention="brats2020")[0] == NO_RULES
 
 
-def test_a_tie_is_nothing_done():
+def test_a_tie_changes_nothing():
     assert choose([(TRUTH, TRUTH)] * 3, convention="brats2020")[0] == NO_RULES
     assert choose([], convention="brats2020") == (NO_RULES, {"n": 0, "before": {}, "after": {}})
 
@@ -150,7 +150,7 @@ def test_rules_come_back_from_their_file(tmp_path):
         read_rules(tmp_path / "nowhere.json")
 
 
-def test_a_patient_without_any_tumour_has_no_say():
+def test_a_patient_without_any_tumour_changes_no_choice():
     """Cut to its tumour nothing is left of it, see `predict_validation`."""
     pair = crop_tumour(*np.zeros((2, 8, 8, 8), np.uint8))
     assert pair[0].size == 0

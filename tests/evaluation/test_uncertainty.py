@@ -64,7 +64,7 @@ def test_one_patient_by_hand():
     np.testing.assert_allclose(result["bins"]["ET"], expected, atol=1e-6)
 
 
-def test_over_patients():
+def test_results_are_combined_over_patients():
     soft, truth, brain = patient()
     flawless = examine(soft, soft.argmax(axis=1).astype(np.uint8), brain)
     assert flawless["auc"] is None  # no error to detect
@@ -78,7 +78,7 @@ def test_over_patients():
     assert [row["voxels"] for row in wt["bins"]] == [2, 4]
 
 
-def test_without_patients_nothing_is_known():
+def test_without_patients_the_uncertainty_is_unknown():
     result = uncertainty.collect({})
     assert result["auc"] is None and result["calibration"]["ET"] == {"ece": None, "bins": []}
 

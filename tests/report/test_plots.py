@@ -324,7 +324,7 @@ def test_calibration_shows_every_bin_and_each_regions_error():
     assert "Calibration on 1 test patient · simulated" in everything_said(figure)
 
 
-def test_doubt_is_shown_on_the_slice_with_most_errors(case):
+def test_uncertainty_is_shown_on_the_slice_with_the_most_errors(case):
     packed = pack(case)
     soft = np.full((len(packed.labels), 4, *packed.labels.shape[1:]), 0.02, np.float32)
     np.put_along_axis(soft, packed.labels[:, None].astype(np.int64), 0.94, axis=1)  # sure, and right

@@ -137,7 +137,7 @@ def test_a_prediction_off_the_patients_grid_is_noticed(run, metrics, monkeypatch
     assert review(run, metrics).off_grid == ["Exact_0"]
 
 
-def test_a_prediction_that_is_gone_is_named_and_the_others_are_read(tmp_path, metrics):
+def test_a_missing_prediction_is_named_and_the_others_are_read(tmp_path, metrics):
     run = write_tiny_run(tmp_path)
     (run.predictions / "Exact_0_seg.nii.gz").unlink()
     found = review(run, metrics)
@@ -149,7 +149,7 @@ def test_a_prediction_that_is_gone_is_named_and_the_others_are_read(tmp_path, me
     assert found.cases == {} and "no prediction could be read again" in found.problem
 
 
-def test_patients_that_are_gone_are_a_problem_and_no_error(tmp_path, metrics):
+def test_missing_patients_are_a_problem_but_no_error(tmp_path, metrics):
     run = write_tiny_run(tmp_path)
     run.record(data=str(tmp_path / "nowhere"))
     found = review(run, metrics)

@@ -41,7 +41,7 @@ def rewrite(path, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def test_a_finished_run_holds_but_for_its_few_patients_and_what_it_did_not_do(whole):
+def test_every_line_of_a_finished_run_holds_except_for_few_patients_and_skipped_steps(whole):
     lines = look(whole)
     assert list(dict.fromkeys(line.heading for line in lines.values())) == HEADINGS
     assert [check for check, line in lines.items() if line.mark in (Mark.PARTLY, Mark.FAILED)] == ["intervals"]
@@ -60,7 +60,7 @@ def test_an_empty_run_holds_nothing_and_raises_nothing(tmp_path):
     assert all(line.mark == Mark.NOT_APPLICABLE for line in lines.values())
 
 
-def test_a_patient_in_two_parts(run):
+def test_a_patient_in_two_parts_fails_the_split(run):
     rewrite(run.splits, val=["Val_0", HOSTILE])
     line = look(run)["split-disjoint"]
     assert line.mark == Mark.FAILED
@@ -158,7 +158,7 @@ def test_patients_that_changed(run, tmp_path):
     assert line.mark == Mark.FAILED and "New_0 is new" in line.evidence
 
 
-def test_a_prediction_that_is_gone(run):
+def test_a_missing_prediction(run):
     (run.predictions / "Exact_0_seg.nii.gz").unlink()
     line = look(run)["scores-repeat"]
     assert line.mark == Mark.FAILED
@@ -194,7 +194,7 @@ def test_predictions_in_other_numbers_or_off_the_grid(run):
     assert line.mark == Mark.FAILED and line.evidence.endswith("first modality; others: Exact_0")
 
 
-def test_rules_that_are_not_those_named(run):
+def test_a_rule_that_is_not_the_named_one(run):
     check = "rules-named"
     rewrite(run.metrics, convention="brats2020: of our own")
     assert look(run)[check].mark == Mark.FAILED
@@ -210,7 +210,7 @@ def test_enough_patients(run):
     assert look(run)["intervals"].mark == Mark.HELD
 
 
-def test_patients_that_are_gone(run, tmp_path):
+def test_missing_patients(run, tmp_path):
     run.record(data=str(tmp_path / "nowhere"))
     lines = look(run)
     assert lines["patients-unchanged"].mark == Mark.PARTLY
@@ -248,7 +248,7 @@ def test_a_weight_that_is_not_finite_and_channels_that_do_not_fit(run):
 
 
 @pytest.mark.parametrize("encoder, patch_size", [(PACKAGED_ENCODER, 0), ("monai-unet", 32)])
-def test_a_network_that_is_another_than_its_settings_say(run, encoder, patch_size):
+def test_a_network_that_does_not_match_its_settings(run, encoder, patch_size):
     saved = torch.load(run.best, weights_only=True)
     model = build_model(encoder=encoder, weights="none", in_channels=2, patch_size=patch_size).state_dict()
     saved["settings"] |= {"encoder": encoder, "patch_size": patch_size}
@@ -272,13 +272,13 @@ def test_a_network_that_is_another_than_its_settings_say(run, encoder, patch_siz
         ({"epochs": 9, "patience": 0, "minutes": 0.0}, Mark.FAILED),
     ],
 )
-def test_the_stopping_rule(run, settings, mark):
+def test_the_stopping_rule_line(run, settings, mark):
     saved = torch.load(run.best, weights_only=True)
     torch.save(saved | {"settings": saved["settings"] | settings}, run.best)
     assert look(run)["training-stopped"].mark == mark
 
 
-def test_the_kept_epoch(run):
+def test_the_best_epoch_line(run):
     run.record(best_epoch=3)
     line = look(run)["best-epoch"]
     assert line.mark == Mark.FAILED
@@ -294,7 +294,7 @@ def test_a_loss_that_rose_and_a_learning_rate_that_stayed(run):
 
 
 @pytest.mark.parametrize("measured, mark", [(125, Mark.HELD), (80, Mark.HELD), (130, Mark.PARTLY), (201, Mark.FAILED)])
-def test_the_preflight(run, measured, mark):
+def test_the_preflight_line(run, measured, mark):
     """That it stopped early is no fault of it."""
     predicted, found = {"epochs": 20, "seconds_per_epoch": 100}, {"epochs": 8, "seconds_per_epoch": measured}
     run.record(preflight={"predicted": predicted | {"steps": 5}, "measured": found})
@@ -323,7 +323,7 @@ def test_scores_that_lack_or_do_not_repeat(run):
     "gain, wt, mark",
     [(0.01, 0, Mark.HELD), (0, 0, Mark.PARTLY), (0.01, -0.005, Mark.PARTLY), (-0.01, 0, Mark.FAILED)],
 )
-def test_a_loss_by_post_processing_is_told(run, gain, wt, mark):
+def test_a_loss_by_post_processing_is_reported(run, gain, wt, mark):
     dice = {"WT": 0.9, "TC": 0.8, "ET": 0.7}
     changed = {"n": 3, "before": dice, "after": dice | {"WT": 0.9 + wt, "ET": 0.7 + gain}}
     post = {"rules": {"et_voxels": 30}, "validation": changed, "test": changed}
@@ -339,7 +339,7 @@ def test_a_loss_by_post_processing_is_told(run, gain, wt, mark):
 @pytest.mark.parametrize(
     "auc, mark", [(0.8, Mark.HELD), (0.7, Mark.PARTLY), (0.55, Mark.FAILED), (None, Mark.NOT_APPLICABLE)]
 )
-def test_doubt(run, auc, mark):
+def test_the_uncertainty_line(run, auc, mark):
     rewrite(run.metrics, uncertainty={"auc_tumour": auc, "auc": 0.97})
     assert look(run)["uncertainty"].mark == mark
 
@@ -364,7 +364,7 @@ def test_notebooks_that_failed_or_ran_out_of_order(run):
         assert lines[check].mark == Mark.FAILED and "02_train" in lines[check].evidence
 
 
-def test_how_the_run_was_made(run):
+def test_revisions_commands_and_versions_of_the_run(run):
     assert look(run)["revision-clean"].mark == Mark.HELD
     stages = run.manifest["stages"]
     stages["03_evaluate"] |= {"revision": "4567def", "command": "./run_all.sh --only 03", "versions": {"torch": "2.5"}}

@@ -77,7 +77,7 @@ def again(finished, request):
     return shutil.copytree(finished, finished.parent / request.node.name[:40])
 
 
-def test_workers_of_which_one_is_killed_give_the_table_of_an_undisturbed_run(checkout, finished, tmp_path):
+def test_a_killed_worker_does_not_change_the_table(checkout, finished, tmp_path):
     pytest.importorskip("distributed")
     go, folder = tmp_path / "go", checkout / "runs" / "workers"
     command = ["--folds", str(N), "--run", "workers", "-p", "hold", str(go), "--workers", "2"]
@@ -121,7 +121,7 @@ def test_old_scores_stay_until_the_new_ones_of_every_fold_are_complete(checkout,
     assert stages["02_train"]["status"] == "finished" and stages["02_train"]["parameters"]["lr"] == 0.25
 
 
-def test_folds_whose_data_are_away_stay_as_they_are(checkout, again):
+def test_folds_whose_data_cannot_be_reached_are_unchanged(checkout, again):
     patients = checkout / "patients"
     patients.rename(checkout / "unmounted")
     try:

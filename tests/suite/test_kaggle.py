@@ -169,7 +169,7 @@ def test_a_broken_connection_is_retried(kaggle, account, tmp_path, capsys):
     assert {name: found[name] for name in LEFT} == LEFT and len(kaggle.pushed) == 1
 
 
-def test_a_connection_that_stays_broken_ends_the_waiting_and_the_same_command_goes_on(
+def test_a_connection_that_stays_broken_ends_the_wait_and_the_same_command_continues(
     kaggle, account, tmp_path, capsys, monkeypatch
 ):
     kaggle.states = ["RUNNING", 503]

@@ -15,7 +15,7 @@ from brats_helpers.suite.stages import reason
 from tests.suite.checkout import CELLS, dead, manifest, run, start, wait
 
 
-def test_a_run_streams_records_and_picks_up(checkout):
+def test_a_run_streams_output_records_facts_and_resumes(checkout):
     first = run(checkout, "--run", "whole")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "epoch 1 lr 0.01\nepoch 2 lr 0.01\n" in first.stdout
@@ -56,7 +56,7 @@ def test_a_run_streams_records_and_picks_up(checkout):
     assert forgot.returncode == 2 and "--profile small" in forgot.stdout
 
 
-def test_a_failing_notebook_says_where_and_leaves_itself(checkout):
+def test_a_failing_notebook_names_the_cell_and_is_kept(checkout):
     answer = run(checkout, "--run", "bad", "--only", "00,02,03,04", "-p", "epochs", "13", "-p", "lr", "1e-3")
     assert answer.returncode == 1
     path = checkout / "runs" / "bad" / "notebooks" / "03_evaluate.ipynb"
@@ -85,7 +85,7 @@ def test_every_line_of_a_message_that_says_what_to_do_is_shown():
     assert reason(ValueError("\n".join("y" * 600 for _ in range(30)))).count("\n") == 20
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(checkout):
+def test_a_stopped_run_resumes(checkout):
     gate = checkout / "gate"
     arguments = ["--run", "stopped", "--only", "00,02", "-p", "wait_for", str(gate)]
     pid = checkout / "runs" / "stopped" / "pid"
@@ -156,7 +156,7 @@ def test_prepared_notebooks_carry_their_parameters_and_no_outputs(checkout):
 
 
 @pytest.mark.parametrize("deaths", [1, 3])
-def test_a_kernel_that_does_not_come_up_is_started_twice_more(checkout, tmp_path, deaths):
+def test_a_kernel_that_does_not_start_is_tried_twice_more(checkout, tmp_path, deaths):
     """As where another process took one of its ports; here it dies at once, so often as there are files to take."""
     for number in range(deaths):
         (tmp_path / f"death{number}").touch()

@@ -230,7 +230,7 @@ def test_patches_lie_around_tumour_and_brain_by_the_seed_of_the_draw(tiny_patien
     assert data.once == -(-sum(case.images[:, 0].size for case in cases) // 16**3)
 
 
-def test_of_patches_the_middle_slice_is_shown():
+def test_the_middle_slice_of_a_patch_is_shown():
     cubes, masks = torch.rand(2, 3, 8, 5, 6), torch.randint(0, 4, (2, 8, 5, 6))
     shown = middle_slices(cubes, masks)
     assert torch.equal(shown[0], cubes[:, :, 4]) and torch.equal(shown[1], masks[:, 4])

@@ -23,7 +23,7 @@ def parts(tiny_patients, tmp_path):
     return packed[:3], packed[3:]
 
 
-def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys):
+def test_two_processes_train_a_run_and_print_as_one(parts, tmp_path, capsys):
     """On an encoder with layers that a U-Net does not use, which processes must not wait for."""
     run = Run(tmp_path / "run")
     settings = dataclasses.replace(SETTINGS, epochs=2, encoder="efficientnet-b0", encoder_weights="none")
@@ -35,7 +35,7 @@ def test_two_processes_train_a_run_and_say_what_one_says(parts, tmp_path, capsys
     assert json.loads((run.folder / "preflight.json").read_text())["processes"] == 2
 
 
-def test_what_went_wrong_in_a_process_is_repeated(parts, tmp_path, capsys):
+def test_the_error_of_a_process_is_repeated(parts, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="failed in one of 3 processes.*batch_size 4 cannot be shared evenly"):
         launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=3, **HOW)
 
@@ -57,7 +57,7 @@ def test_an_error_in_another_process_than_the_main_one_reaches_the_user(parts, t
         launch(Run(tmp_path / "run"), SETTINGS, *parts, processes=2, **HOW)
 
 
-def test_a_process_that_is_killed_says_nothing_but_torchrun_does(parts, tmp_path, monkeypatch):
+def test_the_error_of_a_killed_process_comes_from_torchrun(parts, tmp_path, monkeypatch):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")

@@ -46,7 +46,7 @@ def ends_like(folder, whole):
     return same(one["model"], other["model"]) and same(*averaged) and losses[0] == losses[1]
 
 
-def test_it_learns(prepared, tmp_path):
+def test_training_learns(prepared, tmp_path):
     history = fit_tiny(prepared, tmp_path, epochs=8, slices_per_epoch=64, batch_size=8)
     assert history[-1]["val_loss"] < history[0]["val_loss"] / 2
     assert max(row["dice_WT"] for row in history) > 0.8
@@ -63,7 +63,7 @@ def test_the_seed_decides_whatever_the_number_of_workers(prepared, whole, tmp_pa
     assert not ends_like(tmp_path / "other", whole)
 
 
-def test_stopped_after_an_epoch_it_resumes_and_ends_to_the_bit_the_same(prepared, whole, tmp_path):
+def test_a_training_stopped_after_an_epoch_ends_with_the_same_bits(prepared, whole, tmp_path):
     with pytest.raises(Stopped, match="stopped; run this again to resume") as stopped:
         fit_tiny(prepared, tmp_path, {"follow": stop})
     assert stopped.value._render_traceback_() == [str(stopped.value)]  # all that a notebook shows
@@ -72,7 +72,7 @@ def test_stopped_after_an_epoch_it_resumes_and_ends_to_the_bit_the_same(prepared
     assert fit_tiny(prepared, tmp_path) == history  # finished: nothing more is done
 
 
-def test_stopped_within_an_epoch_it_resumes_from_there(prepared, whole, tmp_path, monkeypatch, capsys):
+def test_a_training_stopped_within_an_epoch_resumes_there(prepared, whole, tmp_path, monkeypatch, capsys):
     """`last.pt` is written after every step: five times in the first epoch of four, then the second of two more."""
     written, original = [], session.save_file
 
@@ -94,7 +94,7 @@ def test_stopped_within_an_epoch_it_resumes_from_there(prepared, whole, tmp_path
 
 
 @pytest.mark.parametrize("lost", ["best.pt", "history.csv"])
-def test_killed_between_two_files_they_agree_again(prepared, tmp_path, monkeypatch, lost):
+def test_files_agree_again_after_a_kill_between_two_of_them(prepared, tmp_path, monkeypatch, lost):
     """The second epoch is the best, and the kill comes after its `last.pt`, before the file `lost` is written."""
     monkeypatch.setattr(loop, "validate", _scores(0.1, 0.5))
     name = {"best.pt": "save_file", "history.csv": "whole_file"}[lost]
@@ -194,7 +194,7 @@ assert os.waitpid(child("killed"), 0)[1] == 0
 """
 
 
-def test_killed_at_random_moments_it_ends_to_the_bit_the_same(tiny_patients, tmp_path):
+def test_killed_at_random_moments_a_training_ends_with_the_same_bits(tiny_patients, tmp_path):
     """The moments fall into steps, validations and the writing of checkpoints, one of which follows every step."""
     said = program(KILLED, tiny_patients, tmp_path, os.environ.get("TEST_KILLS", "3"))
     assert "killed True" in said and ends_like(tmp_path / "killed", tmp_path / "whole")
@@ -287,7 +287,7 @@ def test_a_slice_that_does_not_fit_is_a_clear_error(prepared, tmp_path, monkeypa
         fit_tiny(prepared, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_it_and_names_the_slices(prepared, tmp_path):
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_slices(prepared, tmp_path):
     broken = prepared[0].images.astype(np.float16)
     broken[:] = np.nan
     cases = [dataclasses.replace(prepared[0], images=broken)]
@@ -312,7 +312,7 @@ def _breaking(monkeypatch, which):
     return made
 
 
-def test_a_gradient_that_is_not_finite_stops_it_before_it_reaches_a_weight(prepared, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_training_before_it_reaches_a_weight(prepared, tmp_path, monkeypatch):
     _breaking(monkeypatch, {0})
     with pytest.raises(FloatingPointError, match=r"the loss or its gradient is not finite.*lower lr\.$"):
         fit_tiny(prepared, tmp_path, {"checkpoint_minutes": 1e-6})
@@ -343,13 +343,13 @@ def test_under_fp16_gradients_that_stay_infinite_stop_it_after_twenty_skipped_st
     assert len(made) == 21
 
 
-def test_patience_stops_it(prepared, tmp_path):
+def test_patience_stops_training(prepared, tmp_path):
     history = fit_tiny(prepared, tmp_path, lr=1e-30, epochs=20, patience=2)  # only statistics move: no lasting progress
     best = weights(tmp_path, "best.pt")["epoch"]
     assert len(history) == best + 2 < 20
 
 
-def test_minutes_stop_it_and_bring_the_learning_rate_down(prepared, tmp_path):
+def test_a_limit_in_minutes_stops_training_and_lowers_the_learning_rate(prepared, tmp_path):
     history = fit_tiny(prepared, tmp_path, epochs=1000, minutes=0.05)
     assert 1 <= len(history) < 1000
     assert history[-1]["seconds"] < 3 + 3  # one validation may come after
@@ -514,7 +514,7 @@ def test_validation_gives_the_score_of_the_whole_predicted_volume(prepared, patc
         assert row[f"dice_{region}"] == pytest.approx(mean, abs=1e-12) and 0 < mean < 1
 
 
-def test_a_network_of_patches_trains_and_resumes_to_the_bit(prepared, tmp_path):
+def test_a_3d_network_trains_and_resumes_to_the_bit(prepared, tmp_path):
     history = fit_tiny(prepared, tmp_path / "whole", settings=CUBES)
     assert [row["epoch"] for row in history] == [1, 2] and all(np.isfinite(row["train_loss"]) for row in history)
     with pytest.raises(Stopped):

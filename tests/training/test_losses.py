@@ -66,7 +66,7 @@ def test_sums_of_parts_give_the_loss_of_all_their_voxels():
     torch.testing.assert_close((weights * cross_entropy).sum() / (weights * true).sum(), expected)
 
 
-def test_a_patch_costs_what_its_slices_cost():
+def test_a_patch_has_the_loss_of_its_slices():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 3, 5, 6, generator=generator)
     masks = torch.randint(0, 4, (2, 3, 5, 6), generator=generator)

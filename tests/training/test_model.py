@@ -108,7 +108,7 @@ def test_weights_out_of_a_file_are_loaded_and_adapted(tmp_path):
         build_model(encoder="resnet18", weights="nowhere.pt", in_channels=2)
 
 
-def test_weights_that_cannot_be_had_are_an_error_with_two_ways_out(monkeypatch):
+def test_unavailable_weights_are_an_error_with_two_alternatives(monkeypatch):
     monkeypatch.setattr(models, "why_unreachable", lambda encoder: "no network")
     with pytest.raises(WeightsError, match=f"efficientnet-b0.*no network.*{PACKAGED_ENCODER}.*encoder_weights none"):
         build_model(encoder="efficientnet-b0", weights="imagenet", in_channels=4)
@@ -169,7 +169,7 @@ def test_frozen_statistics_stay_while_the_weights_of_the_encoder_move():
     assert model.decoder.training and model.encoder.training  # what else differs in training still does
 
 
-def test_the_summary_counts_what_there_is():
+def test_the_summary_counts_layers_and_parameters():
     model = build_model(encoder="resnet18", weights="none", in_channels=2)
     models.freeze_encoder(model, 1.0)
     facts = models.summary(model, (2, 64, 96))
@@ -214,7 +214,7 @@ def test_patches_that_cannot_be_halved_four_times_are_refused(size):
         build_model(encoder="monai-unet", weights="none", in_channels=2, patch_size=size)
 
 
-def test_a_network_of_patches_has_no_imagenet_weights():
+def test_a_3d_network_has_no_imagenet_weights():
     with pytest.raises(WeightsError, match="'imagenet': monai-unet is 3D .*-p encoder_weights none"):
         build_model(encoder="monai-unet", weights="imagenet", in_channels=2, patch_size=32)
     with pytest.raises(ValueError, match="'monai-net': expected one of monai-segresnet"):
@@ -228,7 +228,7 @@ def test_its_summary_counts_no_encoder():
     assert facts["multiply_adds"] > 1e8
 
 
-def test_what_a_network_of_patches_keeps_for_its_backward_pass_is_as_noted():
+def test_memory_of_the_backward_pass_is_as_recorded():
     """Counted here by the storages of all tensors saved, of which only shapes are computed."""
     edge, channels, kept = 32, 4, {}
 

@@ -123,7 +123,7 @@ def test_half_precision_is_chosen_where_it_is_clearly_faster(prepared, tmp_path,
     assert set(turns) == {chosen}
 
 
-def test_a_limit_of_time_leaves_room_for_fewer_epochs():
+def test_a_time_limit_allows_fewer_epochs():
     assert PLAN.predicted() == {
         "epochs": 3,
         "seconds_per_epoch": 25,
@@ -143,7 +143,7 @@ def test_an_epoch_that_the_clock_cut_short_does_not_count_as_one():
     assert "seconds_per_epoch" not in dataclasses.replace(PLAN, limit_s=10).report(rows[:1], 4)["measured"]
 
 
-def test_the_time_left_goes_by_the_last_epoch():
+def test_the_remaining_time_follows_from_the_last_epoch():
     history = [{"epoch": 1, "seconds": 50}, {"epoch": 2, "seconds": 80}]
     assert PLAN.left_s(history) == 30
     assert dataclasses.replace(PLAN, limit_s=90).left_s(history) == 10

@@ -36,7 +36,7 @@ def stopped(prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes", [{"minutes": 40}, {"epochs": 2}, {"patience": 3}])
-def test_another_end_does_not_throw_a_training_away(prepared, stopped, tmp_path, capsys, changes):
+def test_changed_stopping_rules_keep_a_training(prepared, stopped, tmp_path, capsys, changes):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     history = fit_tiny(prepared, tmp_path, **changes)
     assert [row["epoch"] for row in history] == [*range(1, changes.get("epochs", 3) + 1)]
@@ -52,7 +52,7 @@ def test_a_training_begun_before_modality_dropout_existed_resumes(prepared, fold
     assert "finished after epoch 2: continuing to epoch 3" in capsys.readouterr().out
 
 
-def test_more_epochs_after_the_end_get_a_schedule_of_their_own(prepared, folder, capsys):
+def test_epochs_added_after_the_end_get_their_own_schedule(prepared, folder, capsys):
     before = weights(folder)
     history = fit_tiny(prepared, folder, epochs=4)
     assert "finished after epoch 2: continuing to epoch 4 on a new schedule" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_read_is_kept_and_says_why(prepared, tmp_pat
     assert said in capsys.readouterr().out and (tmp_path / "checkpoints" / "earlier-1" / "last.pt").exists()
 
 
-def test_without_its_best_a_training_cannot_be_resumed(prepared, folder, capsys, monkeypatch):
+def test_without_its_best_checkpoint_a_training_cannot_resume(prepared, folder, capsys, monkeypatch):
     saved = weights(folder)
     saved["progress"]["best_epoch"] = 1
     save_file(folder / "checkpoints" / "last.pt", saved)

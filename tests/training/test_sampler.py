@@ -31,7 +31,7 @@ def test_the_share_of_slices_with_tumour_is_as_set(foreground, expected):
     assert len(items) == 100 and batches.samples.has_tumour[items].sum() == expected
 
 
-def test_no_slice_comes_twice_before_all_came_once():
+def test_no_slice_is_repeated_before_all_were_drawn():
     batches = _batches(30, samples=_samples(40, tumour=range(10)))
     counts = np.bincount(batches.draw(), minlength=40)
     assert set(counts[:10]) == {1, 2}  # 15 draws of 10 slices
@@ -64,7 +64,7 @@ def test_neither_batch_size_nor_sizes_nor_processes_change_who_is_drawn_with_whi
     assert len(set(first)) == 96 and all(other == first for other in others)
 
 
-def test_slices_of_similar_size_meet_in_a_batch_and_take_turns():
+def test_batches_hold_slices_of_similar_size_in_random_order():
     sides = np.random.default_rng(0).choice([32, 64, 96, 128], (400, 2))
     batches = list(_batches(400, batch_size=4, samples=_samples(400, tumour=range(100), sides=sides)))
     for batch in batches:

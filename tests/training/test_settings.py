@@ -61,7 +61,7 @@ AS_TEXT = {name: str(value) for name, value in dataclasses.asdict(SETTINGS).item
         ("seed", -1, "a whole number from 0 on"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused_with_its_field(field, value, allowed):
+def test_a_forbidden_value_is_refused_with_its_field(field, value, allowed):
     with pytest.raises(SettingsError, match=f"^{field} .*: expected .*{allowed}"):
         dataclasses.replace(SETTINGS, **{field: value})
 

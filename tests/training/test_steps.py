@@ -27,7 +27,7 @@ def _add(check, step, loss=1.0, norm=1.0):
     check.add(step, torch.tensor(loss), torch.tensor(norm), torch.tensor([[step, 0]]))
 
 
-def test_a_fault_is_found_at_the_next_look_and_names_its_step():
+def test_a_fault_is_found_at_the_next_check_with_its_step():
     check = FiniteCheck(every=4, scaled=False)
     for step, norm in enumerate([1.0, torch.inf, 1.0]):
         _add(check, step, norm=norm)

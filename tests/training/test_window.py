@@ -27,12 +27,12 @@ def test_a_network_that_echoes_gives_the_patient_back_whatever_its_sides():
     assert torch.equal(Windows(_Echo(), 8).eval()(images[0].movedim(0, 1)), logits[0].movedim(0, 1))
 
 
-def test_patches_are_answered_as_they_are():
+def test_patches_need_no_window():
     patches = torch.randn(2, 1, 8, 8, 8)
     assert torch.equal(Windows(_Echo(), 8).train()(patches), patches.expand(-1, 4, -1, -1, -1))
 
 
-def test_where_windows_overlap_the_one_whose_middle_is_nearer_counts_more():
+def test_overlapping_windows_are_weighted_by_distance_from_their_centres():
     """Two windows on 14 columns, from 0 and from 6: sigma is an eighth of the edge, one column, about 3.5."""
     assert OVERLAP == 0.25  # the second begins at 6
     row = Windows(_Place(), 8).eval()(torch.ones(1, 1, 8, 8, 14))[0, 0, 4, 4].double().numpy()
