@@ -104,7 +104,8 @@ def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simul
     results = []
     if summary := metrics.get("summary"):
         dice = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
-        results.append(_result("simulated patients" if simulated else "BraTS", "simulated" if simulated else "brats", dice))
+        data, kind = ("simulated patients", "simulated") if simulated else ("BraTS", "brats")
+        results.append(_result(data, kind, dice))
     results += [_result(f"{one['n']} real patients, {one['patients']}", "brats", whole_dice(one)[1]) for one in real]
     if results:
         front["model-index"] = [{"name": name, "results": results}]
