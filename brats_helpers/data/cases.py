@@ -89,7 +89,7 @@ class Case:
 def _numbering_of(dataset: Path) -> str:
     """The numbering that the labels of a `dataset.json` have, or an empty string."""
     try:
-        return numbering_of_names(json.loads(dataset.read_text("utf-8"))["labels"])
+        return numbering_of_names(json.loads(dataset.read_text("utf-8-sig"))["labels"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
 

@@ -224,6 +224,9 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, 
         parts, strangers = {folder.name: Patient(folder.name, {"seg": strangers[0]})}, []
     parts = {part.id: part for part in parts.values() if part.files}
     imaged = any(part.imaged for part in parts.values())
+    if _IMAGE_FOLDER.fullmatch(folder.name) and not parts and not dataset.is_file():
+        text = f"{len(strangers):,} files, and no dataset.json beside this folder says which modality they hold, as the"
+        layout.add("", "dataset-json", "warning", folder, f"{text} Decathlon and nnU-Net have it; they are not used.")
     for path in strangers:
         if imaged or _IMAGE_FOLDER.fullmatch(folder.name):
             layout.unused(path)
@@ -296,7 +299,7 @@ def _adopt(layout: Layout, folder: Path, parts: dict[str, Patient], imaged: set[
 def _by_dataset(layout: Layout, parts: dict[str, Patient], dataset: Path, paths: Sequence[Path]) -> list[Path]:
     """Read files as `dataset.json` describes them: `<case>_0000` is a channel, `<case>` holds all. Returns the rest."""
     try:
-        about = json.loads(dataset.read_text("utf-8"))
+        about = json.loads(dataset.read_text("utf-8-sig"))
         channels = {
             int(number): str(name) for number, name in (about.get("channel_names") or about["modality"]).items()
         }

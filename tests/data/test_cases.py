@@ -374,6 +374,23 @@ def test_nnunets_raw_folders_are_read_as_their_dataset_json_says(tmp_path):
     assert case.seg == tmp_path / "labelsTr/BRATS_001.nii.gz" and not case.channels
 
 
+@pytest.mark.parametrize("name", ["BRATS_001.nii.gz", "BRATS_001_0000.nii.gz"])
+def test_a_dataset_json_that_lacks_is_named(tmp_path, name):
+    touch(tmp_path, f"imagesTr/{name}", "labelsTr/BRATS_001.nii.gz")
+    found = survey(tmp_path)
+    assert codes(found) == {"": ["dataset-json", "unused-file"], "BRATS_001": ["no-images"]}
+    assert "no dataset.json beside this folder says which modality they hold" in found.findings[""][0].message
+
+
+def test_a_dataset_json_may_begin_with_a_byte_order_mark(tmp_path):
+    decathlon(tmp_path, ["imagesTr/BRATS_001.nii.gz"])
+    about = json.loads((tmp_path / "dataset.json").read_text())
+    about["labels"] = {"1": "edema", "2": "necrosis", "3": "enhancing"}
+    (tmp_path / "dataset.json").write_text(json.dumps(about), "utf-8-sig")
+    (case,) = find_cases(tmp_path)
+    assert len(case.channels) == 4 and case.numbering == "msd"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"modality": ["FLAIR"]}'])
 def test_a_dataset_json_without_channels_is_named(tmp_path, content):
     touch(tmp_path, "imagesTr/BRATS_001_0000.nii.gz", "labelsTr/BRATS_001.nii.gz")
