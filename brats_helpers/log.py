@@ -8,9 +8,16 @@
 A terminal whose encoding lacks the marks shows `[ok]`, `[warning]`, `[error]` and `[time]` instead.
 """
 
+from __future__ import annotations
+
 import codecs
 import io
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # before anything is installed, the command line needs the rest
+    from tqdm import tqdm
 
 OK, WARN, FAIL, TIME = "✅", "⚠️", "❌", "⏱"
 _WORDS = {OK: "[ok]", WARN: "[warning]", FAIL: "[error]", TIME: "[time]"}
@@ -40,6 +47,38 @@ def timing(what: str, seconds: float) -> None:
 def _print(text: str) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, _PLAINLY).decode(encoding), flush=True)
+
+
+def watched() -> bool:
+    """Whether a person is watching: in a notebook whose front end allows input, or at a terminal.
+
+    papermill and nbval run notebooks without input.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if hasattr(shell, "kernel"):
+        request = shell.get_parent()  # the message that started this cell
+        return bool(request.get("content", {}).get("allow_stdin"))
+    return sys.stdout.isatty()
+
+
+def progress(
+    items: Iterable | None, *, what: str, total: float, unit: str = "patient", first: int = 0, terminal: bool = False
+) -> tqdm:
+    """A bar with the time left over `items` where a person watches a notebook; elsewhere the items alone.
+
+    Args:
+        items: to hand out one by one; None if the caller counts with `update`.
+        what: is being done, such as `preparing`.
+        total: number of items.
+        unit: what one item is.
+        first: items that are done already.
+        terminal: show the bar at a terminal too; only where nothing is printed meanwhile.
+    """
+    from tqdm.auto import tqdm
+
+    shown = watched() and (terminal or "ipykernel" in sys.modules)
+    return tqdm(items, desc=what, total=total, unit=unit, initial=first, leave=False, disable=not shown)
 
 
 def fit_terminal() -> None:

@@ -84,19 +84,6 @@ def used_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def watched() -> bool:
-    """Whether a person is watching: in a notebook whose front end allows input, or at a terminal.
-
-    papermill and nbval run notebooks without input.
-    """
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if hasattr(shell, "kernel"):
-        request = shell.get_parent()  # the message that started this cell
-        return bool(request.get("content", {}).get("allow_stdin"))
-    return sys.stdout.isatty()
-
-
 def describe(device: torch.device) -> dict[str, str | int | float]:
     """Return facts for people and the manifest: device, precision, cores, memory in GiB, versions."""
     facts: dict[str, str | int | float] = {

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from brats_helpers import log
 from tests.conftest import ROOT, write_tiny_case
 
 LATIN = {"PYTHONIOENCODING": "latin-1"}
@@ -36,3 +37,15 @@ def test_check_reads_a_path_with_umlaut_space_and_apostrophe_in_any_locale(tmp_p
     write_tiny_case(tmp_path / "Müller's data", "P ü", seed=0)
     done = python("-m", "brats_helpers", "check", str(tmp_path / "Müller's data"), **environ)
     assert done.returncode == 0 and done.stderr == b"" and b"1 patients: 0 with errors" in done.stdout, done
+
+
+@pytest.mark.parametrize("watched, notebook, terminal, shown", [(1, 1, 0, 1), (1, 0, 0, 0), (1, 0, 1, 1), (0, 1, 1, 0)])
+def test_a_bar_shows_where_a_person_watches_and_the_items_are_all_there(
+    monkeypatch, capsys, watched, notebook, terminal, shown
+):
+    monkeypatch.setattr(log, "watched", lambda: bool(watched))
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert list(log.progress(iter("abc"), what="preparing", total=3, terminal=bool(terminal))) == ["a", "b", "c"]
+    assert ("preparing" in "".join(capsys.readouterr())) == bool(shown)

@@ -46,7 +46,7 @@ def test_a_front_end_that_could_ask_for_input_counts_as_a_person():
         for asks in (True, False):
             said = []
             client.execute_interactive(
-                "from brats_helpers import machine; print(machine.watched())",
+                "from brats_helpers import log; print(log.watched())",
                 allow_stdin=asks,
                 timeout=60,
                 output_hook=lambda message, said=said: said.append(message["content"].get("text", "")),

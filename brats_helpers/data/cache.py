@@ -33,7 +33,7 @@ from brats_helpers.data.nifti import difference, read_seg, same_affine, two_plac
 from brats_helpers.data.stamps import stamp
 from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import CLASSES, DataError
-from brats_helpers.log import warn
+from brats_helpers.log import progress, warn
 
 _FORMAT = 4  # raise it when the files' meaning changes: older ones are then made anew
 
@@ -255,7 +255,8 @@ def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Pac
     sweep(cache_dir)
     _allow_open_files(2 * len(cases))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(partial(_prepared, cache_dir=cache_dir), cases))
+        prepared = pool.map(partial(_prepared, cache_dir=cache_dir), cases)
+        return list(progress(prepared, what="preparing", total=len(cases)))
 
 
 def load(folder: Path) -> Packed:

@@ -22,6 +22,7 @@ from brats_helpers.data.scanner import draw_images
 from brats_helpers.data.tumour import draw_tumour
 from brats_helpers.files import PART, part_folder, sweep, whole_file
 from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
+from brats_helpers.log import progress
 
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])
 """BraTS' voxel-to-world matrix."""
@@ -77,13 +78,13 @@ def make_cases(
     name = f"Sim_{seed}_" if seed else "Sim_"
     folders = [root / f"{name}{index:03d}" for index in range(n_cases)]
     missing = [(folder, seed, index, VARIETIES[variety]) for index, folder in enumerate(folders) if not folder.exists()]
-    workers = min(workers or os.cpu_count() or 1, len(missing))
+    workers, bar = min(workers or os.cpu_count() or 1, len(missing)), {"what": "simulating", "total": len(missing)}
     if workers > 1:
         keep = patch.dict(os.environ, _KEEP_MEMORY)
         with keep, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            list(pool.map(_write_case, *zip(*missing, strict=True)))
+            list(progress(pool.map(_write_case, *zip(*missing, strict=True)), **bar))
     else:
-        for job in missing:
+        for job in progress(missing, **bar):
             _write_case(*job)
     return folders
 

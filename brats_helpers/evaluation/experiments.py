@@ -17,7 +17,7 @@ from brats_helpers.data.cache import Packed
 from brats_helpers.evaluation.networks import load_network, predict
 from brats_helpers.files import read_json, write_json
 from brats_helpers.labels import DataError
-from brats_helpers.log import duration
+from brats_helpers.log import duration, progress
 from brats_helpers.runs import Run
 from brats_helpers.scoring.overlap import mean_dice, mean_dice_of_epoch
 from brats_helpers.scoring.rules import region_dice
@@ -134,15 +134,19 @@ class Bench:
         A training resumes from `last.pt`. Its clock counts neither the other turns nor the trial steps of the preflight
         at the start of its own.
         """
-        waiting = dict(todo)
+        waiting, seconds = dict(todo), dict.fromkeys(todo, 0.0)
+        bar = progress(None, what="training", total=round(sum(60 * own.minutes for _, own in todo.values())), unit="s")
         while waiting:
             for key, (title, settings) in list(waiting.items()):
                 own = self._place(key, title)
                 if self._turn(own, settings, train, val):
                     del waiting[key]
                 row = pd.read_csv(own.history).iloc[-1]
+                bar.update(round(row["seconds"] - seconds[key]))
+                seconds[key] = row["seconds"]
                 dice = mean_dice_of_epoch(row)
                 print(f"{title}: {duration(row['seconds'])} of training, mean validation Dice {dice:.3f}", flush=True)
+        bar.close()
 
     def _turn(self, own: Run, settings: Settings, train: Sequence[Packed], val: Sequence[Packed]) -> bool:
         """Train for one turn; return whether the training is over."""

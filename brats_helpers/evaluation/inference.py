@@ -28,7 +28,7 @@ from brats_helpers.evaluation.packaged import introduction, without_lines
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
 from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
-from brats_helpers.log import done, warn
+from brats_helpers.log import done, progress, warn
 from brats_helpers.machine import choose_device
 from brats_helpers.scoring.overlap import crop_tumour
 from brats_helpers.scoring.rules import region_dice, rule_for
@@ -94,7 +94,7 @@ def predict_validation(
     """
     trained_on = frozenset().union(*(network.trained_on for network in networks))
     pairs = []
-    for case, packed in zip(cases, prepared, strict=True):
+    for case, packed in progress(zip(cases, prepared, strict=True), what="predicting", total=len(cases)):
         if case.id in trained_on or len(pairs) == ENOUGH_TO_CHOOSE:
             continue
         spacing = stored(case)[1]
@@ -233,7 +233,9 @@ def predict_files(
             yield scans, soft, writer.submit(write, scans, soft)
 
     with ThreadPoolExecutor(_READ_AHEAD) as reader, ThreadPoolExecutor(1) as writer:
-        for scans, soft, writing in _behind(predicted(reader, writer), 1):
+        for scans, soft, writing in progress(
+            _behind(predicted(reader, writer), 1), what="predicting", total=len(cases)
+        ):
             try:
                 path = writing.result()
             except (DataError, ValueError) as error:

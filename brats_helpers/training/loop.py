@@ -18,13 +18,12 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from brats_helpers import machine
 from brats_helpers.data.cache import Packed
 from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, STRUCTURES
-from brats_helpers.log import duration
+from brats_helpers.log import duration, progress
 from brats_helpers.scoring.overlap import dice_scores
 from brats_helpers.training.batch import OUTSIDE, Batch
 from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, with_start
@@ -331,15 +330,7 @@ def _not_finite_message(error: NotFiniteError, session: Session, cases: Sequence
 
 def _bar(batches: Iterable[Batch], epoch: int, first: int, steps: int) -> Iterable[Batch]:
     """Show a progress bar over the steps of an epoch if a person is watching."""
-    return tqdm(
-        batches,
-        desc=f"epoch {epoch}",
-        initial=first,
-        total=steps,
-        unit="step",
-        leave=False,
-        disable=not machine.watched(),
-    )
+    return progress(batches, what=f"epoch {epoch}", total=steps, unit="step", first=first, terminal=True)
 
 
 def _line(history: list[dict], plan: Preflight, settings: Settings, improved: bool) -> str:

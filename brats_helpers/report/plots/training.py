@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from brats_helpers import machine
 from brats_helpers.labels import CLASSES, REGIONS
+from brats_helpers.log import watched
 from brats_helpers.report.plots.style import (
     COLOURS,
     DASHES,
@@ -275,7 +275,7 @@ def comparison(
 
 def live_curves(run: Run) -> Callable[[list[dict]], None] | None:
     """Curves that grow in place after every epoch, for `launch(follow=...)`; None if no one is watching a notebook."""
-    if not (machine.watched() and "ipykernel" in sys.modules):
+    if not (watched() and "ipykernel" in sys.modules):
         return None
     shown = []
 
