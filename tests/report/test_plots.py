@@ -1,6 +1,8 @@
 """Every figure: what it shows, in which colours, under which title."""
 
+import html
 import io
+import re
 import subprocess
 import sys
 from itertools import combinations
@@ -184,6 +186,22 @@ def test_interactive_view_loads_nothing_and_escapes_names(case):
     assert 'href="http' not in view.html and 'src="http' not in view.html
     assert len(view.html) < 1e6
     plots.interactive_view(Case(case.id, case.images), "t1", simulated=False)
+
+
+def test_prediction_and_reference_are_toggled_at_one_place(case, tmp_path):
+    prediction = tmp_path / f"{case.id}_seg.nii.gz"
+    mask = nib.load(case.seg)
+    moved = np.roll(np.asarray(mask.dataobj), 4, axis=0)  # a tumour elsewhere must not move the planes
+    nib.save(nib.Nifti1Image(moved, mask.affine), prediction)
+    page = plots.toggled_view(case, prediction, "t1ce", numbering=case.numbering, simulated=True).data
+    frames = [html.unescape(frame) for frame in re.findall(r'<iframe class="\w+".*?</iframe>', page, re.DOTALL)]
+    assert [re.search(r'class="(\w+)"', frame)[1] for frame in frames] == ["prediction", "reference"]
+    starts = [re.findall(r'"numSlice": (\{.*?\})', frame) for frame in frames]
+    assert len(starts[0]) == 1 and starts[0] == starts[1]
+    sprites = [re.findall(r'src="(data:image/png;base64,[^"]+)"', frame) for frame in frames]
+    (one, its_tumour), (other, own_tumour) = sprites  # the image and the overlay, whatever nilearn calls them
+    assert one == other and its_tumour != own_tumour
+    assert 'href="http' not in page and 'src="http' not in page and len(page) < 2e6
 
 
 def test_histograms_are_of_z_scores_per_tissue(case):

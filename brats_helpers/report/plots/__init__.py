@@ -27,7 +27,7 @@ from brats_helpers.report.plots.training import (
     live_curves,
     training_curves,
 )
-from brats_helpers.report.plots.viewer import interactive_view, viewer_tiles
+from brats_helpers.report.plots.viewer import interactive_view, toggled_view, viewer_tiles
 
 __all__ = [
     "COLOURS",
@@ -53,6 +53,7 @@ __all__ = [
     "save_figure",
     "score_distributions",
     "strata",
+    "toggled_view",
     "training_curves",
     "viewer_tiles",
     "volume_agreement",

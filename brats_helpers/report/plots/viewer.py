@@ -1,8 +1,12 @@
 """Interactive views and the report's viewer."""
 
+from __future__ import annotations
+
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -14,9 +18,18 @@ from brats_helpers.labels import CLASSES, USUAL
 from brats_helpers.report.plots.patients import around, fullest, load_scan, nilearn_input, upright
 from brats_helpers.report.plots.style import COLOURS, PRINTED
 
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
-def interactive_view(case: Case, modality: str, *, simulated: bool):
+
+def interactive_view(case: Case, modality: str, *, simulated: bool, centre: list[float] | None = None):
     """A viewer of three planes to click through. As a cell's last value it is shown; `.save_as_html(path)` saves it.
+
+    Args:
+        case: the patient, with or without a mask.
+        modality: the background.
+        simulated: whether the patient is.
+        centre: where the planes meet at first, in mm; None takes the tumour's centre.
 
     Returns:
         nilearn's view, at half the resolution so that the page stays light. It does not turn its crosshair
@@ -24,7 +37,8 @@ def interactive_view(case: Case, modality: str, *, simulated: bool):
     """
     from nilearn import plotting
 
-    image, mask, centre, _ = nilearn_input(case, modality)
+    image, mask, tumour, _ = nilearn_input(case, modality)
+    centre = centre or tumour
     if mask is None:
         mask = nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine)
     colours = ListedColormap([COLOURS[name] for name in CLASSES])
@@ -37,6 +51,44 @@ def interactive_view(case: Case, modality: str, *, simulated: bool):
     view.html = view.html.replace("<body>", f"<body><p>{html.escape(headline)}</p>", 1)
     view.html = re.sub(r"<link rel=\"icon\".*?>", "", view.html, flags=re.DOTALL)  # nilearn's, from the network
     return view.resize(view.width, view.height + 50)
+
+
+_TOGGLED = """<style>
+.toggled div {{ position: relative; width: {width}px; height: {height}px }}
+.toggled iframe {{ position: absolute; visibility: hidden; border: 0 }}
+.toggled .show-reference:checked ~ div .reference,
+.toggled .show-prediction:checked ~ div .prediction {{ visibility: visible }}
+</style>
+<div class="toggled">
+<input type="radio" name="toggled" class="show-prediction" id="toggle-p" checked>
+<label for="toggle-p">prediction</label>
+<input type="radio" name="toggled" class="show-reference" id="toggle-r">
+<label for="toggle-r">reference</label>
+<div>{prediction}{reference}</div>
+</div>"""
+
+
+def toggled_view(case: Case, prediction: Path, modality: str, *, numbering: str, simulated: bool) -> HTML:
+    """The viewer of `interactive_view` for a patient's prediction and reference, with a switch between the two.
+
+    Args:
+        case: a labelled patient.
+        prediction: its `<case>_seg.nii.gz`.
+        modality: the background.
+        numbering: of the labels in the prediction.
+        simulated: whether the patient is.
+
+    Returns:
+        As a cell's last value it is shown; `.data` is its HTML, which needs no network.
+    """
+    from IPython.display import HTML
+
+    centre = nilearn_input(case, modality)[2]
+    frames = {}
+    for name, shown in {"reference": case, "prediction": replace(case, seg=prediction, numbering=numbering)}.items():
+        view = interactive_view(shown, modality, simulated=simulated, centre=centre)
+        frames[name] = view.get_iframe().replace("<iframe", f'<iframe class="{name}" title="{name}"', 1)
+    return HTML(_TOGGLED.format(width=view.width, height=view.height, **frames))
 
 
 def viewer_tiles(case: Case, prediction: Path, numbering: str = USUAL) -> dict[str, object]:
