@@ -72,12 +72,12 @@ class Numbering:
 
     def explain(self) -> str:
         """What each number means, such as `1 NCR, 2 ED, 3 or 4 ET`."""
-        said = {label: CLASSES[index] for label, index in self.classes.items()} | dict(self.no_class)
+        meanings = {label: CLASSES[index] for label, index in self.classes.items()} | dict(self.no_class)
         if self.either:
             kept, other = self.either
-            said[kept] = f"or {other} {said[kept]}"
-            del said[other]
-        return ", ".join(f"{label} {meaning}" for label, meaning in sorted(said.items()))
+            meanings[kept] = f"or {other} {meanings[kept]}"
+            del meanings[other]
+        return ", ".join(f"{label} {meaning}" for label, meaning in sorted(meanings.items()))
 
 
 _CAVITY = {4: "resection cavity"}

@@ -167,7 +167,7 @@ def _corner_codes(mask: np.ndarray) -> np.ndarray:
 
 
 # The marching-cubes surface around each face-connected group of set corners of a unit cube, cutting edges half-way:
-# eight times the absolute area vectors of its flat pieces. Rotations and reflections give all other groups.
+# eight times the absolute area vectors of its flat faces. Rotations and reflections give all other groups.
 _SURFACES = {
     ((0, 0, 0),): [(1, 1, 1)],
     ((0, 0, 0), (0, 0, 1)): [(4, 4, 0)],

@@ -55,8 +55,8 @@ class Plan:
         folder: of the run.
         stages: the notebooks to run, in order.
         values: every parameter of every stage.
-        given: those of them that are not the notebook's own default.
-        keys: of each stage, a digest of all that its results follow from.
+        given: the parameters that do not keep the notebook's own default.
+        keys: for each stage, a digest of everything that determines its results.
         time_limit: minutes; 0: none.
         on_kaggle: arguments for `run_all.sh` on Kaggle; empty for a run here.
         agreed: whether `--yes` agreed to the upload.
@@ -141,7 +141,7 @@ def _parser() -> _Parser:
         metavar="MINUTES",
         type=float,
         default=0.0,
-        help="for the whole run: training ends early enough to score, and whatever runs at the limit is stopped",
+        help="for the whole run: training ends early enough to score; a notebook that still runs at the limit is stopped",
     )
     add("--log", metavar="FILE", type=Path, help="append what is printed to FILE")
     add("--on", choices=["kaggle"], help="run as a private notebook on Kaggle's GPUs and fetch the results")

@@ -58,7 +58,7 @@ def launch(
         how: `workers` (of each process), `checkpoint_minutes`, `deterministic` and `tracker` of `fit`.
 
     Raises:
-        RuntimeError: one of several processes failed; the message repeats what it said.
+        RuntimeError: one of several processes failed; the message repeats its error.
     """
     if not processes:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
