@@ -141,7 +141,7 @@ def _parser() -> _Parser:
         metavar="MINUTES",
         type=float,
         default=0.0,
-        help="for the whole run: training ends early enough to score; a notebook that still runs at the limit is stopped",
+        help="for the whole run: training ends early enough to score; a notebook still running at the limit is stopped",
     )
     add("--log", metavar="FILE", type=Path, help="append what is printed to FILE")
     add("--on", choices=["kaggle"], help="run as a private notebook on Kaggle's GPUs and fetch the results")
