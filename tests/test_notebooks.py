@@ -3,6 +3,7 @@
 import ast
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
@@ -140,6 +142,18 @@ def test_tables_of_the_datas_names_are_text():
     """What pandas styles is markup unless it is told to escape; plain frames escape by themselves."""
     styled = [_source(cell) for stage in STAGES for cell in _cells(stage) if ".style" in _source(cell)]
     assert len(styled) == 5 and all('escape="html"' in source for source in styled)
+
+
+def test_whatever_the_notebooks_import_is_there():
+    """A name that moves within the package is noticed in seconds, not in the middle of a run."""
+    for stage, notebook in read_notebooks(ROOT).items():
+        nodes = [node for source in notebook.code for node in ast.walk(ast.parse(source))]
+        ours = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("brats_helpers")]
+        assert len(ours) > 3
+        for node in ours:
+            home = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(home, name) or find_spec(f"{node.module}.{name}"), f"{stage}: {node.module}.{name}"
 
 
 def test_every_parameter_has_a_type_and_a_meaning():
