@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -35,6 +34,7 @@ from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, make_accelerator
 from brats_helpers.training.settings import Settings
 from brats_helpers.training.steps import NotFiniteError, autocast
+from brats_helpers.training.tracking import check_tracker, tracked
 
 
 class Stopped(KeyboardInterrupt):
@@ -84,7 +84,7 @@ def fit(
         workers: processes that load batches; 0: this one does. The result does not depend on it.
         checkpoint_minutes: interval at which `last.pt` is written within an epoch; 0: only after every epoch.
         deterministic: see `machine.set_deterministic`.
-        tracker: `none`, or a tracker of accelerate such as `tensorboard`.
+        tracker: `none`, or a tracker of accelerate such as `mlflow`, see `tracking`.
         facts: about the patients, saved in every checkpoint; `patients` of an initial checkpoint are added.
         follow: called with the rows so far after every epoch.
 
@@ -97,8 +97,7 @@ def fit(
         MemoryError: not even one slice fits into the memory.
         Stopped: from the keyboard or by a notebook's stop button.
     """
-    if tracker != "none" and tracker not in map(str, get_available_trackers()):
-        raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or -p tracker none.")
+    check_tracker(tracker)
     machine.set_deterministic(deterministic)
     accelerator = make_accelerator(device, tracker=tracker, folder=folder)
 
@@ -127,10 +126,10 @@ def fit(
     plan = measure(session, batches, val_loader, workers=workers, deterministic=deterministic)
     plan.announce()
     session.start(saved)
-    accelerator.init_trackers("brats", config={name: str(value) for name, value in asdict(settings).items()})
     how = {"checkpoint_minutes": checkpoint_minutes, "follow": follow or (lambda history: None)}
     try:
-        _train(session, batches, loader, val, val_loader, plan, **how)
+        with tracked(accelerator, tracker, settings, folder, resumed=saved is not None):
+            _train(session, batches, loader, val, val_loader, plan, **how)
     except NotFiniteError as error:
         raise FloatingPointError(_not_finite_message(error, session, train)) from None
     accelerator.end_training()

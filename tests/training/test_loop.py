@@ -411,21 +411,6 @@ def test_facts_are_in_every_checkpoint_and_patients_of_the_start_are_added(prepa
     ]
 
 
-def test_a_tracker_that_is_not_installed_is_named(prepared, tmp_path):
-    with pytest.raises(ValueError, match="tracker 'tensorbord' is not installed: pip install tensorbord"):
-        fit_tiny(prepared, tmp_path, {"tracker": "tensorbord"})
-
-
-def test_tensorboard_gets_every_epoch(prepared, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    history = fit_tiny(prepared, tmp_path, {"tracker": "tensorboard"}, epochs=2)
-    events = EventAccumulator(str(next(tmp_path.glob("brats/events*")).parent)).Reload().Scalars("dice_WT")
-    assert [event.step for event in events] == [1, 2]
-    assert [event.value for event in events] == pytest.approx([row["dice_WT"] for row in history])
-
-
 def test_accelerate_still_lets_a_process_change_its_device():
     """`_reset_state` is private: where it goes, `session.forget_device` needs another way."""
     assert hasattr(session.AcceleratorState, "_reset_state")
