@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from brats_helpers.data.cases import Case, Finding, Survey
+from brats_helpers.data.cases import Case, Finding, Survey, survey
 from brats_helpers.data.content import image_hash
 from brats_helpers.labels import DataError
+from brats_helpers.log import warn
 
 _DATE = r"(?:19|20)\d\d(?P<dot>[-._])\d\d?(?P=dot)\d\d?"
 _COMPACT_DATE = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
@@ -262,3 +263,47 @@ def _joined(ids: Iterable[str], pairs: Iterable[tuple[str, str]]) -> list[list[s
     for case_id in parent:
         groups[top(case_id)].append(case_id)
     return list(groups.values())
+
+
+def survey_folders(
+    folders: Iterable[Path], modalities: Sequence[str], *, fill_missing: bool
+) -> tuple[list[Case], dict[str, str]]:
+    """Find the patients below several folders; warnings are printed, and copies of a patient count once.
+
+    Args:
+        folders, modalities, fill_missing: see `cases.survey`.
+
+    Returns:
+        The patients without a fault; and by ID or folder why a patient is left out, such as two of one ID.
+    """
+    cases: dict[str, Case] = {}
+    skipped: dict[str, str] = {}
+    for folder in folders:
+        try:
+            found = survey(folder, modalities, fill_missing=fill_missing)
+        except DataError as error:
+            skipped[str(folder)] = str(error)
+            continue
+        faulty = found.faulty()
+        skipped |= faulty if found.cases else {str(folder): found.nothing()}
+        for case_id, findings in found.findings.items():
+            for finding in findings:
+                if finding.severity == "warning" and case_id not in faulty:
+                    warn(": ".join(text for text in (case_id, finding.file, finding.message) if text))
+        for case in found.cases:
+            if case.id in faulty:
+                continue
+            if case.id not in cases:
+                cases[case.id] = case
+            elif not _same_images(case, cases[case.id]):
+                skipped[case.id] = (
+                    f"lies in {cases[case.id].folder} and in {case.folder} with other scans; predict one at a time."
+                )
+    return [case for case_id, case in cases.items() if case_id not in skipped], skipped
+
+
+def _same_images(one: Case, other: Case) -> bool:
+    """Whether two cases of one ID have the same images, voxel for voxel."""
+    if one.images.keys() != other.images.keys():
+        return False
+    return all(image_hash(one.read(name)[0]) == image_hash(other.read(name)[0]) for name in one.images)

@@ -107,6 +107,14 @@ def predicted_as(case: Case, metrics: Mapping) -> str:
     return written_as(case, metrics.get("labels", {}).get("predictions", AUTO))
 
 
+def predicted_numberings(metrics: Mapping, *, own: str | None) -> list[str]:
+    """The numberings of a run's predictions, by its `metrics.json` and, where that says nothing, that of its masks."""
+    labels = metrics.get("labels", {})
+    if (asked := labels.get("predictions", AUTO)) != AUTO:
+        return [asked]
+    return list(labels.get("references", ())) or [own if own in NUMBERINGS else USUAL]
+
+
 def count_numberings(cases: Iterable[Case]) -> dict[str, int]:
     """How many of the cases have each numbering."""
     return dict(Counter(case.numbering for case in cases))

@@ -16,12 +16,13 @@ import numpy as np
 
 from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cache import Packed, pack
-from brats_helpers.data.cases import Case, survey
+from brats_helpers.data.cases import Case
 from brats_helpers.data.checks import air_as_brain
-from brats_helpers.data.content import image_hash
+from brats_helpers.data.identity import survey_folders
 from brats_helpers.data.nifti import from_lps, in_lps, placed_as, read_mask, read_nifti, spacing_mm, write_mask
 from brats_helpers.data.numbering import AUTO, count_numberings, written_as
 from brats_helpers.evaluation import uncertainty
+from brats_helpers.evaluation.colours import write_colour_tables
 from brats_helpers.evaluation.folders import read_leakage, score_files
 from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, load_networks, predict
 from brats_helpers.evaluation.packaged import introduction, without_lines
@@ -387,6 +388,8 @@ def predict_folders(
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict every patient below `folders`, for the verb `predict`. A patient with a fault is skipped.
 
+    The label colour tables of `colours` are written beside the label maps.
+
     Args:
         checkpoints: `best.pt` of one run, or of several to be averaged; none takes the packaged network.
         folders: patients' folders, or folders of patients; only the networks' modalities are read.
@@ -409,49 +412,14 @@ def predict_folders(
         print(introduction(packaged), flush=True)
     networks = load_networks(checkpoints, device=choose_device(device))
     fill_missing |= all(network.does_without for network in networks)
-    cases, skipped = _find(folders, networks[0].modalities, fill_missing=fill_missing)
+    cases, skipped = survey_folders(folders, networks[0].modalities, fill_missing=fill_missing)
     for name, reason in skipped.items():
         warn(f"{name} is skipped: {reason}")
     if not cases:
         raise DataError("no patient to predict." + "".join(f"\n{name}: {text}" for name, text in skipped.items()))
     for line in without_lines(packaged, cases):
         print(line, flush=True)
-    written = [one.path for one in predict_files(networks, cases, out, skipped=skipped, **how)]
-    return written, skipped
-
-
-def _find(
-    folders: Iterable[Path], modalities: Sequence[str], *, fill_missing: bool
-) -> tuple[list[Case], dict[str, str]]:
-    """All patients below `folders` whose names leave no error, and the reasons for the others; warnings are printed."""
-    cases: dict[str, Case] = {}
-    skipped: dict[str, str] = {}
-    for folder in folders:
-        try:
-            found = survey(folder, modalities, fill_missing=fill_missing)
-        except DataError as error:
-            skipped[str(folder)] = str(error)
-            continue
-        faulty = found.faulty()
-        skipped |= faulty if found.cases else {str(folder): found.nothing()}
-        for case_id, findings in found.findings.items():
-            for finding in findings:
-                if finding.severity == "warning" and case_id not in faulty:
-                    warn(": ".join(text for text in (case_id, finding.file, finding.message) if text))
-        for case in found.cases:
-            if case.id in faulty:
-                continue
-            if case.id not in cases:
-                cases[case.id] = case
-            elif not _same_scans(case, cases[case.id]):
-                skipped[case.id] = (
-                    f"lies in {cases[case.id].folder} and in {case.folder} with other scans; predict one at a time."
-                )
-    return [case for case_id, case in cases.items() if case_id not in skipped], skipped
-
-
-def _same_scans(one: Case, other: Case) -> bool:
-    """Whether two cases of one ID have the same images, voxel for voxel."""
-    if one.images.keys() != other.images.keys():
-        return False
-    return all(image_hash(one.read(name)[0]) == image_hash(other.read(name)[0]) for name in one.images)
+    written = {one.path: one.case for one in predict_files(networks, cases, out, skipped=skipped, **how)}
+    asked = how.get("numbering", AUTO)
+    write_colour_tables(out, (written_as(case, asked) for case in written.values()))
+    return list(written), skipped

@@ -27,12 +27,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers.data.cases import Case
-from brats_helpers.data.numbering import predicted_as
+from brats_helpers.data.numbering import predicted_as, predicted_numberings
 from brats_helpers.data.splits import PARTS
 from brats_helpers.evaluation.card import model_card
 from brats_helpers.evaluation.colours import write_colour_tables
 from brats_helpers.files import whole_file
-from brats_helpers.labels import NUMBERINGS, REGIONS, STRUCTURES, USUAL, DataError
+from brats_helpers.labels import REGIONS, STRUCTURES, DataError
 from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
 from brats_helpers.report.review import CAUSES, Review, review
@@ -97,8 +97,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     write_markdown(run.folder / "validation.md", run.name, lines, simulated=simulated)
     _write_card(run)
     if run.predictions.exists():
-        numbering = manifest.get("labels")
-        write_colour_tables(run.folder, numbering if numbering in NUMBERINGS else USUAL)
+        write_colour_tables(run.folder, predicted_numberings(metrics, own=manifest.get("labels")))
 
     pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from brats_helpers.data.cases import find_cases, survey
-from brats_helpers.data.numbering import Evidence, decide, examine, number, outer_shares, resolve, surfaces
+from brats_helpers.data.numbering import (
+    Evidence,
+    decide,
+    examine,
+    number,
+    outer_shares,
+    predicted_numberings,
+    resolve,
+    surfaces,
+)
 from brats_helpers.labels import DataError
 from tests.conftest import write_tiny_case
 
@@ -126,3 +135,15 @@ def test_names_that_the_numbers_do_not_fit_give_way_with_a_warning(tmp_path):
     (finding,) = found.findings[""]
     assert (finding.code, finding.severity) == ("label-numbering", "warning")
     assert "The names say menrt (1 ET), which the numbers do not fit" in finding.message
+
+
+@pytest.mark.parametrize(
+    "labels, numberings",
+    [
+        ({"predictions": "2023", "references": {"brats2020": 3}}, ["2023"]),
+        ({"predictions": "auto", "references": {"brats2020": 3, "ped": 1}}, ["brats2020", "ped"]),
+        ({"predictions": "auto", "references": {}}, ["gli2024"]),
+    ],
+)
+def test_predictions_are_numbered_as_asked_else_as_the_references_else_as_the_run(labels, numberings):
+    assert predicted_numberings({"labels": labels}, own="gli2024") == numberings

@@ -132,7 +132,8 @@ def test_a_faulty_patient_is_skipped_with_its_reason_and_the_rest_predicted(chec
     nib.save(nib.Nifti1Image(np.zeros((5, 5), np.int16), np.eye(4)), flat)
     argv = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     assert main([*argv, "--device", "cpu"]) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A_seg.nii.gz", "Z_seg.nii.gz"]
+    tables = ["labels.itksnap.txt", "labels.slicer.ctbl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A_seg.nii.gz", "Z_seg.nii.gz", *tables]
     said = capsys.readouterr().out
     named = {"Blank": "Blank_t1.nii.gz", "Broken": "Broken_t1.nii.gz", "Flat": "Flat_t2.nii.gz"}
     for name, word in (named | {"Lacking": "Lacking_t2.nii", "Twice": "Twice_t1ce.nii.gz"}).items():
