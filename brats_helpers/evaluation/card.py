@@ -103,7 +103,8 @@ def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simul
     }
     results = []
     if summary := metrics.get("summary"):
-        dice = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
+        found = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
+        dice = {region: mean for region, mean in found.items() if mean is not None}
         data, kind = ("simulated patients", "simulated") if simulated else ("BraTS", "brats")
         results.append(_result(data, kind, dice))
     results += [_result(f"{one['n']} real patients, {one['patients']}", "brats", whole_dice(one)[1]) for one in real]
@@ -124,6 +125,9 @@ def _scores(metrics: Mapping, patients: str) -> list[str]:
     rows = ["| region | mean Dice | 95 % interval | mean HD95 in mm |", "| --- | --- | --- | --- |"]
     for region in REGIONS:
         dice, hd95 = (metrics["summary"][region][name] for name in ("dice", "hd95_mm"))
+        if not dice["n"]:  # the rule leaves every patient out
+            rows.append(f"| {region} | - | - | - |")
+            continue
         low, high = dice["ci95"]
         rows.append(f"| {region} | {dice['mean']:.3f} | {low:.3f} to {high:.3f} | {hd95['mean']:.1f} |")
     note = f"{len(metrics['cases'])} test {patients}, scored by {metrics['convention']}."

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from brats_helpers.__main__ import main
 from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.evaluation.card import model_card
 from brats_helpers.files import write_json
 from brats_helpers.runs import Run
 from brats_helpers.scoring.scores import collect, score_case
@@ -107,6 +109,17 @@ def test_the_card_has_the_front_matter_of_model_hubs(run, models):
     values = {entry["name"]: entry["value"] for entry in front["model-index"][0]["results"][0]["metrics"]}
     assert values["Dice WT"] == pytest.approx(metrics["summary"]["WT"]["dice"]["mean"], abs=5e-5)
     assert front["license"] == "mit" and "simulated" in card
+
+
+def test_a_region_that_the_rule_leaves_out_has_no_score_on_the_card(run, tmp_path):
+    other = Run(shutil.copytree(run.folder, tmp_path / "other"))
+    classes = np.ones((4, 4, 4), np.uint8)  # no enhancing tumour, and none predicted: brats2026 leaves the patient out
+    scores = {"New_0": score_case(classes, classes, spacing_mm=(1.0, 1.0, 1.0), convention="brats2026")}
+    write_json(other.metrics, collect(scores, convention="brats2026", simulated=True, not_scored={}, leakage=[]))
+    card = model_card(other)
+    results = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]
+    assert [entry["name"] for entry in results["metrics"]] == ["Dice WT", "Dice TC"]
+    assert "| ET | - | - | - |" in card
 
 
 def test_names_that_do_not_fit_are_refused(run, models, tmp_path, capsys):
