@@ -54,12 +54,13 @@ def export_onnx(run: Run, path: Path) -> Path:
     if settings["patch_size"]:
         raise DataError(f"{settings['encoder']} predicts 3D patches; only networks of slices are exported as ONNX.")
     network = rebuild(saved).eval()
-    _write_onnx(network, saved["in_channels"], path)
+    write_onnx(network, saved["in_channels"], path)
     write_json(path.with_suffix(".json"), _description(run, saved))
     return path
 
 
-def _write_onnx(network: torch.nn.Module, channels: int, path: Path) -> None:
+def write_onnx(network: torch.nn.Module, channels: int, path: Path) -> None:
+    """Write a network of slices with so many channels, in `eval()`, as ONNX; see `export_onnx`."""
     example = torch.zeros(2, channels, 2 * SIDE_MULTIPLE, 3 * SIDE_MULTIPLE)
     free = {"images": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch", 2: "height", 3: "width"}}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def _description(run: Run, saved: Mapping) -> dict:
             "spacing_mm": facts.get("spacing_mm"),
             "normalisation": NORMALISATION,
             "side_multiple": SIDE_MULTIPLE,
+            "crop": "each slice to its brain, at the centre of the smallest sides in multiples of side_multiple",
         },
         "output": {"name": "logits", "classes": list(CLASSES), "labels": numbers.tolist(), "choice": "argmax"},
         "postprocess": _postprocess(run),

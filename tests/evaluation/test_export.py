@@ -88,9 +88,7 @@ def test_the_example_of_the_docs_segments_a_patient_without_this_suite(run, mode
     out = tmp_path / "seg.nii.gz"
     subprocess.run([sys.executable, "example.py", models["onnx"], out, *scans], cwd=tmp_path, check=True)
     assert "brats_helpers" not in example and "torch" not in example
-    assert (
-        agreement(read_mask(out, "brats2020"), predictions["checkpoint"]) > 0.95
-    )  # its slices are padded at another place
+    assert agreement(read_mask(out, "brats2020"), predictions["onnx"]) > 0.999
     assert np.allclose(nib.load(out).affine, nib.load(scans[0]).affine)
 
 
