@@ -1,9 +1,11 @@
 """Time patients from their scans on disk to their label maps on disk: one network, no mirror images.
 
-Three ways take turns: as the suite does it; with whole slices rather than each slice's own box; and with whole slices
-and one patient after the other, nothing read or written meanwhile. The weights are random, which costs the same.
+These ways take turns: as the suite does it; in float32, where it computes in half precision; through onnxruntime, on a
+CPU; with whole slices rather than each slice's own box; and with whole slices and one patient after the other, nothing
+read or written meanwhile. The weights are random, which costs the same, unless a checkpoint is given. With one, the
+lowest Dice between the label maps of the first way and of the others is printed too.
 
-    OMP_NUM_THREADS=2 python benchmarks/prediction.py --cases ../shared/glioma16
+    OMP_NUM_THREADS=2 python benchmarks/prediction.py --cases ../shared/glioma16 --checkpoint best.pt
 """
 
 import argparse
@@ -22,9 +24,13 @@ import torch
 
 from brats_helpers.data.cache import Packed
 from brats_helpers.data.cases import Case, find_cases
+from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation import networks
+from brats_helpers.evaluation.export import write_onnx
 from brats_helpers.evaluation.inference import Network, predict_files
+from brats_helpers.evaluation.onnx import OnnxNetwork
 from brats_helpers.machine import choose_device, describe
+from brats_helpers.scoring.rules import region_dice
 from brats_helpers.training.model import build_model
 
 
@@ -35,28 +41,54 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
     parser.add_argument("--patients", metavar="N", type=int, default=6, help="default: 6")
     parser.add_argument("--repeats", metavar="N", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, help="of a network of slices; default: random weights"
+    )
     parser.add_argument("--cases", metavar="FOLDER", type=Path, required=True, help="a folder of patients")
     options = parser.parse_args()
-    device, names = choose_device(options.device), options.modalities.split(",")
-    model = build_model(encoder=options.encoder, weights="none", in_channels=len(names))
-    settings = {"modalities": tuple(names), "context_slices": 0, "patch_size": 0}
-    network = Network(model.to(device).eval(), settings, frozenset(), frozenset(), 0)
-    cases = find_cases(options.cases, names)[: options.patients]
-    ways = {"as it is": in_parallel, "whole slices": whole_slices, "whole slices, one by one": one_by_one}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    device = choose_device(options.device)
+    network = _network(options, device)
+    cases = find_cases(options.cases, network.modalities)[: options.patients]
+    ways = {"as it is": in_parallel, "in float32": in_float32}
+    seconds: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cpu":
+            ways["through onnxruntime"] = through_onnxruntime(network, Path(folder) / "network.onnx")
+        ways |= {"whole slices": whole_slices, "whole slices, one by one": one_by_one}
         in_parallel(network, cases[:1], Path(folder))  # warm-up
         for _ in range(options.repeats):
             for name, way in ways.items():
-                seconds[name].append(timed(way, network, cases, Path(folder)))
-    facts = describe(device)
-    print(f"{facts['device']}, {torch.get_num_threads()} threads, precision {facts['precision']}; {options.encoder}")
-    print(f"{len(cases)} patients of {options.cases.name}, {options.repeats} repeats; seconds per patient")
-    print(f"{'':26}{'median':>10}{'fastest':>10}{'processor':>10}")
-    for name, found in seconds.items():
-        wall, processor = zip(*found, strict=True)
-        figures = statistics.median(wall), min(wall), statistics.median(processor)
-        print(f"{name:26}" + "".join(f"{figure / len(cases):10.2f}" for figure in figures))
+                seconds.setdefault(name, []).append(timed(way, network, cases, Path(folder) / name))
+        facts = describe(device)
+        print(f"{facts['device']}, {torch.get_num_threads()} threads, precision {facts['precision']}")
+        print(
+            f"{network.settings['encoder']}; {len(cases)} patients of {options.cases.name}, {options.repeats} repeats"
+        )
+        print(f"{'seconds per patient':26}{'median':>10}{'fastest':>10}{'processor':>10}{'Dice':>10}")
+        for name, found in seconds.items():
+            wall, processor = zip(*found, strict=True)
+            figures = statistics.median(wall), min(wall), statistics.median(processor)
+            line = f"{name:26}" + "".join(f"{figure / len(cases):10.2f}" for figure in figures)
+            print(f"{line}{lowest_dice(Path(folder), 'as it is', name):10.4f}" if options.checkpoint else line)
+
+
+def _network(options: argparse.Namespace, device: torch.device) -> Network:
+    if options.checkpoint:
+        return networks.load_network(options.checkpoint, device=device)
+    names = options.modalities.split(",")
+    model = build_model(encoder=options.encoder, weights="none", in_channels=len(names)).to(device).eval()
+    settings = {"encoder": options.encoder, "modalities": tuple(names), "context_slices": 0, "patch_size": 0}
+    return Network(model, settings, frozenset(), frozenset(), 0)
+
+
+def lowest_dice(folder: Path, one: str, other: str) -> float:
+    """The lowest Dice of a region between two ways' label maps of the same patients."""
+
+    def read(way: str, name: str) -> np.ndarray:
+        return read_mask(folder / way / name, "brats2020")
+
+    pairs = ((read(one, path.name), read(other, path.name)) for path in (folder / one).glob("*.nii.gz"))
+    return min(min(region_dice(*pair, convention="brats2020").values()) for pair in pairs)
 
 
 def timed(way: Callable, *arguments) -> tuple[float, float]:
@@ -71,6 +103,18 @@ def timed(way: Callable, *arguments) -> tuple[float, float]:
 
 def in_parallel(network: Network, cases: Sequence[Case], folder: Path) -> None:
     list(predict_files([network], cases, folder, flips=False))
+
+
+def in_float32(network: Network, cases: Sequence[Case], folder: Path) -> None:
+    with mock.patch.object(networks, "choose_precision", lambda device: "no"):
+        in_parallel(network, cases, folder)
+
+
+def through_onnxruntime(network: Network, path: Path) -> Callable:
+    """A way that predicts with the network as ONNX, which it writes to `path` first."""
+    write_onnx(network.model, len(network.modalities) * (2 * network.settings["context_slices"] + 1), path)
+    exported = replace(network, model=OnnxNetwork(path).eval())
+    return lambda network, cases, folder: in_parallel(exported, cases, folder)
 
 
 def whole_slices(network: Network, cases: Sequence[Case], folder: Path) -> None:
