@@ -1,9 +1,9 @@
 """Time patients from their scans on disk to their label maps on disk: one network, no mirror images.
 
-These ways take turns: as the suite does it; in float32, where it computes in half precision; through onnxruntime, on a
-CPU; with whole slices rather than each slice's own box; and with whole slices and one patient after the other, nothing
-read or written meanwhile. The weights are random, which costs the same, unless a checkpoint is given. With one, the
-lowest Dice between the label maps of the first way and of the others is printed too.
+These ways take turns: as the suite does it; through onnxruntime, on a CPU; with whole slices rather than each slice's own
+box; and with whole slices and one patient after the other, nothing read or written meanwhile. The weights are random,
+which costs the same, unless a checkpoint is given. With one, the lowest Dice between the label maps of the first way and
+of the others is printed too.
 
     OMP_NUM_THREADS=2 python benchmarks/prediction.py --cases ../shared/glioma16 --checkpoint best.pt
 """
@@ -49,7 +49,7 @@ def main() -> None:
     device = choose_device(options.device)
     network = _network(options, device)
     cases = find_cases(options.cases, network.modalities)[: options.patients]
-    ways = {"as it is": in_parallel, "in float32": in_float32}
+    ways = {"as it is": in_parallel}
     seconds: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cpu":
@@ -103,11 +103,6 @@ def timed(way: Callable, *arguments) -> tuple[float, float]:
 
 def in_parallel(network: Network, cases: Sequence[Case], folder: Path) -> None:
     list(predict_files([network], cases, folder, flips=False))
-
-
-def in_float32(network: Network, cases: Sequence[Case], folder: Path) -> None:
-    with mock.patch.object(networks, "choose_precision", lambda device: "no"):
-        in_parallel(network, cases, folder)
 
 
 def through_onnxruntime(network: Network, path: Path) -> Callable:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import cycle, islice
 from pathlib import Path
 
 import nibabel as nib
@@ -170,7 +169,7 @@ def main() -> int:
     parser.add_argument("--each", metavar="N", type=int, default=2, help="patients per way, in turn (default 2)")
     options = parser.parse_args()
     cases = [case for case in number(survey(options.patients))[0].cases if case.seg]
-    chosen = islice(cycle(cases), options.each * len(WAYS))
+    chosen = [cases[(turn + way) % len(cases)] for turn in range(options.each) for way in range(len(WAYS))]
     worst = dict.fromkeys(FIGURES, 0.0)
     compared = dict.fromkeys(FIGURES, 0)
     with tempfile.TemporaryDirectory() as folder:

@@ -156,7 +156,7 @@ def predict(
     """Probabilities of the four classes over the box of a prepared case, averaged over networks.
 
     Args:
-        networks: see `load_networks`; each runs on its own device, in the precision that suits the device.
+        networks: see `load_networks`; each runs on its own device, on a GPU in half precision.
         case: a prepared case.
         channels: the modalities of its channels. Each network takes them in its own order.
         flips: average with the predictions of the slices mirrored left and right.
@@ -192,7 +192,8 @@ def _as_trained(network: Network, case: Packed, channels: Sequence[str], spacing
 def _ask(network: Network, case: Packed, flips: bool) -> np.ndarray:
     """Probabilities of one network over the box of a case that looks as its training patients did."""
     device = next(network.model.parameters()).device
-    precision = choose_precision(device)
+    # On a CPU in float32: every machine, and onnxruntime, then gives the same label map.
+    precision = choose_precision(device) if device.type == "cuda" else "no"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     depth, _, height, width = case.images.shape
     probabilities = np.zeros((depth, len(CLASSES), height, width), np.float32)

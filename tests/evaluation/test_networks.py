@@ -20,12 +20,6 @@ CPU = torch.device("cpu")
 ORDER = {"channels": MODALITIES, "flips": False}
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """Predict in float32, in which equal sums are equal."""
-    monkeypatch.setattr(networks, "choose_precision", lambda device: "no")
-
-
 def test_a_checkpoint_alone_rebuilds_the_network(checkpoint):
     network = load_network(checkpoint, device=CPU)
     assert network.modalities == ["flair", "t1", "t1ce", "t2"]
@@ -148,7 +142,7 @@ def _empty(images):
     return networks.Packed("P", images, None, (0, 0, 0), (width, height, depth), counts)
 
 
-def test_predictions_within_the_box_equal_those_of_the_full_slice(uneven, exact):
+def test_predictions_within_the_box_equal_those_of_the_full_slice(uneven):
     """To the precision of float32 where padding is the same as background.
 
     A deep network pads its feature maps with zeros where the full slice has features of background, so that it agrees
@@ -162,9 +156,7 @@ def test_predictions_within_the_box_equal_those_of_the_full_slice(uneven, exact)
     np.testing.assert_allclose(own, expected, atol=1e-6)
 
 
-def test_a_trained_network_predicts_nearly_the_same_within_the_box_and_in_the_full_slice(
-    checkpoint, tiny_patients, exact
-):
+def test_a_trained_network_predicts_nearly_the_same_within_the_box_and_in_the_full_slice(checkpoint, tiny_patients):
     """Of the tiny patients' brain, box and full slice disagree about less than one voxel in a hundred."""
     network, packed = load_network(checkpoint, device=CPU), pack(find_cases(tiny_patients)[3])
     whole = np.tile([0, packed.images.shape[2], 0, packed.images.shape[3]], (len(packed.images), 1))
@@ -175,7 +167,7 @@ def test_a_trained_network_predicts_nearly_the_same_within_the_box_and_in_the_fu
     assert (own != full).mean() < 0.01
 
 
-def test_a_slice_does_not_depend_on_the_other_slices(checkpoint, uneven, exact):
+def test_a_slice_does_not_depend_on_the_other_slices(checkpoint, uneven):
     network = load_network(checkpoint, device=CPU)
     alone = uneven.images.copy()
     alone[[0, 1, 4]] = 0
@@ -183,7 +175,7 @@ def test_a_slice_does_not_depend_on_the_other_slices(checkpoint, uneven, exact):
     np.testing.assert_allclose(predict([network], _empty(alone), **ORDER)[2], soft[2], atol=1e-5)
 
 
-def test_with_flips_a_mirrored_patient_gets_the_mirrored_answer(checkpoint, uneven, exact):
+def test_with_flips_a_mirrored_patient_gets_the_mirrored_answer(checkpoint, uneven):
     """To the bit where the brain's width is even: it then lies in the middle of its box either way round."""
     network = load_network(checkpoint, device=CPU)
     chosen = uneven.images[[1, 2]]  # 40 and 36 wide
