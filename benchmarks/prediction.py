@@ -1,9 +1,9 @@
 """Time patients from their scans on disk to their label maps on disk: one network, no mirror images.
 
-These ways take turns: as the suite does it; through onnxruntime, on a CPU; with whole slices rather than each slice's own
-box; and with whole slices and one patient after the other, nothing read or written meanwhile. The weights are random,
-which costs the same, unless a checkpoint is given. With one, the lowest Dice between the label maps of the first way and
-of the others is printed too.
+These ways take turns: as the suite does it; through onnxruntime, on a CPU; with whole slices rather than each slice's
+own box; and with whole slices and one patient after the other, nothing read or written meanwhile. The weights are
+random, which costs the same, unless a checkpoint is given. With one, the lowest Dice between the label maps of the
+first way and of the others is printed too.
 
     OMP_NUM_THREADS=2 python benchmarks/prediction.py --cases ../shared/glioma16 --checkpoint best.pt
 """

@@ -185,10 +185,10 @@ def _why_not(path: Path) -> tuple[str, str, str] | None:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a path can be written in UTF-8."""
+    """Whether a path's bytes are UTF-8, whatever the locale."""
     try:
-        os.fspath(path).encode("utf-8")
-    except UnicodeEncodeError:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
         return False
     return True
 
