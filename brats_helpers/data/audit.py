@@ -14,9 +14,9 @@ from pathlib import Path
 
 from brats_helpers.data.cases import Case, Finding, Survey
 from brats_helpers.data.checks import check_case
+from brats_helpers.data.filenames import recognise
 from brats_helpers.data.findings import SEVERITIES
 from brats_helpers.data.identity import group_people
-from brats_helpers.data.names import recognise
 from brats_helpers.data.outliers import compare_patients
 from brats_helpers.data.stamps import stamp
 from brats_helpers.data.tables import read_tables

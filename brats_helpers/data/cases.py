@@ -9,9 +9,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from brats_helpers.data.filenames import named_like
 from brats_helpers.data.findings import Finding, has_error
 from brats_helpers.data.layouts import Layout, Patient, is_text, lay_out
-from brats_helpers.data.names import named_like
 from brats_helpers.data.nifti import read_image
 from brats_helpers.labels import (
     MODALITIES,

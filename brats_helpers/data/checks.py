@@ -14,8 +14,8 @@ from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cache import nan_in_brain
 from brats_helpers.data.cases import Case
 from brats_helpers.data.content import content_hash, hash_of
+from brats_helpers.data.filenames import recognise
 from brats_helpers.data.identity import varies
-from brats_helpers.data.names import recognise
 from brats_helpers.data.nifti import (
     TOLERANCE_MM,
     FileError,

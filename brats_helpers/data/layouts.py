@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brats_helpers.data.findings import Finding
-from brats_helpers.data.names import (
+from brats_helpers.data.filenames import (
     MODALITY_WORDS,
     Name,
     is_nifti,
@@ -23,6 +22,7 @@ from brats_helpers.data.names import (
     recognise,
     stem_of,
 )
+from brats_helpers.data.findings import Finding
 from brats_helpers.data.nifti import same_volume
 from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from brats_helpers.data.cases import Case
-from brats_helpers.data.names import recognise
+from brats_helpers.data.filenames import recognise
 from brats_helpers.files import read_json
 from brats_helpers.labels import DataError
 from brats_helpers.runs import from_root

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brats_helpers.data.cases import survey_segs
+from brats_helpers.data.filenames import is_nifti, recognise
 from brats_helpers.data.layouts import walk
-from brats_helpers.data.names import is_nifti, recognise
 
 _SUGGESTED = 20  # most names that get a suggestion, because finding one is slow
 _YEAR = re.compile(r"^brats\d+", re.IGNORECASE)  # of BraTS20_Training_001, which says nothing about the patient

@@ -13,9 +13,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from brats_helpers.training.augment import augment, generators, seed_of
-from brats_helpers.training.average import MovingAverage
 from brats_helpers.training.batch import Batch
 from brats_helpers.training.checkpoint import save_file, versions
+from brats_helpers.training.ema import MovingAverage
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import build_model, freeze_encoder, train_mode
 from brats_helpers.training.progress import Progress, publish

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from brats_helpers.training.average import MovingAverage
+from brats_helpers.training.ema import MovingAverage
 from brats_helpers.training.steps import FiniteCheck, NotFiniteError, gradients
 
 
