@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-ENDINGS = (".csv", ".xlsx")
+ENDINGS = (".csv", ".tsv", ".xlsx", ".xls")
+_SEPARATORS = ",;\t|"
 _NONE = ("", "na", "n/a", "nan", "none", "unknown")
 
 
@@ -27,6 +28,9 @@ def read_tables(paths: Iterable[Path]) -> tuple[dict[str, dict], list[tuple[Path
     problems: list[tuple[Path, str]] = []
     for path in paths:
         if not re.search(r"mapping|survival", path.name, re.IGNORECASE):
+            continue
+        if path.suffix.lower() == ".xls":
+            problems.append((path, "The old Excel format is not read: save it as CSV or .xlsx."))
             continue
         try:
             table, surplus = _read(path)
@@ -65,7 +69,9 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[list[str]]]:
     if path.suffix.lower() == ".xlsx":
         table = pd.concat(pd.read_excel(path, sheet_name=None, **as_text).values())
     else:
-        csv = as_text | {"encoding": "utf-8-sig", "engine": "python"}
+        header = path.read_text("utf-8-sig").partition("\n")[0]
+        separator = max(_SEPARATORS, key=header.count)  # the comma in a table of one column
+        csv = as_text | {"encoding": "utf-8-sig", "engine": "python", "sep": separator}
         width = len(pd.read_csv(path, nrows=0, **csv).columns)
         table = pd.read_csv(path, index_col=False, on_bad_lines=cut, **csv)
     table = table.fillna("").map(str.strip)

@@ -61,3 +61,24 @@ def test_a_file_that_is_no_excel_table_is_reported(tmp_path):
     path = write(tmp_path, "name_mapping.xlsx", "no archive")
     known, ((reported, _),) = read_tables([path])
     assert known == {} and reported == path
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_fields_may_be_separated_as_other_countries_and_tools_do(tmp_path, separator, ending):
+    rows = [
+        ("BraTS_2019_subject_ID", "Grade", "BraTS_2020_subject_ID"),
+        ("B19_7", "HGG", "B20_3"),
+        ("NA", "LGG", "B20_4"),
+    ]
+    path = tmp_path / f"name_mapping.{ending}"
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    known, problems = read_tables([path])
+    assert known["B20_3"] == {"grade": "HGG", "earlier_ids": ["B19_7"]} and known["B20_4"] == {"grade": "LGG"}
+    assert not problems
+
+
+def test_the_old_excel_format_is_reported_as_unread(tmp_path):
+    path = tmp_path / "name_mapping.xls"
+    path.write_bytes(b"\xd0\xcf\x11\xe0")
+    assert read_tables([path]) == ({}, [(path, "The old Excel format is not read: save it as CSV or .xlsx.")])
