@@ -2,7 +2,7 @@
 
 Files are grouped by folder and by the case ID in their names. Then the parts of one patient are joined by ID: scans in
 one folder and masks in another, or two copies of one patient. Names decide; a file is opened only to compare copies,
-to tell DICOM, or if it is a `dataset.json`.
+to tell DICOM or NIfTI of another ending, or if it is a `dataset.json`.
 """
 
 import json
@@ -35,6 +35,7 @@ _UNREAD = {
     ".nrrd": _CONVERT,
     ".nhdr": _CONVERT,
     ".hdr": _CONVERT,
+    ".img": _CONVERT,
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"), "Unpack what is needed of them."),
     ".mgz": "Convert them to .nii.gz, with mri_convert for instance.",
     ".mnc": "Convert them to .nii.gz, with mnc2nii for instance.",
@@ -156,6 +157,9 @@ def _by_folder(layout: Layout) -> dict[Path, list[Path]]:
             unread[suffix].append(path)
         elif _DICOM_NAMES.fullmatch(path.name):
             unread["DICOM"].append(path)
+        elif _is_misnamed(path):
+            text = "A NIfTI file, perhaps incomplete, whose name does not end in .nii or .nii.gz; it is not read."
+            layout.add("", "unread-format", "warning", path, f"{text} Fetch it again or give it that ending.")
         elif not suffix or suffix[1:].isdigit():
             nameless[path.parent].append(path)
     for paths in nameless.values():
@@ -194,11 +198,27 @@ def is_text(path: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
+    return _head_of(path)[128:132] == b"DICM"
+
+
+def _is_misnamed(path: Path) -> bool:
+    """Whether a file that lacks the ending of NIfTI is one: `X_seg`, `X_seg.gz`, `X_seg.nii.gz.part`."""
+    meant = path.suffix.lower() in ("", ".gz") and recognise(path).kind
+    if not meant and ".nii" not in path.name.lower():
         return False
+    head = _head_of(path)
+    return head[:2] == b"\x1f\x8b" or head[4:7] == b"n+2" or head[344:347] == b"n+1"
+
+
+def _head_of(path: Path) -> bytes:
+    """The bytes that tell a format; none of what cannot be read, or is no regular file and might block."""
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                return file.read(352)
+    except OSError:
+        pass
+    return b""
 
 
 def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, Patient]:
@@ -211,6 +231,7 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, 
             named[name.case_id][name.kind].append((name, path))
         else:
             strangers.append(path)
+    _join_t2_flair(named, folder)
     parts = {case_id: _part(layout, case_id, kinds) for case_id, kinds in named.items()}
     dataset = folder.parent / "dataset.json"
     if _IMAGE_FOLDER.fullmatch(folder.name) and dataset.is_file():
@@ -233,6 +254,15 @@ def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, 
         else:
             layout.maps[stem_of(path)].append(path)
     return parts
+
+
+def _join_t2_flair(named: dict[str, dict[str, list[tuple[Name, Path]]]], folder: Path) -> None:
+    """Give `X_T2_FLAIR` to patient X if it is the only file of `X_T2`, which else is a visit, and X has no FLAIR."""
+    for case_id in [case_id for case_id, kinds in named.items() if kinds.keys() == {"flair"}]:
+        owner = re.fullmatch(r"(?:(.*?)[_\-. ]+)?t2", case_id, re.IGNORECASE)
+        kinds = named.get(owner[1] or folder.name, {}) if owner else {}
+        if kinds and "flair" not in kinds:
+            kinds["flair"] = named.pop(case_id)["flair"]
 
 
 def _holds_one_mask(folder: Path, paths: Sequence[Path]) -> bool:

@@ -1,8 +1,10 @@
 """Reading patients as people have them; every trap here has caught somebody."""
 
+import gzip
 import json
 import os
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -191,6 +193,17 @@ def test_other_words_for_modalities(tmp_path, names):
     case.images["t2"].unlink()
     with pytest.raises(DataError, match=r"P_1: No P_1_t2w?\.nii\.gz in P_1 \(missing: t2; found: flair, t1, t1ce\)"):
         find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["P_1_", "P-1-", ""])
+def test_flair_may_be_called_t2_flair_and_t2_may_be_a_visit(tmp_path, prefix):
+    touch(tmp_path, *(f"P_1/{prefix}{name}.nii.gz" for name in ("T1", "T1ce", "T2", "T2_FLAIR", "seg")))
+    patient(tmp_path, "V", "V01_T1", kinds=ALL)
+    patient(tmp_path, "V", "V01_T2", kinds=ALL)
+    cases = {case.id: case for case in find_cases(tmp_path)}
+    assert cases.keys() == {prefix[:-1] or "P_1", "V01_T1", "V01_T2"}
+    assert cases[prefix[:-1] or "P_1"].images["flair"].name == f"{prefix}T2_FLAIR.nii.gz"
+    assert cases["V01_T2"].images["flair"].name == "V01_T2_flair.nii.gz"
 
 
 def test_capital_letters(tmp_path):
@@ -424,6 +437,17 @@ def test_packed_files_are_named(tmp_path, name):
     touch(tmp_path, name)
     (finding,) = survey(tmp_path).findings[""]
     assert (finding.code, finding.severity, finding.file) == ("unread-format", "warning", name)
+
+
+@pytest.mark.parametrize("name", ["A_seg.gz", "A_seg", "A_seg.nii.gz.part", "A_seg.nii (1).gz", "A_seg.img"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_nifti_of_another_ending_is_named(tmp_path, name, packed):
+    patient(tmp_path, "A", "A", kinds=ALL)
+    touch(tmp_path, "A/A_seg.nii.gz.md5", "A/A_seg.txt", "README", "A/notes.gz")
+    raw = bytes(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).to_bytes())
+    (tmp_path / "A" / name).write_bytes(gzip.compress(raw) if packed else raw)
+    (finding,) = survey(tmp_path).findings[""]
+    assert (finding.code, finding.severity, finding.file) == ("unread-format", "warning", f"A/{name}")
 
 
 def test_what_holds_no_patient_any_more_is_named(tmp_path):
