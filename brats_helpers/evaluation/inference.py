@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
 
 import nibabel as nib
@@ -34,6 +35,7 @@ from brats_helpers.machine import choose_device
 from brats_helpers.scoring.overlap import crop_tumour
 from brats_helpers.scoring.rules import region_dice, rule_for
 from brats_helpers.scoring.scores import collect
+from brats_helpers.training import model_zip
 from brats_helpers.training.model_zip import packaged_model, read_facts
 
 __all__ = ["Network", "leaked", "load_network", "load_networks", "predict"]  # and what is defined here
@@ -162,6 +164,29 @@ def evaluate(
         "postprocess": {"test": gain(raw, after)},
         "uncertainty": averaged | uncertainty.collect(doubts),
     }
+
+
+def evaluate_packaged(cases: Sequence[Case], *, device: str, **how) -> dict[str, float | None] | None:
+    """Score the packaged network on the same patients, without post-processing or flips.
+
+    Args:
+        cases: the test patients of a run.
+        device: `auto`, `cpu` or `cuda`.
+        how: `convention`, `simulated` and `hashes`, see `evaluate`.
+
+    Returns:
+        Mean Dice of WT, TC and ET; None if the network is not there, lacks a modality or has seen one of the patients.
+    """
+    if not model_zip.PACKAGED.is_file():
+        return None
+    network = load_network(packaged_model(), device=choose_device(device))
+    labelled = [case for case in cases if case.seg]
+    readable = all({*network.modalities} <= {*case.modalities} for case in labelled)
+    if not labelled or not readable or leaked([network], labelled, hashes=how["hashes"]):
+        return None
+    with TemporaryDirectory() as folder:
+        summary = evaluate([network], labelled, Path(folder), flips=False, **how)["summary"]
+    return {region: summary[region]["dice"]["mean"] for region in REGIONS}
 
 
 def predict_files(

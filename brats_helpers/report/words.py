@@ -27,6 +27,18 @@ def compared(metrics: Mapping) -> str:
     """Say what the scores of `metrics.json` compare with; "" without scores."""
     if not metrics.get("cases"):
         return ""
+    return " ".join(filter(None, (_packaged(metrics.get("packaged")), _published(metrics))))
+
+
+def _packaged(dice: Mapping[str, float | None] | None) -> str:
+    """How the packaged network scored on the same patients; "" if it did not."""
+    if not dice:
+        return ""
+    scores = ", ".join(f"{region} {value:.3f}" for region, value in dice.items() if value is not None)
+    return f"Without any training, the packaged network has a mean Dice of {scores} on the same patients."
+
+
+def _published(metrics: Mapping) -> str:
     if metrics.get("simulated"):
         return "These patients are simulated, so no published score compares: only runs on the same patients do."
     own = [PUBLISHED[name] for name in PUBLISHED if all(case_id.startswith(name) for case_id in metrics["cases"])]

@@ -13,10 +13,12 @@ from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack, prepare
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.evaluation.inference import evaluate_packaged
 from brats_helpers.evaluation.networks import in_order, load_network, predict
 from brats_helpers.evaluation.packaged import subsets
-from brats_helpers.labels import MODALITIES, DataError
+from brats_helpers.labels import MODALITIES, REGIONS, DataError
 from brats_helpers.runs import Run
+from brats_helpers.scoring.scores import score_case
 from brats_helpers.training import model_zip
 from tests.conftest import ROOT, write_tiny_case
 from tests.tiny_training import fit_tiny
@@ -75,6 +77,26 @@ def test_predict_without_a_checkpoint_says_which_network_it_takes_and_how_it_sco
     assert "the packaged network, tu-tf_mobilenetv3_small_minimal_100 trained on 3 simulated patients" in said
     assert "mean Dice WT 0.86, TC 0.76, ET 0.65 on 16 real patients (glioma16)\n" in said
     assert "alone" not in said
+
+
+def test_a_run_is_compared_with_the_packaged_network_on_patients_that_it_has_not_seen(
+    packaged, tiny_patients, tmp_path, monkeypatch
+):
+    patient = write_tiny_case(tmp_path / "in", "New", seed=9)
+    how = {"device": "cpu", "convention": "brats2020", "simulated": True, "hashes": None}
+    new, seen = find_cases(patient), find_cases(tiny_patients)[:1]
+    found = evaluate_packaged(new, **how)
+    pred = predicted(tmp_path / "out", patient)["New"]
+    truth = read_mask(new[0].seg, "brats2020")
+    assert found == {region: score["dice"] for region, score in scores_of(pred, truth).items() if region in REGIONS}
+    assert evaluate_packaged(seen, **how) is None
+    assert evaluate_packaged([dataclasses.replace(new[0], modalities=("flair", "t1ce"))], **how) is None
+    monkeypatch.setattr(model_zip, "PACKAGED", tmp_path / "absent")
+    assert evaluate_packaged(new, **how) is None
+
+
+def scores_of(pred, truth):
+    return score_case(pred, truth, spacing_mm=(1, 1, 1), convention="brats2020")
 
 
 @pytest.mark.parametrize("has", [("flair", "t1ce"), ("t2",)])

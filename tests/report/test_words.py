@@ -44,3 +44,12 @@ def test_the_next_steps_follow_from_the_run():
     assert next_steps(many | {"simulated": True}, best={}, failed=0, parts=True)[-1].startswith("Take real patients")
     assert next_steps({}, best={}, failed=0, parts=True) == []
     assert next_steps({}, best={}, failed=0, parts=False)[0].startswith("Run the notebooks up to 03")
+
+
+def test_the_packaged_network_on_the_same_patients_comes_first():
+    text = compared(REAL | {"packaged": {"WT": 0.8, "TC": 0.7, "ET": None}})
+    assert text.startswith(
+        "Without any training, the packaged network has a mean Dice of WT 0.800, TC 0.700 on the same"
+    )
+    assert "nnU-Net" in text
+    assert "packaged" not in compared(REAL | {"packaged": None})
