@@ -202,6 +202,27 @@ def _interpolate(volume: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
     return list(values)
 
 
+def _draw_pose(rng: np.random.Generator, nodes: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a head's pose and shape.
+
+    Args:
+        nodes: places in the volume, float32 (3, ...), in voxels.
+        middle: the centre of the template.
+
+    Returns:
+        Where each node lies in the template; and by axis 1 or -1, the template's direction.
+    """
+    centre = np.array([119, 129, 76]) + rng.normal(0, (1.0, 2.0, 1.5))
+    scale = 0.945 * np.exp(rng.normal(0, 0.025) + rng.normal(0, 0.025, 3))
+    turn = rotation(np.deg2rad(rng.normal(0, (4.0, 2.0, 3.0))))
+    mirror = np.array([-1.0 * rng.choice([-1, 1]), -1.0, 1.0])  # BraTS counts X and Y backwards; either side may lead
+    offset = np.einsum("ij,jxyz->ixyz", turn, nodes - centre[:, None, None, None])
+    source = (mirror / scale)[:, None, None, None] * offset + middle[:, None, None, None]
+    for grain, size in ((16, 2.5), (6, 1.8), (3, 1.3)):
+        source += np.stack([noise_field(rng, nodes.shape[1:], grain) for _ in range(3)]) * size
+    return source, mirror
+
+
 def draw_anatomy(rng: np.random.Generator, *, variety: float) -> Anatomy:
     """Draw a head: pose, shape, age, tissue, and what the skull strip leaves of it.
 
@@ -211,15 +232,7 @@ def draw_anatomy(rng: np.random.Generator, *, variety: float) -> Anatomy:
     sizes = [n // _COARSE + 2 for n in SHAPE]
     nodes = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) * _COARSE for n in sizes], indexing="ij"))
 
-    # Pose: where each node lies in the template.
-    centre = np.array([119, 129, 76]) + rng.normal(0, (1.0, 2.0, 1.5))
-    scale = 0.945 * np.exp(rng.normal(0, 0.025) + rng.normal(0, 0.025, 3))
-    turn = rotation(np.deg2rad(rng.normal(0, (4.0, 2.0, 3.0))))
-    mirror = np.array([-1.0 * rng.choice([-1, 1]), -1.0, 1.0])  # BraTS counts X and Y backwards; either side may lead
-    offset = np.einsum("ij,jxyz->ixyz", turn, nodes - centre[:, None, None, None])
-    source = (mirror / scale)[:, None, None, None] * offset + templates.centre[:, None, None, None]
-    for grain, size in ((16, 2.5), (6, 1.8), (3, 1.3)):
-        source += np.stack([noise_field(rng, sizes, grain) for _ in range(3)]) * size
+    source, mirror = _draw_pose(rng, nodes, templates.centre)
 
     # Age: ventricles grow into the brain, sulci widen.
     age = rng.beta(1.6, 1.4)

@@ -99,9 +99,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     if run.predictions.exists():
         write_colour_tables(run.folder, predicted_numberings(metrics, own=manifest.get("labels")))
 
-    pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
-    pages.tests["match"] = str.startswith
+    pages = _templates()
     run.report.parent.mkdir(parents=True, exist_ok=True)
     common = {"name": run.name, "simulated": simulated}
     notebooks = sorted(run.notebooks.glob("*.ipynb"))
@@ -158,6 +156,13 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     _write(run.report, page)
     os.utime(run.report, ns=(newest, newest))  # files that arrive during the build are newer, see `fresh_report`
     return run.report
+
+
+def _templates() -> Environment:
+    pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
+    pages.tests["match"] = str.startswith
+    return pages
 
 
 def _write_card(run: Run) -> None:
