@@ -33,7 +33,7 @@ from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.log import done, progress, warn
 from brats_helpers.machine import choose_device
 from brats_helpers.scoring.overlap import crop_tumour
-from brats_helpers.scoring.rules import region_dice, rule_for
+from brats_helpers.scoring.rules import Spacing, region_dice, rule_for
 from brats_helpers.scoring.scores import collect
 from brats_helpers.training import model_zip
 from brats_helpers.training.model_zip import packaged_model, read_facts
@@ -82,7 +82,7 @@ class _Scans:
 
 def predict_validation(
     networks: Sequence[Network], cases: Sequence[Case], prepared: Sequence[Packed], *, flips: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray, np.ndarray, Spacing]]:
     """Predict the patients that thresholds may be chosen by: those that none of the networks was trained on.
 
     Args:
@@ -91,19 +91,19 @@ def predict_validation(
         prepared: the same patients, prepared from the modalities of `cases`, with their labels.
 
     Returns:
-        Per patient (prediction, reference): class indices, uint8 (slices, height, width), of the part of the box that
-        either calls tumour; nothing else counts for rules and Dice. All are kept in memory, so these are the first
-        `ENOUGH_TO_CHOOSE` patients at most.
+        Per patient (prediction, reference, voxel size in mm): class indices, uint8 (slices, height, width), of the
+        part of the box that either calls tumour; nothing else counts for rules and Dice. The voxel size is along the
+        same axes. All are kept in memory, so these are the first `ENOUGH_TO_CHOOSE` patients at most.
     """
     trained_on = frozenset().union(*(network.trained_on for network in networks))
-    pairs = []
+    predicted = []
     for case, packed in progress(zip(cases, prepared, strict=True), what="predicting", total=len(cases)):
-        if case.id in trained_on or len(pairs) == ENOUGH_TO_CHOOSE:
+        if case.id in trained_on or len(predicted) == ENOUGH_TO_CHOOSE:
             continue
         spacing = stored(case)[1]
         soft = predict(networks, packed, channels=case.modalities, flips=flips, spacing_mm=spacing)
-        pairs.append(crop_tumour(_classes(soft), np.asarray(packed.labels)))
-    return pairs
+        predicted.append((*crop_tumour(_classes(soft), np.asarray(packed.labels)), spacing[::-1]))
+    return predicted
 
 
 def evaluate(
@@ -151,7 +151,8 @@ def evaluate(
                 faults[case.id] = str(error)
                 continue
             truth = read_mask(case.seg, case.numbering)
-            raw.append(region_dice(packed.to_volume(_classes(soft)), truth, convention=convention))
+            before = packed.to_volume(_classes(soft))
+            raw.append(region_dice(before, truth, convention=convention, spacing_mm=stored(case)[1]))
             doubts[case.id] = uncertainty.examine(soft, packed.to_box(truth), packed.brain)
     not_scored = {case.id: "unlabelled" for case in cases if not case.seg} | faults
     leakage = [case_id for case_id in seen if case_id in scores]

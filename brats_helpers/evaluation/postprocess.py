@@ -14,7 +14,7 @@ from scipy import ndimage
 from brats_helpers.files import read_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.scoring.overlap import mean_dice
-from brats_helpers.scoring.rules import region_dice
+from brats_helpers.scoring.rules import Spacing, region_dice
 from brats_helpers.training.model_zip import is_model, read_facts
 
 NCR, ED, ET = (CLASSES.index(name) for name in ("NCR", "ED", "ET"))
@@ -69,7 +69,7 @@ class Rules:
 NO_RULES = Rules(component_voxels=0, fill_holes=False, et_voxels=0)
 
 
-def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -> tuple[Rules, dict]:
+def choose(predicted: Sequence[tuple[np.ndarray, np.ndarray, Spacing]], *, convention: str) -> tuple[Rules, dict]:
     """Choose the rules with the highest mean Dice of WT, TC and ET of validation patients.
 
     The rules are chosen one after another, each on top of those before it. A threshold is taken only if the mean gain
@@ -77,19 +77,20 @@ def choose(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, convention: str) -
     threshold, or to none.
 
     Args:
-        pairs: per validation patient (prediction, reference), class indices, uint8, three axes.
+        predicted: per validation patient (prediction, reference, voxel size in mm); prediction and reference are class
+            indices, uint8, three axes, and the voxel size is along the same axes.
         convention: see `rules.CONVENTIONS`.
 
     Returns:
         The rules, and their effect on these patients, see `gain`.
     """
     rules = NO_RULES
-    before = dice = _dice(pairs, rules, convention)
+    before = dice = _dice(predicted, rules, convention)
     for name, values in TRIED.items():
         best, best_dice, best_gain = rules, dice, 0.0
         for value in values:
             candidate = replace(rules, **{name: value})
-            after = _dice(pairs, candidate, convention)
+            after = _dice(predicted, candidate, convention)
             gains = np.array([mean_dice(a) - mean_dice(d) for a, d in zip(after, dice, strict=True)])
             if gains.sum() > best_gain and gains.sum() - gains.max() > 0:
                 best, best_dice, best_gain = candidate, after, gains.sum()
@@ -125,5 +126,10 @@ def read_rules(path: Path) -> Rules:
         raise DataError(f"{path} holds no rules of 03_evaluate ({type(error).__name__}: {error}).") from error
 
 
-def _dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]], rules: Rules, convention: str) -> list[dict[str, float]]:
-    return [region_dice(rules(pred), truth, convention=convention) for pred, truth in pairs]
+def _dice(
+    predicted: Sequence[tuple[np.ndarray, np.ndarray, Spacing]], rules: Rules, convention: str
+) -> list[dict[str, float | None]]:
+    return [
+        region_dice(rules(pred), truth, convention=convention, spacing_mm=spacing_mm)
+        for pred, truth, spacing_mm in predicted
+    ]

@@ -295,9 +295,10 @@ def test_thresholds_are_not_chosen_by_patients_that_one_of_the_networks_learnt_f
     listed = find_cases(tiny_patients)[:2]
     cases = [with_classes_as_images(case) for case in listed]
     networks = [echo(), echo(trained_on=["Tiny_0"])]
-    ((pred, truth),) = inference.predict_validation(networks, listed, cases, flips=False)
+    ((pred, truth, spacing_mm),) = inference.predict_validation(networks, listed, cases, flips=False)
     np.testing.assert_array_equal(pred, truth)
     assert list(np.bincount(truth.ravel())[1:]) == list(np.bincount(cases[1].labels.ravel())[1:])
+    assert spacing_mm == nib.load(listed[1].images["flair"]).header.get_zooms()[::-1]
     assert truth.size < cases[1].labels.size  # all patients are in memory at once: only the part with tumour
     assert len(inference.predict_validation([echo()], listed, cases, flips=False)) == 2
     monkeypatch.setattr(inference, "ENOUGH_TO_CHOOSE", 1)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from brats_helpers.evaluation.postprocess import NO_RULES, choose, gain, read_rules
+from brats_helpers.evaluation import postprocess
+from brats_helpers.evaluation.postprocess import NO_RULES, gain, read_rules
 from brats_helpers.labels import DataError
 from brats_helpers.scoring.scores import crop_tumour
 
@@ -74,6 +75,10 @@ def test_components_go_before_enhancing_tumour_is_counted():
 TRUTH = volume(((4, 4, 4), (10, 10, 10), ED), ((6, 6, 6), (5, 5, 5), NCR))
 
 
+def choose(pairs, *, convention, spacing_mm=(1.0, 1.0, 1.0)):
+    return postprocess.choose([(*pair, spacing_mm) for pair in pairs], convention=convention)
+
+
 def false_et(voxels):
     pred = TRUTH.copy()
     pred[6, 6, 6 : 6 + voxels] = ET
@@ -127,6 +132,17 @@ def test_the_convention_decides_what_is_a_gain():
     assert rules.component_voxels == 30
     assert lesions["before"]["WT"] == pytest.approx(1 / 2)
     assert whole["before"]["WT"] == pytest.approx(2 * 1000 / (1000 + 1012))
+
+
+def test_the_voxel_size_decides_whether_a_metastasis_counts():
+    """A metastasis of 125 voxels is 42.9 mm³ with voxels of 0.7 mm, and 15.6 mm³, too small to count, with 0.5 mm."""
+    truth = volume(((6, 6, 6), (5, 5, 5), ED))
+    pred = truth.copy()
+    pred[20:22, 20:22, 20:23] = ED
+    rules, change = choose([(pred, truth)] * 2, convention="brats2026-MET", spacing_mm=(0.7, 0.7, 0.7))
+    assert rules.component_voxels == 30 and change["before"]["WT"] == 1 / 2
+    rules, change = choose([(pred, truth)] * 2, convention="brats2026-MET", spacing_mm=(0.5, 0.5, 0.5))
+    assert rules == NO_RULES and "WT" not in change["before"]
 
 
 def test_gain_is_a_mean_over_patients_and_may_be_a_loss():
