@@ -59,7 +59,8 @@ def read_onnx(path: Path) -> tuple[OnnxNetwork, dict]:
         content = read_json(description)
     except ValueError as error:
         raise DataError(str(error)) from error
-    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("version") != VERSION:
+    known = isinstance(content, dict) and (content.get("kind"), content.get("version")) == (KIND, VERSION)
+    if not known or not isinstance(content.get("checkpoint"), dict):
         raise DataError(
             f"{description} does not describe an ONNX file of this suite, version {VERSION}. Export it again."
         )

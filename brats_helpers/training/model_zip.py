@@ -6,7 +6,9 @@
 """
 
 import json
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +24,7 @@ WEIGHTS, FACTS, CARD = "weights.safetensors", "model.json", "model_card.md"
 SUFFIXES = (".zip", ".safetensors")
 _LIMITS = {WEIGHTS: 2 << 30, FACTS: 64 << 20, CARD: 1 << 20}
 """The only members, with the largest size in bytes that is read of each."""
-
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, RuntimeError)
 
 PACKAGED = Path(__file__).with_name("simulated.safetensors")
 """The network that comes with the suite, trained on simulated patients alone."""
@@ -131,7 +133,7 @@ def _read_safetensors(path: Path, weights: bool) -> tuple[object, dict[str, torc
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
             return facts, {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, *_DAMAGED) as error:
         raise ModelZipError(f"{path} is no safetensors file, or is damaged ({error}). Export it again.") from error
 
 
@@ -141,7 +143,7 @@ def _read_zip(path: Path, weights: bool) -> tuple[object, dict[str, torch.Tensor
             _check_members(path, archive)
             facts = json.loads(archive.read(FACTS))
             content = archive.read(WEIGHTS) if weights else b""
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED as error:
         raise ModelZipError(f"{path} is no zip file, or is damaged ({error}). Copy or export it again.") from error
     try:
         return facts, safetensors.torch.load(content) if weights else {}

@@ -16,7 +16,9 @@ from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation.card import model_card
+from brats_helpers.evaluation.onnx import read_onnx
 from brats_helpers.files import write_json
+from brats_helpers.labels import DataError
 from brats_helpers.runs import Run
 from brats_helpers.scoring.scores import collect, score_case
 from brats_helpers.suite.environment import ROOT
@@ -126,3 +128,11 @@ def test_names_that_do_not_fit_are_refused(run, models, tmp_path, capsys):
     (tmp_path / "alone.onnx").write_bytes(models["onnx"].read_bytes())
     assert main(["predict", "--checkpoint", str(tmp_path / "alone.onnx"), "--out", str(tmp_path), "x"]) == 1
     assert "alone.json is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "brats_helpers ONNX", "version": 1}'])
+def test_a_description_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(DataError, match="model.json does not describe an ONNX file of this suite"):
+        read_onnx(tmp_path / "model.onnx")

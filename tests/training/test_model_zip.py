@@ -94,10 +94,27 @@ def test_a_torn_zip_is_refused(path):
         read_model(path)
 
 
-def test_damaged_weights_are_refused(path):
-    rewritten(path, **{"weights.safetensors": b"\xff" * 64})
+@pytest.mark.parametrize("weights", [b"\xff" * 64, pickle.dumps(print), b""])
+def test_damaged_weights_and_a_pickle_in_their_place_are_refused(path, weights):
+    rewritten(path, **{"weights.safetensors": weights})
     with pytest.raises(ModelZipError, match="weights.safetensors is damaged"):
         read_model(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_packed_again_is_read_and_refused_where_it_is_damaged(path, method):
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", method) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+    assert torch.equal(read_model(path)["model"]["layer.weight"], CHECKPOINT["model"]["layer.weight"])
+    packed = path.read_bytes()
+    begin = 30 + len("weights.safetensors")  # of the first member's data, after its header
+    for at in (begin, begin + 10):
+        path.write_bytes(packed[:at] + b"\xff" * 8 + packed[at + 8 :])
+        with pytest.raises(ModelZipError, match="is no zip file, or is damaged"):
+            read_model(path)
 
 
 def test_a_huge_declared_size_is_refused_before_anything_is_read(path):
@@ -116,6 +133,7 @@ def test_a_huge_declared_size_is_refused_before_anything_is_read(path):
         ({"version": 99}, "has version 99"),
         ({"checkpoint": 3}, "no model"),
     ],
+    ids=str,
 )
 def test_another_format_is_refused(path, facts, message):
     rewritten(path, **{"model.json": json.dumps(read_facts(path) | facts)})
