@@ -24,7 +24,7 @@ from brats_helpers.files import read_json, whole_file
 from brats_helpers.labels import DataError
 from brats_helpers.log import warn
 
-_FORMAT = 9  # raise it when `check_case` finds other things: what was remembered is then forgotten
+_FORMAT = 10  # raise it when `check_case` finds other things: what was remembered is then forgotten
 _MOST_REMEMBERED = 20_000  # patients
 
 

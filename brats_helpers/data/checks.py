@@ -29,8 +29,8 @@ from brats_helpers.data.nifti import (
     spacing_mm,
     spacing_of,
 )
-from brats_helpers.data.numbering import label_problems
-from brats_helpers.labels import MODALITIES, NUMBERINGS
+from brats_helpers.data.numbering import better_numbering, evidence_of, label_problems
+from brats_helpers.labels import MODALITIES, NUMBERINGS, whole_labels
 
 _MOST_LABELS = 20  # listed of a file whose labels are none
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
@@ -203,12 +203,28 @@ def _mask_problems(scan: _Scan, case: Case, images: Mapping[str, _Scan]) -> Iter
     inside = scan.voxels[box]
     values, counts = np.unique(inside[inside != 0], return_counts=True)
     scan.facts["labels"] = {f"{v:g}": int(n) for v, n in zip(values[:_MOST_LABELS], counts, strict=False)}
-    yield from label_problems(values, counts, case, scan.scale)
+    problems = [*label_problems(values, counts, case, scan.scale)]
+    yield from problems
     usual = NUMBERINGS[case.numbering].either and 3 in values and 4 not in values
     if usual and all(recognise(path).ending in MODALITIES for path in case.images.values()):
         yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
     if images and all(other.voxels.shape == labelled.shape for other in images.values()):
         yield from _place_problems(labelled[box], box, images)
+        if not any(severity == "error" for _, severity, _ in problems):
+            yield from _anatomy_problems(scan, case, images)
+
+
+def _anatomy_problems(scan: _Scan, case: Case, images: Mapping[str, _Scan]) -> Iterator[_Problem]:
+    """Say so if this patient clearly shows another numbering than the set has: some sets are put together of two."""
+    sound = {kind: other.voxels for kind, other in images.items() if np.isfinite(other.voxels).all()}
+    shown = evidence_of(whole_labels(scan.voxels), sound, sound.__getitem__)
+    if other := better_numbering(case.numbering, shown):
+        text = (
+            f"Where the labels lie and what enhances speaks for {other} ({NUMBERINGS[other].explain()}), but the set is"
+            f" read as {case.numbering} ({NUMBERINGS[case.numbering].explain()}). Number its labels as the others, or"
+            " leave the patient out."
+        )
+        yield "other-numbering", "warning", text
 
 
 def _place_problems(labelled: np.ndarray, box: tuple[slice, ...], images: Mapping[str, _Scan]) -> Iterator[_Problem]:

@@ -7,7 +7,7 @@ certainty, so patients vote. HDF5 slices, whose masks and channels have no names
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -186,14 +186,18 @@ def _evidence_or_none(case: Case) -> Evidence | None:
 
 def examine(case: Case) -> Evidence:
     """Look where a patient's labels lie and how bright they are."""
-    labels = read_labels(case.seg)[0]
+    return evidence_of(read_labels(case.seg)[0], case.images, lambda name: case.read(name)[0])
+
+
+def evidence_of(labels: np.ndarray, modalities: Collection[str], read: Callable[[str], np.ndarray]) -> Evidence:
+    """What label numbers, shape (X, Y, Z), show on the scans; `read` returns that of a modality, in the same order."""
     counts = dict(zip(*np.unique(labels[bounding_box(labels)], return_counts=True), strict=True))
     numbers = frozenset(int(label) for label in counts if label)
     if not numbers <= KNOWN_LABELS:
         return Evidence(numbers)
     shown = [label for label in sorted(numbers) if counts[label] >= _FEW_VOXELS]
     outer = outer_shares(labels)
-    bright = {name: _brightness(case, name, labels, shown) for name in ("t1", "t1ce", "flair") if name in case.images}
+    bright = {name: _brightness(read(name), labels, shown) for name in ("t1", "t1ce", "flair") if name in modalities}
     after, before = bright.get("t1ce", {}), bright.get("t1", {})
     return Evidence(
         numbers,
@@ -203,8 +207,7 @@ def examine(case: Case) -> Evidence:
     )
 
 
-def _brightness(case: Case, modality: str, labels: np.ndarray, shown: Sequence[int]) -> dict[int, float]:
-    volume = case.read(modality)[0]
+def _brightness(volume: np.ndarray, labels: np.ndarray, shown: Sequence[int]) -> dict[int, float]:
     if volume.shape != labels.shape:
         return {}
     sample = volume[::3, ::3, ::3]
@@ -329,6 +332,20 @@ def explains(table: Numbering, one: Evidence) -> bool | None:
         return False
     certain = oedema is not None and (enhancing is not None or not one.numbers.issuperset({3, 4}))
     return True if certain else None
+
+
+def better_numbering(name: str, one: Evidence) -> str:
+    """The numbering that a patient clearly shows where it contradicts the one called `name`; else an empty string.
+
+    Two labels show too little: in a low-grade tumour the core may border more of the healthy brain than oedema does.
+    """
+    if len(one.outer) < 3 or explains(NUMBERINGS[name], one) is not False:
+        return ""
+    for other in _CANDIDATES:
+        table = NUMBERINGS[other]
+        if explains(table, one) and one.enhancing(one.oedema, *table.no_class) is not None:
+            return other
+    return ""
 
 
 def _leader(values: dict[int, float], lead: float) -> int | None:

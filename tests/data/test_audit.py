@@ -14,9 +14,10 @@ import pytest
 from brats_helpers.__main__ import main
 from brats_helpers.data import audit as audit_module
 from brats_helpers.data import checks
-from brats_helpers.data.audit import audit, excluded, leave_out, rows
+from brats_helpers.data.audit import audit, excluded, leave_out, patients_with, rows
 from brats_helpers.data.cases import survey
 from brats_helpers.data.nifti import FileError
+from brats_helpers.data.numbering import number
 from brats_helpers.data.patients import load_prepared
 from brats_helpers.labels import DataError, labels_to_classes
 from brats_helpers.runs import Run
@@ -386,6 +387,21 @@ def test_labels(patient, labels, code, severity):
             labels_to_classes(stored)
     else:
         labels_to_classes(stored)
+
+
+def test_a_patient_of_another_numbering_among_others_is_named(tmp_path):
+    """Two of five patients come from a set in which 1 is oedema, 2 necrosis and 3 enhancing: too few to decide."""
+    data = tmp_path / "data"
+    for k in range(5):
+        write_tiny_case(data, f"A_{k}", seed=k)
+    for k in (1, 3):
+        change(data / f"A_{k}" / f"A_{k}_seg.nii.gz", lambda labels: np.array([0, 2, 1, 0, 3], np.uint8)[labels])
+    found = number(survey(data))[0]
+    report = audit(found, found.cases, workers=1, cache_dir=None)
+    assert patients_with(report, "other-numbering") == ["A_1", "A_3"]
+    (told,) = (one for one in report["cases"]["A_1"]["findings"] if one["code"] == "other-numbering")
+    assert (told["severity"], told["file"]) == ("warning", "A_1/A_1_seg.nii.gz")
+    assert "speaks for msd (1 ED, 2 NCR, 3 ET), but the set is read as brats2020" in told["message"]
 
 
 def test_label_3_is_expected_under_the_names_of_2023(patient):

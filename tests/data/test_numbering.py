@@ -9,6 +9,7 @@ import pytest
 from brats_helpers.data.cases import find_cases, survey
 from brats_helpers.data.numbering import (
     Evidence,
+    better_numbering,
     decide,
     examine,
     number,
@@ -84,6 +85,21 @@ def test_most_patients_decide(seen, numbering):
 def test_what_stays_unclear_is_refused_with_the_evidence(seen, message):
     with pytest.raises(DataError, match=message):
         decide(seen)
+
+
+@pytest.mark.parametrize(
+    ("one", "better"),
+    [
+        (USUAL, ""),
+        (SWAPPED, "msd"),
+        (PAEDIATRIC, "ped"),
+        (SILENT, ""),
+        (replace(USUAL, flair={1: 1.0, 2: 2.0, 4: -1.0}), ""),  # an ET that is dark on FLAIR is no cavity yet
+        (Evidence(frozenset({1, 2}), {1: 0.7, 2: 0.1}, {1: 0, 2: 1.5}), ""),  # a low-grade tumour, for instance
+    ],
+)
+def test_one_patient_contradicts_the_numbering_of_the_set_only_if_all_of_it_shows(one, better):
+    assert better_numbering("brats2020", one) == better
 
 
 def test_surfaces_of_two_voxels():
