@@ -1,6 +1,5 @@
 """Score label maps on disk against references."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from brats_helpers.data.nifti import spacing_mm as spacing_of
 from brats_helpers.data.numbering import AUTO
 from brats_helpers.evaluation.labelling import label_folders
 from brats_helpers.evaluation.pairing import find_pairs
+from brats_helpers.files import read_json
 from brats_helpers.labels import USUAL, DataError
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
@@ -79,8 +79,7 @@ def score_folders(
 
 def read_leakage(pred_dir: Path | str) -> set[str]:
     """IDs of the patients in this folder that the network had seen, from its `leakage.json`."""
-    path = Path(pred_dir) / "leakage.json"
-    return set(json.loads(path.read_text("utf-8"))) if path.exists() else set()
+    return set(read_json(Path(pred_dir) / "leakage.json", []))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brats_helpers.evaluation.folders import score_folders
+from brats_helpers.evaluation.folders import read_leakage, score_folders
 from brats_helpers.files import write_json
 from brats_helpers.labels import DataError, classes_to_labels
 from brats_helpers.scoring.rules import CONVENTIONS
@@ -151,6 +151,12 @@ def test_leakage_is_told_by_either_name(folders):
     allowed = score_folders(pred_dir, truth_dir, allow_leakage=True, **how)
     assert list(allowed["cases"]) == ["A1", "B"] and allowed["leakage"] == ["A1"]
     assert allowed["paired"] == {"A1": "renamed_A1"}
+
+
+def test_a_torn_list_of_seen_patients_is_named(tmp_path):
+    (tmp_path / "leakage.json").write_text("{oops")
+    with pytest.raises(ValueError, match=r"leakage\.json is not JSON"):
+        read_leakage(tmp_path)
 
 
 def test_the_names_of_the_patients_choose_the_task(tmp_path):
