@@ -1,4 +1,4 @@
-"""The report on the patients on disk: what their names, their files and their likeness leave to say.
+"""The audit of the patients on disk: findings about names, about files and between patients.
 
 Findings by file name come from `cases.survey`, those in the files from `checks.check_case`, and those between patients
 from `outliers` and `identity`. Nothing is ever written among the data.
@@ -24,20 +24,20 @@ from brats_helpers.files import read_json, whole_file
 from brats_helpers.labels import DataError
 from brats_helpers.log import warn
 
-_FORMAT = 10  # raise it when `check_case` finds other things: what was remembered is then forgotten
+_FORMAT = 10  # raise it when `check_case` changes what it finds: remembered results are then discarded
 _MOST_REMEMBERED = 20_000  # patients
 
 
 def audit(
     found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None, patient_pattern: str = ""
 ) -> dict:
-    """Read `cases` and put everything known about all patients of `found` together.
+    """Read `cases` and collect everything known about all patients of `found`.
 
     Args:
-        found: all patients by the names of their files.
-        cases: those of them whose files are read.
-        workers: cases read at once, each by a thread (numpy, zlib and hashlib let them run side by side).
-        cache_dir: where to remember what was read, see `stamps.stamp`; None remembers nothing.
+        found: all patients, found by file name.
+        cases: the patients whose files are read.
+        workers: number of threads, each reading one case (numpy, zlib and hashlib run in parallel).
+        cache_dir: where to store results for later runs, see `stamps.stamp`; None stores nothing.
         patient_pattern: how an ID names a person, see `identity.person_of`.
 
     Returns:
@@ -108,10 +108,10 @@ def patients_with(report: dict, code: str) -> list[str]:
 
 
 def leave_out(report: dict, cases: Iterable[Case]) -> list[Case]:
-    """Return those of `cases` that can be used, and print a line for each patient of the report that cannot.
+    """Return those of `cases` that can be used, and print a warning for each patient of the report that cannot.
 
     Raises:
-        DataError: none of them can.
+        DataError: none of them can be used.
     """
     out = excluded(report)
     for case_id, codes in out.items():
@@ -123,11 +123,11 @@ def leave_out(report: dict, cases: Iterable[Case]) -> list[Case]:
 
 
 def rows(report: dict, *, each: int) -> list[dict[str, str]]:
-    """The findings for a person to read: worst first, at most `each` of a code.
+    """The findings as rows of a table: worst first, at most `each` per code.
 
     Returns:
-        Dicts of `severity`, `code`, `patient`, `file` and `message`; where there are more than `each` of a code, a last
-        one says how many.
+        Dicts of `severity`, `code`, `patient`, `file` and `message`; where a code has more than `each` findings, its
+        last row says how many more.
     """
     by_code = defaultdict(list)
     owned = [(case_id, finding) for case_id, entry in report["cases"].items() for finding in entry["findings"]]
@@ -148,13 +148,13 @@ def _recognised(path: Path) -> str:
 
 
 def _grade_of_folder(case: Case, root: Path) -> str | None:
-    """HGG or LGG where a folder is called so, as in BraTS 2018 and 2019."""
+    """HGG or LGG if a folder has that name, as in BraTS 2018 and 2019."""
     folders = {part.upper() for path in case.files.values() for part in (root.name, *path.relative_to(root).parts)}
     return next((grade for grade in ("HGG", "LGG") if grade in folders), None)
 
 
 def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Path | None) -> dict[str, dict]:
-    """Read patients, except those that are remembered unchanged, wherever they lie now.
+    """Read patients, reusing the stored results of unchanged files even if they were moved.
 
     Returns:
         By case ID what `checks.check_case` returns.
@@ -175,14 +175,14 @@ def examine(found: Survey, cases: Iterable[Case], *, workers: int, cache_dir: Pa
 
 
 def _key(case: Case) -> str:
-    """Stands for the state of a patient's files, and for all else that decides what is found in them."""
+    """Hash the state of a patient's files and everything else that the findings depend on."""
     stamps = [stamp(path) for path in case.files.values()]
     facts = [_FORMAT, case.id, list(case.files), case.channels, case.numbering, stamps]
     return hashlib.sha256(str(facts).encode()).hexdigest()[:20]
 
 
 def _remembered(place: Path) -> dict:
-    """What `examine` wrote; nothing if there is none, or one torn by a crash of the machine."""
+    """What `examine` stored; empty if there is no file, or if a crash damaged it."""
     try:
         content = read_json(place)
     except (OSError, ValueError):

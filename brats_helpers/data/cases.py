@@ -36,10 +36,10 @@ class Case:
         seg: the segmentation.
         modalities: the channels that are wanted, in order; those of `images` by default. One that is not in `images`
             counts as background, see `missing`.
-        channels: by modality, its place on the last axis of a file that holds several.
-        dataset: the `dataset.json` that describes the files, as the Decathlon and nnU-Net have it.
-        numbering: how the segmentation's labels are numbered, a key of `labels.NUMBERINGS`; by default what the ID
-            or the data set tells, else `labels.usual_numbering`. See `numbering.resolve`.
+        channels: by modality, its index on the last axis of a file that holds several modalities.
+        dataset: the `dataset.json` that describes the files in the layouts of the Decathlon and nnU-Net.
+        numbering: how the segmentation's labels are numbered, a key of `labels.NUMBERINGS`; by default the one that
+            the ID or the data set implies, else `labels.usual_numbering`. See `numbering.resolve`.
     """
 
     id: str
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def told_numbering(self) -> str:
-        """The numbering that the ID or `dataset.json` tells, or an empty string."""
+        """The numbering that the ID or `dataset.json` implies, or an empty string."""
         return numbering_of_id(self.id) or (_numbering_of(self.dataset) if self.dataset else "")
 
     @property
@@ -73,11 +73,11 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        """Where the patient's files lie."""
+        """The folder that holds the patient's files."""
         return next(iter(self.files.values())).parent
 
     def read(self, modality: str) -> tuple[np.ndarray, nib.Nifti1Image]:
-        """Read one modality in LPS order, see `nifti.read_image`. One that is `missing` is 0 everywhere."""
+        """Read one modality in LPS order, see `nifti.read_image`. A `missing` modality is 0 everywhere."""
         if modality in self.missing:
             voxels, image = self.read(next(iter(self.images)))
             empty = np.zeros_like(voxels)
@@ -96,13 +96,13 @@ def _numbering_of(dataset: Path) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies below a folder, by the names of the files.
+    """The patients below a folder, found by file name.
 
     Attributes:
         root: the folder.
         modalities: what every patient is expected to have.
         cases: all patients, sorted by ID, with those of `modalities` that they have.
-        findings: by case ID; under the empty ID what belongs to no patient.
+        findings: by case ID; those that concern no patient have the empty ID.
         tables: files that may say something about patients, CSV or Excel.
     """
 
@@ -113,13 +113,13 @@ class Survey:
     tables: list[Path] = field(default_factory=list)
 
     def complete(self, *, skip_incomplete: bool) -> list[Case]:
-        """The patients whose names leave no error.
+        """The patients whose file names give no error.
 
         Args:
-            skip_incomplete: leave out a patient that lacks a modality, as one with any other error, instead of raising.
+            skip_incomplete: leave out patients that lack a modality, like those with other errors, instead of raising.
 
         Raises:
-            DataError: a patient lacks a modality, or none is left.
+            DataError: a patient lacks a modality, or no patient is left.
         """
         if not skip_incomplete:
             self._refuse_incomplete()
@@ -130,7 +130,7 @@ class Survey:
         return cases
 
     def nothing(self) -> str:
-        """Say that there is no patient: what was expected, and what was found and not read."""
+        """The message for a folder without patients: what was expected, and what was found but not read."""
         return (
             f"No patient with {', '.join(self.modalities)} below {self.root}. Expected files such as"
             " BraTS20_Training_001/BraTS20_Training_001_t1.nii or"
@@ -159,12 +159,12 @@ class Survey:
             lines.append(
                 "Ask for modalities that every patient has (-p modalities flair,t1ce),"
                 " go on without these patients (-p skip_incomplete true)"
-                " or take what is missing as background (-p fill_missing true)."
+                " or treat missing modalities as background (-p fill_missing true)."
             )
-            raise DataError("\n".join([*lines, f"All of it below {self.root}."]))
+            raise DataError("\n".join([*lines, f"The patients are below {self.root}."]))
 
     def relative(self, path: Path) -> str:
-        """A path as findings name it: from the data's folder."""
+        """A path relative to the data folder, as findings give it."""
         return path.relative_to(self.root).as_posix()
 
 
@@ -173,7 +173,7 @@ def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list
 
     Folders may be nested, or links to folders. Files end in `_t1.nii`, `-t1n.nii.gz` and the like, a segmentation in
     `seg`, `segm`, `label`, `OT`, `gtv` and the like. Masks may lie in a folder of their own. `_brain` and `_final` are
-    no part of the ID. A patient whose files cannot be told apart is left out with a line that names them.
+    not part of the ID. A patient with ambiguous files is left out, with a warning that names them.
 
     Args:
         root: a folder of patients, or one patient's folder.
@@ -193,7 +193,7 @@ def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list
 
 
 def find_segs(root: Path | str) -> dict[str, Path | None]:
-    """Find every patient's segmentation below `root`, see `survey_segs`; a faulty patient is left out with a line."""
+    """Find every segmentation below `root`, see `survey_segs`; faulty patients are left out, with a warning."""
     segs, faulty = survey_segs(root)
     for case_id, reason in faulty.items():
         warn(f"left out: {case_id}: {reason}")
@@ -203,12 +203,12 @@ def find_segs(root: Path | str) -> dict[str, Path | None]:
 def survey_segs(root: Path | str) -> tuple[dict[str, Path | None], dict[str, str]]:
     """Find every patient's segmentation below `root`, whatever modalities lie beside it.
 
-    Label maps alone will do, flat or in folders, called `<case>_seg` or just `<case>`. Files called `<case>_soft`, as
-    `predict` writes probabilities, are none.
+    Label maps without scans are enough, in one folder or several, named `<case>_seg` or just `<case>`. Files named
+    `<case>_soft`, the probabilities that `predict` writes, do not count.
 
     Returns:
-        Case ID to file, sorted by ID, None for a patient with images only; and why patients whose files cannot be told
-        apart are not among them.
+        Files by case ID, sorted, None for a patient with images only; and by case ID, why patients with ambiguous
+        files are left out.
 
     Raises:
         DataError: nothing found.
@@ -230,15 +230,15 @@ def survey_segs(root: Path | str) -> tuple[dict[str, Path | None], dict[str, str
 
 
 def survey(root: Path | str, modalities: Sequence[str] = MODALITIES, *, fill_missing: bool = False) -> Survey:
-    """Look through the names of all files below `root`. What is wrong becomes a finding.
+    """Find the patients below `root` by file name. Every problem becomes a finding.
 
     Args:
         root: a folder of patients, or one patient's folder.
         modalities: names from `MODALITIES` that every patient is expected to have.
-        fill_missing: take a modality that a patient lacks as background, with a warning, instead of an error.
+        fill_missing: treat a modality that a patient lacks as background, with a warning instead of an error.
 
     Raises:
-        DataError: `root` is no folder, or `modalities` are none of `MODALITIES`.
+        DataError: `root` is not a folder, or a name in `modalities` is not one of `MODALITIES`.
     """
     check_modalities(modalities)
     layout = _lay_out(root)
@@ -253,18 +253,18 @@ def survey(root: Path | str, modalities: Sequence[str] = MODALITIES, *, fill_mis
 
 def _lay_out(root: Path | str) -> Layout:
     if not Path(root).is_dir():
-        raise DataError(f"{root} is no folder. Give the folder that holds the patients' folders.")
+        raise DataError(f"{root} is not a folder. Give the folder that holds the patients' folders.")
     if not is_text(Path(root)):
-        raise DataError(f"{str(root)!r}: a name that is not UTF-8. Give this folder another name.")
+        raise DataError(f"The name {str(root)!r} is not UTF-8. Rename the folder.")
     return lay_out(Path(root))
 
 
 def _wanted(layout: Layout, patient: Patient, modalities: tuple[str, ...], *, fill_missing: bool) -> Case:
-    """The patient with the wanted modalities, and what its names leave to say."""
+    """Make a case with the wanted modalities, and add findings about missing files."""
     images = {name: patient.files[name] for name in modalities if name in patient.files}
     seg, missing = patient.files.get("seg"), [name for name in modalities if name not in images]
     if not patient.imaged:
-        text = "No image beside this segmentation; put them there."
+        text = "No images beside this segmentation; add them there."
         layout.add(patient.id, "no-images", "error", seg, text)
     elif missing and images and fill_missing:
         text = f"No {', '.join(missing)}: every voxel there counts as background."
@@ -281,12 +281,14 @@ def _wanted(layout: Layout, patient: Patient, modalities: tuple[str, ...], *, fi
             text = f"No {path.name} in {folder} (missing: {lacks}; found: {has}); put it there."
         layout.add(patient.id, "missing-modality", "error", path, text)
     if seg is None:
-        layout.add(patient.id, "no-segmentation", "note", None, "No segmentation: predicted, but never scored.")
+        layout.add(
+            patient.id, "no-segmentation", "note", None, "No segmentation: the patient is predicted but not scored."
+        )
     wanted = modalities if fill_missing and images else ()
     channels = {name: patient.channels[name] for name in images if name in patient.channels}
     return Case(patient.id, images, seg, wanted, channels, patient.dataset)
 
 
 def _unread(findings: dict[str, list[Finding]]) -> str:
-    """What was found and not read, for an error about nothing found."""
+    """What was found but not read, for the error that nothing was found."""
     return "".join(f" {finding.message}" for finding in findings.get("", ()) if finding.code == "unread-format")

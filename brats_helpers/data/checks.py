@@ -32,10 +32,10 @@ from brats_helpers.data.nifti import (
 from brats_helpers.data.numbering import better_numbering, evidence_of, label_problems
 from brats_helpers.labels import MODALITIES, NUMBERINGS, whole_labels
 
-_MOST_LABELS = 20  # listed of a file whose labels are none
-_LARGEST_TUMOUR = 0.5  # of the brain's voxels; an error, as whoever learns from a brain mask learns no tumour
+_MOST_LABELS = 20  # listed at most, because a file that is not a mask may hold thousands of values
+_LARGEST_TUMOUR = 0.5  # of the brain's voxels; more is an error, because the file is then a brain mask
 _FILLED_CORNERS = 0.1  # share of the voxels in the corners of the brain's box that are not 0; a brain leaves them empty
-_REMARKS = {"fourth-axis": "note"}  # severity of what `nifti.grid_of` remarks; all else is a warning
+_REMARKS = {"fourth-axis": "note"}  # severity of the remarks of `nifti.grid_of`; others are warnings
 
 _Problem = tuple[str, str, str]
 """Code, severity and message of a finding."""
@@ -61,11 +61,11 @@ class _Scan:
 
 
 def check_case(case: Case) -> dict:
-    """Read every file of a patient and say what is wrong.
+    """Read every file of a patient and report what is wrong.
 
     Returns:
-        `files`, facts of each file that is NIfTI: shape, dtype, spacing_mm, affine and orientation as stored, and if
-        its voxels could be read range, share of non-zero voxels (`filled`), labels, content. `findings`: dicts of
+        `files`, facts about each NIfTI file: shape, dtype, spacing_mm, affine and orientation as stored, and if its
+        voxels could be read, range, share of non-zero voxels (`filled`), labels, content. `findings`: dicts of
         `kind`, `code`, `severity`, `message`. `content`: 16 hex digits that stand for all voxels, or `unreadable`.
     """
     scans = _read_files(case)
@@ -124,16 +124,16 @@ def _read_files(case: Case) -> dict[str, _Scan]:
 def _packing_problems(name: str, packed: bool) -> Iterator[_Problem]:
     named = name.lower().endswith(".gz")
     if packed and not named:
-        yield "gzip-as-nii", "warning", "A gzip file under the name of a plain one; it is read as what it is."
+        yield "gzip-as-nii", "warning", "A gzip file named like an uncompressed one; it is read as gzip."
     if named and not packed:
-        yield "nii-as-gzip", "warning", "A plain file under the name of a gzip one; it is read as what it is."
+        yield "nii-as-gzip", "warning", "An uncompressed file named like a gzip one; it is read as it is."
 
 
 # ---- Voxels
 
 
 def _clear_nan(images: Mapping[str, _Scan]) -> None:
-    """Take NaN as background where every other modality is background, as `cache.pack` does."""
+    """Treat NaN as background where every other modality is background, as `cache.pack` does."""
     volumes = {kind: scan.voxels for kind, scan in images.items()}
     for kind, scan in images.items():
         finite = np.isfinite(scan.voxels) if scan.voxels.dtype.kind == "f" else np.True_
@@ -141,7 +141,7 @@ def _clear_nan(images: Mapping[str, _Scan]) -> None:
             continue
         inside, bad = nan_in_brain(kind, volumes), int((~finite).sum())
         if inside or np.isinf(scan.voxels).any():
-            text = f"NaN or infinite voxels: {bad:,}; fetch the file again or mend them."
+            text = f"NaN or infinite voxels: {bad:,}; fetch the file again or repair them."
             scan.problems.append(("non-finite", "error", text))
         else:
             text = f"NaN voxels: {bad:,}, all where every other modality is background; they count as background."
@@ -166,16 +166,16 @@ def _image_problems(scan: _Scan) -> Iterator[_Problem]:
 
 
 def air_as_brain(inside: np.ndarray, voxels: int) -> str:
-    """Say so if air is not 0 in a scan; an empty string if it is.
+    """Return a warning if the air in a scan is not 0, else an empty string.
 
     Args:
-        inside: where the scan is not 0, bool (X, Y, Z), cropped to the bounding box of that.
-        voxels: of the whole scan.
+        inside: where the scan is not 0, bool (X, Y, Z), cropped to its bounding box.
+        voxels: number of voxels in the whole scan.
     """
     if not inside.size or _corners(inside) <= _FILLED_CORNERS:
         return ""
     share = f"{np.count_nonzero(inside) / voxels:.0%} of the field is not 0"
-    return f"{share}, so air counts as brain in normalising. Was the skull stripped? Set the air to 0."
+    return f"{share}, so normalisation treats air as brain. Was the skull stripped? Set the air to 0."
 
 
 def _note_voxels(scan: _Scan, filled: np.ndarray) -> tuple[slice, ...]:
@@ -207,7 +207,7 @@ def _mask_problems(scan: _Scan, case: Case, images: Mapping[str, _Scan]) -> Iter
     yield from problems
     usual = NUMBERINGS[case.numbering].either and 3 in values and 4 not in values
     if usual and all(recognise(path).ending in MODALITIES for path in case.images.values()):
-        yield "label-3", "warning", "Label 3 and no 4; 3 is read as enhancing tumour, as from BraTS 2023 on."
+        yield "label-3", "warning", "Label 3 but no 4; 3 is read as enhancing tumour, as in BraTS 2023 and later."
     if images and all(other.voxels.shape == labelled.shape for other in images.values()):
         yield from _place_problems(labelled[box], box, images)
         if not any(severity == "error" for _, severity, _ in problems):
@@ -233,11 +233,13 @@ def _place_problems(labelled: np.ndarray, box: tuple[slice, ...], images: Mappin
     tumour, outside = np.count_nonzero(labelled), np.count_nonzero(labelled & ~brain)
     if outside:
         share = outside / tumour
-        text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0; they are kept. Is it this patient's?"
+        text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0 are kept. Is it this patient's mask?"
         yield "outside-brain", "warning", text
     share = (tumour - outside) / max(most, 1)
     if share > _LARGEST_TUMOUR:
-        text = f"{share:.0%} of the brain is labelled, more than any tumour fills; a brain mask? Replace or remove it."
+        text = (
+            f"{share:.0%} of the brain is labelled, more than a tumour fills. Is it a brain mask? Replace or remove it."
+        )
         yield "mostly-labelled", "error", text
 
 
@@ -245,7 +247,7 @@ def _place_problems(labelled: np.ndarray, box: tuple[slice, ...], images: Mappin
 
 
 def _geometry_problems(scans: Mapping[str, _Scan]) -> Iterator[tuple[str, str, str, str]]:
-    """Compare every file, in LPS order, with the one that most agree with."""
+    """Compare every file, in LPS order, with the one that most of the others agree with."""
     if not scans:
         return
     agree = {kind: sum(not _differs(one, other) for other in scans.values()) for kind, one in scans.items()}
@@ -261,7 +263,7 @@ def _geometry_problems(scans: Mapping[str, _Scan]) -> Iterator[tuple[str, str, s
 
 
 def _differs(one: _Scan, other: _Scan) -> tuple[str, str] | None:
-    """In what the geometry of two files differs first: a code, and words that a name follows."""
+    """The first difference between the geometries of two files: a code, and a text to be followed by a file's name."""
     if one.image.shape != other.image.shape:
         return "shape", f"Shape {times(one.image.shape)} instead of the {times(other.image.shape)}"
     if same_affine(one.image, other.image):
@@ -284,7 +286,7 @@ def _likeness_problems(images: Mapping[str, _Scan]) -> Iterator[tuple[str, str, 
     types = {kind: scan.facts["dtype"] for kind, scan in images.items()}
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{kind} {dtype}" for kind, dtype in types.items())
-        yield next(iter(types)), "mixed-dtypes", "note", f"The modalities differ in type ({listed}); that does no harm."
+        yield next(iter(types)), "mixed-dtypes", "note", f"The modalities differ in type ({listed}); this is harmless."
 
 
 def times(sides: tuple[float, ...]) -> str:

@@ -28,7 +28,7 @@ def content_hash(volume: np.ndarray, box: tuple[slice, ...] | None = None) -> st
 
 
 def image_hash(volume: np.ndarray) -> str | None:
-    """Hash an image as `content_hash` does; None if all its voxels are equal, as such an image belongs to nobody."""
+    """Hash an image as `content_hash` does; None if all its voxels are equal: such an image identifies nobody."""
     return None if volume.min() == volume.max() else content_hash(volume)
 
 

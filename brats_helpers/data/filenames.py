@@ -1,4 +1,4 @@
-"""What a file's name says: whose it is, and whether it is a modality or a segmentation."""
+"""Read file names: the case ID, and whether the file is a modality or a segmentation."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ MODALITY_WORDS = {name: name for name in MODALITIES} | {
     "t1wgd": "t1ce",
     "t2flair": "flair",
 }
-"""What the words for modalities in names stand for; of each modality the usual one comes first, then that of 2023."""
+"""The modality that each word in a name stands for. A modality's usual word comes first, then that of BraTS 2023."""
 _MAP_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "ot", "gtv", "gt", "groundtruth"}
 _TUMOUR_WORDS = {"tumor", "tumour", "lesion", "tumormask", "tumourmask"}
-_PROCESSING_WORDS = {"brain", "final"}  # of the scans that are to be used, as FeTS and MedPerf name them
+_PROCESSING_WORDS = {"brain", "final"}  # in the names of the scans to use, as FeTS and MedPerf write them
 _OTHER_MAP = re.compile(
     r"(^|[_\-. ])(pred|soft|prob|skull|head|brain|bet|parenchyma|tissue|white|gr[ae]y|wm|gm|csf|ventric)", re.IGNORECASE
 )
@@ -36,11 +36,11 @@ class Name:
     """What was read from a file's name.
 
     Attributes:
-        case_id: what stands before the ending; the folder's name if nothing does.
-        ending: the words that say what it is, lower case, such as `t1n`.
+        case_id: the part before the ending, or the folder's name if that part is empty.
+        ending: the words for the modality or segmentation, lower case, such as `t1n`.
         kind: a modality, `seg`, or None if the name says neither.
-        processed: whether a word such as `brain` marks the version that is to be used.
-        doubtful: whether `brain_seg` may be a mask of the brain.
+        processed: whether a word such as `brain` marks the version to use.
+        doubtful: whether the file may be a brain mask, such as `brain_seg`.
     """
 
     case_id: str
@@ -51,9 +51,9 @@ class Name:
 
 
 def recognise(path: Path) -> Name:
-    """Split `BraTS20_Training_001_t1ce.nii` into its case ID, its ending and what that stands for.
+    """Split `BraTS20_Training_001_t1ce.nii` into its case ID, its ending and the ending's meaning.
 
-    A folder that is itself named as a file, such as `BraTS2021_00000_flair.nii`, says it for the file within.
+    If the folder is itself named like a file, such as `BraTS2021_00000_flair.nii`, the folder's name counts.
     """
     if is_nifti(path.parent):
         path = path.parent
@@ -78,7 +78,7 @@ def recognise(path: Path) -> Name:
 
 
 def _kind(words: list[str]) -> tuple[str | None, int]:
-    """What the last words mean, and how many of them say so."""
+    """The meaning of the last words, and how many words it takes."""
     last, previous = ["", "", *words][:-3:-1]
     if last in MODALITY_WORDS:
         return MODALITY_WORDS[last], 1

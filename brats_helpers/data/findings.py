@@ -1,21 +1,21 @@
-"""What somebody should know about the data."""
+"""Findings: problems and remarks about the data, each with a severity."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEVERITIES = ("error", "warning", "note")
-"""From worst to least: the patient cannot be used; it can, and the message says what was done; good to know."""
+"""From worst to least. Error: the patient cannot be used. Warning: it can, and the message says how. Note: a remark."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about the data that somebody should know.
+    """One problem or remark about the data.
 
     Attributes:
-        code: a short name that stays, such as `missing-modality`.
+        code: a short, stable name such as `missing-modality`.
         severity: one of `SEVERITIES`.
-        file: where, relative to the data's folder; empty if it concerns no single file.
-        message: a sentence: what was found, what was expected, what was or is to be done.
+        file: path relative to the data folder; empty if the finding concerns no single file.
+        message: what was found, what was expected, and what was done or should be done.
     """
 
     code: str

@@ -1,8 +1,8 @@
-"""From the files below a folder to patients, in every layout that people have.
+"""Group the files below a folder into patients, in every common layout.
 
 Files are grouped by folder and by the case ID in their names. Then the parts of one patient are joined by ID: scans in
 one folder and masks in another, or two copies of one patient. Names decide; a file is opened only to compare copies,
-to tell DICOM or NIfTI of another ending, or if it is a `dataset.json`.
+to recognise DICOM and NIfTI of another ending, or to read `dataset.json`.
 """
 
 import json
@@ -26,7 +26,7 @@ from brats_helpers.data.findings import Finding
 from brats_helpers.data.nifti import same_volume
 from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
 
-_STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # beside everything that is hidden
+_STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # besides hidden files
 
 _CONVERT = "Convert them to .nii.gz, with SimpleITK for instance: WriteImage(ReadImage('x{0}'), 'x.nii.gz')."
 _UNREAD = {
@@ -36,7 +36,7 @@ _UNREAD = {
     ".nhdr": _CONVERT,
     ".hdr": _CONVERT,
     ".img": _CONVERT,
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"), "Unpack what is needed of them."),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"), "Unpack the files that you need."),
     ".mgz": "Convert them to .nii.gz, with mri_convert for instance.",
     ".mnc": "Convert them to .nii.gz, with mnc2nii for instance.",
     "DICOM": "Convert each series to .nii.gz, with dcm2niix for instance.",
@@ -53,7 +53,7 @@ class Patient:
     Attributes:
         id: the case ID.
         files: by modality, and `seg`.
-        channels: by modality, its place on the last axis of a file that holds several.
+        channels: by modality, its index on the last axis of a file that holds several modalities.
         dataset: the `dataset.json` that describes the files, if one does.
     """
 
@@ -64,25 +64,25 @@ class Patient:
 
     @property
     def imaged(self) -> bool:
-        """Whether there is a modality."""
+        """Whether the patient has at least one modality."""
         return bool(self.files.keys() - {"seg"})
 
     @property
     def folder(self) -> Path:
-        """Where its first file lies."""
+        """The folder of the patient's first file."""
         return next(iter(self.files.values())).parent
 
 
 @dataclass
 class Layout:
-    """All that was found below a folder.
+    """Everything found below a folder.
 
     Attributes:
         root: the folder.
-        patients: by ID. One with a segmentation alone is a patient as well.
-        maps: files called `<case>.nii.gz` in folders without scans, by ID: label maps perhaps.
+        patients: by ID, including those with only a segmentation.
+        maps: files named `<case>.nii.gz` in folders without scans, by ID; they may be label maps.
         tables: files that may say something about patients.
-        findings: by case ID; under the empty ID what belongs to no patient.
+        findings: by case ID; those that concern no patient have the empty ID.
     """
 
     root: Path
@@ -96,12 +96,12 @@ class Layout:
         file = self.relative(path) if path else ""
         self.findings.setdefault(case_id, []).append(Finding(code, severity, file, message))
 
-    def unused(self, path: Path, why: str = "By its name no patient's scan or segmentation") -> None:
+    def unused(self, path: Path, why: str = "By its name neither a scan nor a segmentation") -> None:
         """Note a file that is not used."""
         self.add("", "unused-file", "note", path, f"{why}; it is not used.")
 
     def add_map(self, case_id: str, paths: Sequence[Path]) -> None:
-        """Take files called `<case>.nii.gz` as the segmentation of a patient of whom there are no scans."""
+        """Use files named `<case>.nii.gz` as the segmentation of a patient without scans."""
         patient = self.patients.setdefault(case_id, Patient(case_id))
         if not patient.imaged:
             paths = [*patient.files.values(), *paths]
@@ -109,7 +109,7 @@ class Layout:
             patient.files["seg"] = paths[0]
 
     def relative(self, path: Path) -> str:
-        """A path as findings name it: from the data's folder."""
+        """A path relative to the data folder, as findings give it."""
         return path.relative_to(self.root).as_posix().encode("utf-8", "backslashreplace").decode()
 
     def both(self, paths: Iterable[Path]) -> str:
@@ -166,22 +166,24 @@ def _by_folder(layout: Layout) -> dict[Path, list[Path]]:
         if _is_dicom(paths[0]):
             unread["DICOM"] += paths
     for kind, paths in unread.items():
-        text = f"{len(paths):,} {kind} file{'s' if len(paths) > 1 else ''} found and not read, such as this one."
+        text = f"{len(paths):,} {kind} file{'s' if len(paths) > 1 else ''} found but not read, such as this one."
         layout.add("", "unread-format", "warning", paths[0], f"{text} {_UNREAD[kind].format(kind)}")
     return folders
 
 
 def _why_not(path: Path) -> tuple[str, str, str] | None:
-    """Code, severity and message about what `walk` found and nobody can use, whatever it is called."""
+    """Code, severity and message for a path that cannot be used, whatever its name; None for a usable one."""
     if is_stray(path.name):
         return "stray-file", "note", "Left by an operating system or an interrupted copy; it is not used."
     if not is_text(path):
-        text = "A name that is not UTF-8, as old archives hold them; it is not used. Give it another name."
+        text = "Its name is not UTF-8, as in some old archives; the file is not used. Rename it."
         return "unreadable-name", "warning", text
     if path.is_file():
         return None
     if path.is_symlink():
-        text = f"A link to {os.readlink(path)}, which is not there; it is not used. Fetch that file or mend the link."
+        text = (
+            f"A link to {os.readlink(path)}, which does not exist; it is not used. Fetch that file or repair the link."
+        )
         return "broken-link", "warning", text
     if path.is_dir():
         return "empty-folder", "warning", "An empty folder. If a patient belongs there, fetch or unpack it again."
@@ -222,33 +224,36 @@ def _head_of(path: Path) -> bytes:
 
 
 def _parts_of(layout: Layout, folder: Path, paths: Sequence[Path]) -> dict[str, Patient]:
-    """What one folder holds of each patient, by ID."""
+    """Each patient's files in one folder, by ID."""
     named: dict[str, dict[str, list[tuple[Name, Path]]]] = defaultdict(lambda: defaultdict(list))
-    strangers = []
+    unrecognised = []
     for path in paths:
         name = recognise(path)
         if name.kind:
             named[name.case_id][name.kind].append((name, path))
         else:
-            strangers.append(path)
+            unrecognised.append(path)
     _join_t2_flair(named, folder)
     parts = {case_id: _part(layout, case_id, kinds) for case_id, kinds in named.items()}
     dataset = folder.parent / "dataset.json"
     if _IMAGE_FOLDER.fullmatch(folder.name) and dataset.is_file():
-        strangers = _by_dataset(layout, parts, dataset, strangers)
+        unrecognised = _by_dataset(layout, parts, dataset, unrecognised)
     elif is_segmentation_folder(folder):
         about = dataset if dataset.is_file() else None
-        maps = [path for path in strangers if stem_of(path) not in parts and not is_other_map(stem_of(path))]
+        maps = [path for path in unrecognised if stem_of(path) not in parts and not is_other_map(stem_of(path))]
         parts |= {stem_of(path): Patient(stem_of(path), {"seg": path}, dataset=about) for path in maps}
-        strangers = [path for path in strangers if path not in maps]
-    elif folder != layout.root and _holds_one_mask(folder, paths) and strangers:  # labels/P_1/mask.nii.gz
-        parts, strangers = {folder.name: Patient(folder.name, {"seg": strangers[0]})}, []
+        unrecognised = [path for path in unrecognised if path not in maps]
+    elif folder != layout.root and _holds_one_mask(folder, paths) and unrecognised:  # labels/P_1/mask.nii.gz
+        parts, unrecognised = {folder.name: Patient(folder.name, {"seg": unrecognised[0]})}, []
     parts = {part.id: part for part in parts.values() if part.files}
     imaged = any(part.imaged for part in parts.values())
     if _IMAGE_FOLDER.fullmatch(folder.name) and not parts and not dataset.is_file():
-        text = f"{len(strangers):,} files, and no dataset.json beside this folder says which modality they hold, as the"
-        layout.add("", "dataset-json", "warning", folder, f"{text} Decathlon and nnU-Net have it; they are not used.")
-    for path in strangers:
+        text = (
+            f"{len(unrecognised):,} files of unknown modality: no dataset.json lies beside this folder, as in the"
+            " Decathlon and nnU-Net layouts; they are not used."
+        )
+        layout.add("", "dataset-json", "warning", folder, text)
+    for path in unrecognised:
         if imaged or _IMAGE_FOLDER.fullmatch(folder.name):
             layout.unused(path)
         else:
@@ -266,7 +271,7 @@ def _join_t2_flair(named: dict[str, dict[str, list[tuple[Name, Path]]]], folder:
 
 
 def _holds_one_mask(folder: Path, paths: Sequence[Path]) -> bool:
-    """Whether a folder lies in one of segmentations and holds a single file that may be one."""
+    """Whether a folder inside a folder of segmentations holds a single file that may be a segmentation."""
     return is_segmentation_folder(folder.parent) and len(paths) == 1 and not is_other_map(stem_of(paths[0]))
 
 
@@ -280,7 +285,7 @@ def _part(layout: Layout, case_id: str, kinds: dict[str, list[tuple[Name, Path]]
         chosen = best or [path for name, path in usable if not name.doubtful] or [path for _, path in usable]
         for _, path in found:
             if path not in chosen:
-                why = f"{chosen[0].name} is used for {kind}" if chosen else "Perhaps a mask of the brain"
+                why = f"{chosen[0].name} is used for {kind}" if chosen else "It may be a brain mask"
                 layout.unused(path, why)
         if chosen:
             part.files[kind] = chosen[0]
@@ -289,7 +294,7 @@ def _part(layout: Layout, case_id: str, kinds: dict[str, list[tuple[Name, Path]]
 
 
 def _compare(layout: Layout, case_id: str, paths: Sequence[Path], code: str, what: str) -> bool:
-    """Whether files that claim one place are copies of the first; a finding says so, or that they differ."""
+    """Whether files for one purpose are copies of the first; add a finding that they are, or that they differ."""
     for other in paths[1:]:
         names = layout.both((paths[0], other))
         if not same_volume(paths[0], other):
@@ -300,9 +305,10 @@ def _compare(layout: Layout, case_id: str, paths: Sequence[Path], code: str, wha
 
 
 def _adopt(layout: Layout, folder: Path, parts: dict[str, Patient], imaged: set[str]) -> None:
-    """Give the only patient with scans in a folder a segmentation that is named otherwise, if it has none itself.
+    """Find a segmentation with an unusual name for the only patient with scans in a folder, if it has none yet.
 
-    BraTS20_Training_355 calls it `W39_1998.09.19_Segm.nii`. What is named after another of the `imaged` IDs is not.
+    That of BraTS20_Training_355 is `W39_1998.09.19_Segm.nii`. Files named after another of the `imaged` IDs do not
+    count.
     """
     patient, *more = [part for part in parts.values() if part.imaged] or [None]
     if patient is None or more:
@@ -315,14 +321,14 @@ def _adopt(layout: Layout, folder: Path, parts: dict[str, Patient], imaged: set[
             continue
         path = parts.pop(part.id).files["seg"]
         if is_other_map(stem_of(path).removeprefix(patient.id)):
-            layout.unused(path, "By its name another map than the tumour's segmentation")
+            layout.unused(path, "By its name not a tumour segmentation")
         elif "seg" in patient.files:
             layout.unused(path, f"{patient.files['seg'].name} is used as the segmentation of {patient.id}")
         else:
             maps.append(path)
     if maps and _compare(layout, patient.id, maps, "two-segmentations", "Two segmentations"):
         patient.files["seg"] = maps[0]
-        text = "Taken as the segmentation: the one file of its folder that is called so. Remove it if it is none."
+        text = "Used as the segmentation, because no other file in the folder can be. Remove it if it is not one."
         layout.add(patient.id, "unusual-name", "warning", maps[0], text)
 
 
@@ -364,7 +370,7 @@ def _drop_predictions(layout: Layout, parts: dict[str, list[Patient]]) -> None:
         for part in found:
             folders = Path(layout.relative(next(iter(part.files.values())))).parts[:-1]
             if not part.imaged and any(_PREDICTION_FOLDER.search(name) for name in folders):
-                layout.unused(part.files["seg"], "By its folder's name a prediction")
+                layout.unused(part.files["seg"], "By its folder's name, it is a prediction")
             else:
                 kept.append(part)
         if kept:
@@ -374,7 +380,7 @@ def _drop_predictions(layout: Layout, parts: dict[str, list[Patient]]) -> None:
 
 
 def _joined(layout: Layout, parts: Sequence[Patient]) -> Patient:
-    """One patient of the parts found in several folders under one ID."""
+    """Join the parts found under one ID in several folders into one patient."""
     imaged = sorted((part for part in parts if part.imaged), key=lambda part: -len(part.files))
     maps = [part for part in parts if not part.imaged]
     if not imaged:
@@ -393,13 +399,13 @@ def _joined(layout: Layout, parts: Sequence[Patient]) -> Patient:
         patient.files["seg"] = paths[0]
         patient.dataset = patient.dataset or maps[0].dataset
         if not is_segmentation_folder(paths[0].parent):
-            text = f"Taken as the segmentation of {patient.id}, by its ID. Move it elsewhere if it is none."
+            text = f"Used as the segmentation of {patient.id} because of its ID. Move it elsewhere if it is not one."
             layout.add(patient.id, "mask-elsewhere", "warning", paths[0], text)
     return patient
 
 
 def _merge(layout: Layout, patient: Patient, part: Patient) -> None:
-    """Add what another folder holds of a patient; an error if the two disagree."""
+    """Add a patient's files from another folder; add an error if shared files differ."""
     shared = [kind for kind in part.files if kind in patient.files]
     for kind in shared:
         pair = (patient.files[kind], part.files[kind])
@@ -411,22 +417,23 @@ def _merge(layout: Layout, patient: Patient, part: Patient) -> None:
         text = f"A copy of {layout.relative(patient.folder)}; it counts once."
         layout.add(patient.id, "same-copy", "note", part.folder, text)
     else:
-        text = f"Scans of one ID in {layout.both((patient.folder, part.folder))}; they are joined."
+        text = f"Scans of this patient lie in {layout.both((patient.folder, part.folder))}; they are joined."
         layout.add(patient.id, "joined", "note", part.folder, text)
     patient.files = part.files | patient.files
     patient.channels = part.channels | patient.channels
 
 
 def walk(root: Path, *, lost: Callable[[OSError], None] | None = None) -> list[Path]:
-    """All files below `root`, sorted, empty folders, and strays, files or folders, which are not entered.
+    """All files and empty folders below `root`, sorted. Stray folders are listed but not entered.
 
-    Links to folders are followed, except those that lead back up. A folder comes once, by its own path if it has one.
+    Links to folders are followed, except those that lead back up. Each folder is visited once, by its own path if it
+    lies below `root`.
     `lost` is called with the error for each folder that cannot be read.
     """
     found: list[Path] = []
     seen: set[str] = set()
     tops = [os.fspath(root)]
-    for top in tops:  # which grows by the links
+    for top in tops:  # grows while links are found
         for folder, folders, files in os.walk(top, onerror=lost):
             real = os.path.realpath(folder)
             if real in seen:

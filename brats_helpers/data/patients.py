@@ -1,4 +1,4 @@
-"""The patients of a run: drawn and audited, found again, and described for its checkpoints."""
+"""The patients of a run: choose and audit them, find them again, and describe them for checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from brats_helpers.runs import Run
 
 
 class ChangedError(DataError):
-    """The patients were read, and they are no longer those that were split."""
+    """The patients were read, and they differ from those that were split."""
 
 
 def draw_patients(
@@ -42,7 +42,7 @@ def draw_patients(
         skip_incomplete: see `Survey.complete`.
 
     Returns:
-        The patients, those with errors included (see `audit.leave_out`), and the report of `audit.audit`.
+        The patients, including those with errors (see `audit.leave_out`), and the report of `audit.audit`.
 
     Raises:
         DataError: no patient is complete, or a published split does not fit the data.
@@ -72,14 +72,14 @@ def load_parts(run: Run) -> dict[str, list[Case]]:
 
     Raises:
         RunError: 00_setup has not run.
-        ChangedError: the patients were read, and some are new or have other voxels.
-        DataError: the patients, or some of them, cannot be reached. That says nothing about whether they changed.
+        ChangedError: the patients were read, and some are new or have different voxels.
+        DataError: some patients cannot be read, so it is unknown whether they changed.
     """
     return _find_again(run)[0]
 
 
 def load_prepared(run: Run, part: str) -> list[Packed]:
-    """Open the prepared scans of one part of the run's patients. What 00_setup prepared is not made again."""
+    """Open the prepared scans of one part of the run's patients, reusing what 00_setup prepared."""
     return prepare(load_parts(run)[part], cache_dir=Path(run.manifest["cache_dir"]), workers=1)
 
 
@@ -88,9 +88,9 @@ def facts_of(run: Run) -> dict:
 
     Returns:
         `labels`, the numbering of the masks; `spacing_mm`, the median voxel size of the training patients along X, Y, Z
-        in LPS order; `patient_pattern`, see `identity.person_of`; and `patients`. That holds for every training and
-        validation patient: `content`, a hash of all its voxels; `group`, the person; `images`, a hash for each image;
-        `names`, what the tables call it in other releases. `identity.seen_before` reads it.
+        in LPS order; `patient_pattern`, see `identity.person_of`; and `patients`. The last gives for every training and
+        validation patient `content`, a hash of all voxels; `group`, the person; `images`, a hash of each image; and
+        `names`, the patient's IDs in other releases. `identity.seen_before` reads these facts.
 
     Raises:
         As `load_parts`.
@@ -131,12 +131,12 @@ def voxel_ml(facts: dict) -> float:
 
 
 def _find_again(run: Run) -> tuple[dict[str, list[Case]], dict[str, dict]]:
-    """`load_parts`, and what `audit.examine` finds in the files of these patients."""
+    """Return the parts as `load_parts` does, and what `audit.examine` finds in these patients' files."""
     content = read_json(run.need(run.splits, "00_setup"))
     parts = read_splits(run.splits) | {"unlabelled": content["unlabelled"]}
     manifest, before = run.manifest, content.get("contents", {})
     root = manifest["data"]
-    if not Path(root).is_dir() and "asked" in manifest:  # a mount of a machine that was given back
+    if not Path(root).is_dir() and "asked" in manifest:  # such as a mount of an earlier Colab session
         root = find_data(**manifest["asked"]).root
     found = survey(root, manifest["modalities"], fill_missing=manifest.get("fill_missing", False))
     numbered = with_numbering(
@@ -163,19 +163,21 @@ def _refuse_changed(run: Run, before: dict[str, str | None], now: dict[str, str 
     Args:
         run: the run.
         before, now: by ID the content of a patient, None if it was not read.
-        lost: by ID what is wrong with patients whose content now says nothing.
+        lost: by ID, why a patient cannot be used, so that its content cannot be compared.
     """
     data = run.manifest["data"]
     lost = dict.fromkeys(before.keys() - now.keys(), "is gone") | lost
     other = {case_id for case_id in before.keys() & now.keys() - lost.keys() if before[case_id] != now[case_id]}
-    new = now.keys() - before.keys() if not before or before.keys() - lost.keys() else set()  # else another data set
+    new = (
+        now.keys() - before.keys() if not before or before.keys() - lost.keys() else set()
+    )  # otherwise another data set
     for what, ids in (("has other voxels", other), ("is new", new)):
         if ids:
             raise ChangedError(f"{data} changed since {run.splits} was written: {min(ids)} {what}. Run 00_setup again.")
     if lost:
         raise DataError(
             f"{data} lacks {len(lost)} of the {len(before)} patients of {run.splits}: {min(lost)} {lost[min(lost)]}."
-            " Mount or restore them, or start a new run (--run) with the patients that are there."
+            " Mount or restore them, or start a new run (--run) with the remaining patients."
         )
 
 

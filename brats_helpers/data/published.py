@@ -1,4 +1,4 @@
-"""Splits that others published: nnU-Net's `splits_final.json` and MONAI's `brats21_folds.json`."""
+"""Published splits: nnU-Net's `splits_final.json` and MONAI's `brats21_folds.json`."""
 
 import difflib
 import re
@@ -24,10 +24,10 @@ def is_published(split: str) -> bool:
 
 
 def read_published(split: str) -> tuple[list[dict[str, list[str]]], int]:
-    """Read the folds of a published split, and which of them is meant: the one after the colon, or else 0.
+    """Read the folds of a published split, and the number of the chosen fold: the one after the colon, or 0.
 
-    Both formats know two parts. The part that a fold holds out, and that published scores are of, is `test` here. It
-    chooses nothing; who does (`val`) is drawn from `train` by `splits.split_cases`.
+    Both formats have two parts. The part that a fold holds out, on which published scores are computed, is `test`
+    here and chooses nothing. The patients that choose the epoch (`val`) are drawn from `train` by `splits.split_cases`.
 
     Returns:
         The folds, each `{"train": [...], "test": [...]}`, with `val` where the file has all three; and a number.
@@ -57,7 +57,7 @@ def named_in(folds: Iterable[Mapping[str, Iterable[str]]]) -> set[str]:
 def check_published(split: str, cases: Iterable[Case]) -> None:
     """Raise `DataError` if a published split names patients that are not among `cases` or have no segmentation.
 
-    The message gives the nearest IDs that there are.
+    The message gives the most similar IDs of the data.
     """
     named = named_in(read_published(split)[0])
     labelled = {case.id: bool(case.seg) for case in cases}
@@ -122,7 +122,7 @@ def _monai_fold(entries: list[dict], number: int) -> dict[str, list[str]]:
 
 
 def _case_id(file: str) -> str:
-    """The ID in a file's name, as `names` reads it from the patients' own files."""
+    """The ID in a file's name, read as `filenames.recognise` reads those of the patients' own files."""
     path = Path(file)
     name = recognise(path)
     return name.case_id if name.kind else re.sub(r"(_0000)?\.nii(\.gz)?$", "", path.name)

@@ -392,7 +392,7 @@ def test_a_dataset_json_that_lacks_is_named(tmp_path, name):
     touch(tmp_path, f"imagesTr/{name}", "labelsTr/BRATS_001.nii.gz")
     found = survey(tmp_path)
     assert codes(found) == {"": ["dataset-json", "unused-file"], "BRATS_001": ["no-images"]}
-    assert "no dataset.json beside this folder says which modality they hold" in found.findings[""][0].message
+    assert "of unknown modality: no dataset.json lies beside this folder" in found.findings[""][0].message
 
 
 def test_a_dataset_json_may_begin_with_a_byte_order_mark(tmp_path):
@@ -427,7 +427,7 @@ def test_formats_that_are_not_read_are_named(tmp_path):
     ]
     assert findings[0].message.startswith("2 .mha files") and findings[2].message.startswith("2 DICOM files")
     for find in (find_cases, find_segs):
-        with pytest.raises(DataError, match=r"2 \.mha files found and not read.*SimpleITK"):
+        with pytest.raises(DataError, match=r"2 \.mha files found but not read.*SimpleITK"):
             find(tmp_path)
 
 
@@ -491,7 +491,7 @@ def test_names_that_are_not_utf_8_are_named_and_stop_nobody(tmp_path, capsys):
     (finding,) = survey(tmp_path).findings[""]
     assert (finding.code, finding.file) == ("unreadable-name", "caf\\udce9/B_t1.nii")
     assert main(["check", str(tmp_path), "--json", str(tmp_path / "a.json")]) == 1  # A's files are empty
-    assert "caf\\udce9/B_t1.nii: A name that is not UTF-8" in capsys.readouterr().out
+    assert "caf\\udce9/B_t1.nii: Its name is not UTF-8" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"caf\\udce9'.* is not UTF-8"):
         survey(tmp_path / os.fsdecode(b"caf\xe9"))
 
@@ -629,7 +629,7 @@ def test_a_survey_keeps_every_patient_and_says_what_is_wrong(tmp_path):
 def test_nothing_found(tmp_path):
     with pytest.raises(DataError, match="No patient with flair, t1, t1ce, t2 below .*BraTS20_Training_001_t1.nii"):
         find_cases(tmp_path)
-    with pytest.raises(DataError, match="nowhere is no folder"):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
         find_cases(tmp_path / "nowhere")
 
 

@@ -91,7 +91,7 @@ def rename_files(folder):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (shutil.rmtree, "no folder"),
+        (shutil.rmtree, "not a folder"),
         (lambda data: [shutil.rmtree(folder) for folder in data.iterdir()], "No patient"),
         (lambda data: shutil.rmtree(data / "Tiny_3"), "lacks 1 of the 4 patients of .*: Tiny_3 is gone"),
         (lambda data: (data / "Tiny_2" / "Tiny_2_t2.nii").unlink(), "Tiny_2 is gone"),

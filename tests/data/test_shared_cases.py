@@ -371,7 +371,7 @@ def test_x22_a_prediction_that_is_a_slice_stops_one_patient(made):
 def test_x23_unread_formats_are_named(made, capsys):
     assert main(["check", str(made("x23"))]) == 2
     printed = capsys.readouterr().out
-    assert "10 .mha files found and not read" in printed and "SimpleITK" in printed
+    assert "10 .mha files found but not read" in printed and "SimpleITK" in printed
 
 
 # --- a409: thick slices
