@@ -231,7 +231,7 @@ def test_the_question_of_the_profile_is_answered_and_the_others_say_what_they_co
     ]
     assert answers["04_start.png"][-1] == "Each network was trained once, for 0.6 s."
     notebook = (smoke / "notebooks" / "04_advanced.ipynb").read_text("utf-8")
-    assert "Not asked by this run: 2 trainings of 0.6 s" in notebook
+    assert "Not part of this run: 2 trainings of 0.6 s" in notebook
     assert "./run_all.sh --run test-smoke --only 04 -p questions start,backbones" in notebook
 
 
@@ -241,7 +241,7 @@ def test_every_question_is_answered_on_real_patients(tiny_patients, tmp_path):
     asked = {"questions": "start,backbones,dimensions,augmentation,few", "few": "1,9", "volumes": "monai-unet"}
     pairs = [word for key, value in (asked | {"cache_dir": tmp_path}).items() for word in ("-p", key, str(value))]
     said = _run_all("--run", "test-few", "--data", tiny_patients, "--only", "00,02,04", *pairs)
-    assert "learning from 9: there are not so many patients" in said
+    assert "learning from 9: there are too few patients" in said
     run = ROOT / "runs" / "test-few"
     answers = json.loads((run / "answers.json").read_text())
     names = ("start", "backbones", "dimensions", "augmentation", "few_1")

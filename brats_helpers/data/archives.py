@@ -1,4 +1,4 @@
-"""Zips and tars made by others, unpacked with checks and with progress."""
+"""Unpack zip and tar archives of unknown origin, with checks and a progress bar."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ MAKE_ROOM = "Make room or choose another data_dir, then run again."
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
 """What a damaged archive makes zipfile and tarfile raise."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a full disk or quota answers."""
+"""Error numbers of a full disk or an exhausted quota."""
 _MAX_RATIO = 200  # contents to zip; BraTS images reach 4 to 6, and only a forged or hostile zip reaches this
 _SMALL = 1 << 30  # bytes of contents that are harmless at any ratio
 _BLOCK = 1 << 20
@@ -41,7 +41,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def calm_bar() -> dict:
-    """Settings of a tqdm bar: none where a person watches, else a line a minute instead of a bar."""
+    """Arguments of a tqdm bar: none in a terminal or notebook; elsewhere a line a minute instead of a bar."""
     if sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ:
         return {}
     line = "{desc}{n_fmt}B of {total_fmt}B, {remaining} left\n"
@@ -51,7 +51,7 @@ def calm_bar() -> dict:
 def unpack(packed: Path, folder: Path, what: str) -> None:
     """Unpack a zip with the tars inside it, or all tars of a folder, into `folder`.
 
-    Each tar gets a folder of its own. A file that another archive has already brought, by name and size, is skipped:
+    Each tar gets a folder of its own. A file that another archive already held, by name and size, is skipped:
     the small tars of BraTS 2021 repeat patients of the large one.
 
     Args:

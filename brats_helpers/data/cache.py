@@ -1,7 +1,7 @@
-"""From disk to memory map: normalise, crop to the brain, pack. Once per patient, for every later epoch.
+"""Normalise patients, crop them to the brain and pack them for memory mapping, once for all epochs.
 
-A prepared case is a folder of three files, made in a hidden folder beside it and renamed when
-whole, so that a kill or a second run never leaves half a case behind:
+A prepared case is a folder of three files, written to a hidden folder beside it and renamed when
+complete, so that an interruption or a second run never leaves half a case behind:
 
     images.npy   float16 (slices, modalities, height, width): one slice with all its modalities,
                  and its neighbours, is one contiguous read
@@ -35,7 +35,7 @@ from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import CLASSES, DataError
 from brats_helpers.log import progress, warn
 
-_FORMAT = 4  # raise it when the files' meaning changes: older ones are then made anew
+_FORMAT = 4  # raise it when the files' meaning changes: older files are then made again
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Packed:
         return (self.images != 0).any(axis=1)
 
     def __reduce__(self):
-        """Send a process that loads batches the files' place rather than their content."""
+        """Pickle the folder rather than the arrays, for processes that load batches."""
         if isinstance(self.images, np.memmap):
             return load, (Path(self.images.filename).parent,)
         return Packed, tuple(vars(self).values())
@@ -112,7 +112,7 @@ def normalise(volume: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Source:
-    """A case as read: volumes by modality, (X, Y, Z), LPS order; class indices or None; and a hash of all of it."""
+    """A case as read: volumes by modality, (X, Y, Z), LPS order; class indices or None; and a hash of both."""
 
     volumes: dict[str, np.ndarray]
     mask: np.ndarray | None
@@ -125,8 +125,8 @@ def pack(case: Case) -> Packed:
     NaN counts as background where every other modality is background. So does a modality that the case lacks.
 
     Raises:
-        DataError: a file cannot be read, shapes or affines differ between files, a voxel is not finite, or nothing but
-            background is in them.
+        DataError: a file cannot be read, shapes or affines differ between files, a voxel is not finite, or every
+            voxel is background.
     """
     return _pack(case, _read(case))
 
@@ -181,7 +181,7 @@ def nan_in_brain(name: str, volumes: Mapping[str, np.ndarray]) -> int:
 
 def _pack(case: Case, source: _Source) -> Packed:
     """Crop, normalise and pack what was read."""
-    import torch  # takes a second, which whoever only opens prepared cases need not wait for
+    import torch  # takes a second, and opening prepared cases does not need it
 
     shape = next(iter(source.volumes.values())).shape
     box = bounding_box(*source.volumes.values(), *([] if source.mask is None else [source.mask]))
@@ -213,7 +213,7 @@ def count_classes(labels: np.ndarray, brain: np.ndarray) -> np.ndarray:
         int64 (slices, 4).
     """
     masks = [brain & (labels == 0), *(labels == index for index in range(1, len(CLASSES)))]
-    # On a plane of bytes numpy counts at the memory's speed, along axes of a volume far slower.
+    # numpy counts a plane of bytes at memory speed, and is far slower along the axes of a volume.
     return np.array([[np.count_nonzero(plane) for plane in mask] for mask in masks], np.int64).T
 
 
@@ -235,15 +235,15 @@ def slice_boxes(brain: np.ndarray) -> np.ndarray:
 
 
 def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Packed]:
-    """Pack every case into `cache_dir`, those that are there and still fit excepted, and open them.
+    """Pack every case into `cache_dir` unless it is there and up to date, and open all of them.
 
-    Can be killed and started again at any moment, and run twice at once. Takes time and memory in proportion to the
-    cases: each is looked at alone.
+    An interrupted call can be repeated, and two runs may share the folder. Cases are independent of each other, so time
+    and memory grow linearly with their number.
 
     Args:
         cases: patients with the same modalities.
-        cache_dir: made where it does not exist; several data sets may share it.
-        workers: cases worked on at once, each by a thread (numpy and zlib let them run side by side).
+        cache_dir: created if missing; several data sets may share it.
+        workers: number of threads, each preparing one case (numpy and zlib run in parallel).
 
     Returns:
         The cases in the order given, their arrays memory-mapped.
@@ -260,7 +260,7 @@ def prepare(cases: Sequence[Case], *, cache_dir: Path, workers: int) -> list[Pac
 
 
 def load(folder: Path) -> Packed:
-    """Open a prepared case; its arrays are memory-mapped, read-only, if the file system can do that."""
+    """Open a prepared case; its arrays are memory-mapped, read-only, if the file system supports that."""
     facts = read_json(folder / "case.json")
     return Packed(
         facts["id"],
@@ -285,7 +285,7 @@ def _array(path: Path) -> np.ndarray:
 
 @cache
 def _say_no_maps(cache_dir: Path) -> None:
-    """Say once a process that prepared cases are read into memory."""
+    """Warn once per process that prepared cases are read into memory."""
     warn(f"{cache_dir} lies on a file system without memory maps: prepared patients are read into memory as a whole.")
 
 
@@ -303,7 +303,7 @@ def _allow_open_files(more: int) -> None:
 
 
 def _prepared(case: Case, cache_dir: Path) -> Packed:
-    """Open the case in `cache_dir`; pack it before if its content is not there."""
+    """Open the case from `cache_dir`, packing it first if its content is not there."""
     here = str(case.folder.resolve())
     state = _fingerprint([case.seg and case.numbering, *map(stamp, case.files.values())])
     kind = [_FORMAT, case.modalities, list(case.images), case.channels, case.seg is not None]
@@ -330,15 +330,15 @@ def _make(case: Case, source: _Source, place: Path) -> Packed:
         _save(_pack(case, source), part)
         try:
             os.rename(part, place)
-        except OSError:  # it is there: whole, as another run was faster, or torn
-            if not _open(place):  # two runs may mend it at once, file by file, with equal files
+        except OSError:  # it exists: complete, because another run was faster, or damaged
+            if not _open(place):  # two runs may repair it at once, file by file, with equal files
                 for file in part.iterdir():
                     os.replace(file, place / file.name)
     return load(place)
 
 
 def _pointer(path: Path) -> dict[str, str]:
-    """Which prepared case the files of a folder have become, and their state then; empty if torn."""
+    """The prepared case made from a folder's files, and the state of the files then; empty if damaged."""
     try:
         known = read_json(path)
         return {"state": known["state"], "place": known["place"]}
@@ -351,7 +351,7 @@ def _fingerprint(facts: list) -> str:
 
 
 def _open(place: Path) -> Packed | None:
-    """The prepared case; None if it is not there, or torn by a crash of the machine."""
+    """The prepared case; None if it does not exist or a crash damaged it."""
     try:
         return load(place)
     except (FileNotFoundError, EOFError, ValueError, KeyError):
@@ -374,6 +374,6 @@ def _save(packed: Packed, folder: Path) -> None:
 
 
 def _discard(place: Path) -> None:
-    """Remove a prepared case if it is there; a kill halfway leaves nothing of it under its name."""
+    """Remove a prepared case if it exists, renaming it first so that an interruption leaves no partial case."""
     with part_folder(place.parent) as bin, suppress(FileNotFoundError):
         os.rename(place, bin / "case")

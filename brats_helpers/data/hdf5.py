@@ -1,8 +1,8 @@
 """Reassemble BraTS 2020 volumes from HDF5 slices (`brats2020-slices`).
 
 A file `volume_V_slice_S.h5` holds `image` (240, 240, 4), already normalised, and `mask` (240, 240, 3). The files do not
-say which channel is which modality or which mask is which tissue, and public code disagrees. So the content tells,
-patient by patient, and the patients vote, by the rules of `numbering`:
+say which channel is which modality or which mask is which tissue, and public code disagrees. So the suite infers
+it from the images of each patient, and the patients vote, by the rules of `numbering`:
 
 - Masks that exclude each other are tissues. Oedema (ED) has the largest share of its surface towards healthy brain. Of
   the other two, enhancing tumour (ET) has more surface towards oedema and healthy brain than the necrotic core (NCR),
@@ -36,9 +36,9 @@ from brats_helpers.log import done, warn
 
 NAME = re.compile(r"volume_(\d+)_slice_(\d+)\.h5")
 _AFFINE = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]], float)
-_RULES = 1  # raise it when the rules change: volumes made by older ones are then made again
+_RULES = 1  # raise it when the rules change: older volumes are then made again
 _WORKERS = 4  # at most; each holds a patient, 0.2 GB
-_WAY_OUT = "Take the same patients as volumes: --data brats2020."
+_WAY_OUT = "Use the same patients as volumes: --data brats2020."
 
 
 def need_h5py() -> None:
@@ -52,14 +52,15 @@ def assemble(folder: Path, data_dir: Path) -> tuple[Path, str]:
 
     The folder's name depends on the files and the rules: if either changes, another folder is made. A killed run can be
     started again at any moment. Background becomes exactly 0, other voxels stay as they are, in float32; labels are 0,
-    1, 2, 4. Each patient that cannot be reassembled is left out with a line. `channels.json` there keeps the vote.
+    1, 2, 4. Patients that cannot be reassembled are left out, with a warning. The folder's `channels.json` keeps the
+    vote.
 
     Args:
         folder: holds the HDF5 files, at any depth.
         data_dir: created if it does not exist.
 
     Returns:
-        The folder, and a line that says what the patients show of the channels and what is assumed.
+        The folder, and a sentence on what the patients show about the channels and what is assumed.
 
     Raises:
         DataError: no such slices, h5py is missing, two files for one slice, the patients disagree, or no room.
@@ -119,7 +120,7 @@ def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:
         images, masks = _read(slices)
         kind, order = vote["masks"]
         if masks.any() and mask_kind(masks) not in (kind, "either"):
-            raise DataError(f"its masks are not {kind}, as those of the others are.")
+            raise DataError(f"its masks are not {kind}, unlike those of the other patients.")
     except DataError as error:
         return str(error)
     volumes = {name: images[..., place] for name, place in zip(MODALITIES, vote["channels"], strict=True)}
@@ -174,7 +175,7 @@ def _vote(folder: Path, patients: dict[int, list[Path]]) -> dict:
         except DataError as error:
             silent.append(f"volume {number}: {error}")
     if not seen:
-        raise DataError(f"no patient below {folder} tells what is which. {silent[0]} Or take --data brats2020.")
+        raise DataError(f"no patient below {folder} shows which channel is which. {silent[0]} Or use --data brats2020.")
     tissues = Counter((kind, order) for kind, order, *_ in seen)
     kind, order = settled(tissues, f"the masks below {folder}", _WAY_OUT)
     ed, et = (order[1], order[2]) if kind == "tissues" else (order[0], order[2])
@@ -225,7 +226,7 @@ def _parts(masks: np.ndarray) -> np.ndarray:
 
 
 def mask_order(masks: np.ndarray) -> tuple[str, tuple[int, ...]]:
-    """Tell masks by where they lie.
+    """Identify masks by their position.
 
     Args:
         masks: bool (X, Y, slices, 3).

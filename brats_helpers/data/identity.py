@@ -1,4 +1,4 @@
-"""Who is who: the person behind each case.
+"""The person behind each case.
 
 One person may have several cases: visits, or one scan under two names. All of them belong in one part of a split, and a
 network that has seen one of them has seen the person.
@@ -40,7 +40,7 @@ _COLLECTION = re.compile(
 )
 """Names of folders that hold many persons."""
 _MOST_VISITS = 10
-"""Cases whose IDs differ in their last part alone: more than so many are numbered persons, not visits."""
+"""If more cases than this have IDs that differ only in the last part, they are numbered persons, not visits."""
 
 
 def person_of(case_id: str, pattern: str = "") -> str:
@@ -49,7 +49,7 @@ def person_of(case_id: str, pattern: str = "") -> str:
     Args:
         case_id: a case's ID.
         pattern: a regular expression that is searched for in the ID. Its first group, or else the whole match, is the
-            person. IDs in which it is not found, and all IDs if it is empty, follow the naming of public data sets.
+            person. Where it is empty or not found, the naming of public data sets applies.
     """
     if pattern and (match := re.search(pattern, case_id)):
         person = match[1] if match.re.groups else match[0]
@@ -61,11 +61,11 @@ def person_of(case_id: str, pattern: str = "") -> str:
 
 
 def check_pattern(pattern: str, ids: Iterable[str]) -> None:
-    """Raise `DataError` if `pattern` is no regular expression or is found in none of `ids`."""
+    """Raise `DataError` if `pattern` is not a regular expression or is found in none of `ids`."""
     try:
         found = re.compile(pattern)
     except re.error as error:
-        raise DataError(f"patient_pattern {pattern!r} is no regular expression: {error}.") from error
+        raise DataError(f"patient_pattern {pattern!r} is not a regular expression: {error}.") from error
     ids = list(ids)
     if pattern and ids and not any(map(found.search, ids)):
         raise DataError(
@@ -77,7 +77,7 @@ def check_pattern(pattern: str, ids: Iterable[str]) -> None:
 def group_people(
     found: Survey, entries: Mapping[str, Mapping], *, pattern: str = ""
 ) -> tuple[dict[str, str], list[tuple[str, Finding]]]:
-    """Put the cases of one person together: by the content of their files, by tables, by their IDs and by folders.
+    """Group cases by person, using the content of their files, tables, IDs and folders.
 
     Args:
         found: the cases.
@@ -86,8 +86,8 @@ def group_people(
         pattern: see `person_of`.
 
     Returns:
-        The person of each case, and findings as pairs of case ID and finding. A person has the name that IDs or folders
-        give, if it is one name; otherwise the ID of the first case.
+        The person of each case, and findings as pairs of case ID and finding. A person is named as its IDs or folders
+        say if they agree, otherwise by the ID of the first case.
 
     Raises:
         DataError: see `check_pattern`.
@@ -105,7 +105,7 @@ def group_people(
         groups |= dict.fromkeys(members, names.pop() if len(names) == 1 else members[0])
     for case_id, other in _similar_ids(ids, groups):
         text = (
-            f"Differs from {other} in the last part of its ID alone. If both are visits of one person, say how IDs name"
+            f"Its ID differs from {other} only in the last part. If both are visits of one person, say how IDs name"
             " a person (-p patient_pattern REGEX); otherwise they may land in different parts of the split."
         )
         findings.append((case_id, Finding("similar-id", "note", "", text)))
@@ -115,11 +115,11 @@ def group_people(
 def seen_before(
     facts: Mapping | None, cases: Iterable[Case], *, hashes: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, str]:
-    """Find the cases that belong to somebody a network was trained on or chosen by.
+    """Find the cases of persons whose scans a network was trained or selected on.
 
     Args:
-        facts: of the network's checkpoint, see `patients.facts_of`; None or empty knows nobody.
-        cases: those in question.
+        facts: of the network's checkpoint, see `patients.facts_of`; None or empty matches nobody.
+        cases: the cases to look up.
         hashes: by case ID, hashes of the case's images, where they are known (see `content.image_hash`). The images of
             other cases are read, each until one is recognised.
 
@@ -154,14 +154,14 @@ def _image_hashes(case: Case) -> Iterator[str]:
     for modality in case.images:
         try:
             content = image_hash(case.read(modality)[0])
-        except DataError:  # whoever predicts or scores the case says so
+        except DataError:  # predicting or scoring the case reports it
             continue
         if content:
             yield content
 
 
 def varies(facts: Mapping) -> bool:
-    """Whether a file was read and holds more than one value: only then does its content belong to somebody."""
+    """Whether a file was read and holds more than one value: only then does its content identify somebody."""
     return "content" in facts and facts["range"][0] != facts["range"][1]
 
 
@@ -177,7 +177,7 @@ def _same_scans(entries: Mapping[str, Mapping]) -> Iterator[tuple[str, str, Find
                     shared[case_id, owner].append(kind)
                     shared[owner, case_id].append(as_kind)
     for (case_id, other), kinds in shared.items():
-        text = f"{', '.join(kinds)}: voxel for voxel a file of {other} too; both go into one part of a split."
+        text = f"{', '.join(kinds)}: voxel for voxel the same as a file of {other}; both go into one part of a split."
         yield case_id, other, Finding("same-scan", "warning", entries[case_id]["files"][kinds[0]]["file"], text)
 
 
@@ -204,7 +204,7 @@ def _same_names(
 
 
 def _person_folders(cases: Iterable[Case], root: Path) -> dict[str, str]:
-    """By case ID the person's folder, relative to `root`, where folders of visits lie in folders of persons."""
+    """The person's folder relative to `root`, by case ID, if folders of visits lie in folders of persons."""
     visits: dict[Path, list[str]] = defaultdict(list)
     for case in cases:
         folder = case.folder
@@ -222,7 +222,7 @@ def _person_folders(cases: Iterable[Case], root: Path) -> dict[str, str]:
 
 
 def _above_visit(folder: Path) -> Path | None:
-    """The folder above a folder of one visit, if `folder` is such a one."""
+    """The folder above `folder` if `folder` is named like one visit, else None."""
     return folder.parent if _is_visit(folder) else None
 
 
@@ -237,7 +237,7 @@ def _is_visit(folder: Path) -> bool:
 
 
 def _similar_ids(ids: Iterable[str], groups: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Pairs of cases whose IDs differ in the last part alone, after what looks like a person's number."""
+    """Pairs of cases whose IDs differ only in the last part, after what looks like a person's number."""
     stems: dict[str, list[str]] = defaultdict(list)
     for case_id in ids:
         stems[re.sub(r"[-_.][^-_.]*$", "", case_id)].append(case_id)
@@ -248,7 +248,7 @@ def _similar_ids(ids: Iterable[str], groups: Mapping[str, str]) -> Iterator[tupl
 
 
 def _joined(ids: Iterable[str], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """The groups into which pairs join IDs, each in the order of the IDs."""
+    """Groups of IDs that are connected by pairs, each in the order of `ids`."""
     parent = {case_id: case_id for case_id in ids}
 
     def top(case_id: str) -> str:
@@ -274,7 +274,7 @@ def survey_folders(
         folders, modalities, fill_missing: see `cases.survey`.
 
     Returns:
-        The patients without a fault; and by ID or folder why a patient is left out, such as two of one ID.
+        The usable patients; and by ID or folder, why others are left out, such as two patients with one ID.
     """
     cases: dict[str, Case] = {}
     skipped: dict[str, str] = {}

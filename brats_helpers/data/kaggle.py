@@ -1,7 +1,7 @@
 """Downloads through Kaggle's own packages, which are imported only when needed and only inside `tamed`.
 
 `kaggle` authenticates when imported and exits without credentials. Neither it nor `kagglehub` limits how long it waits,
-and both print signed addresses. Only they read the credentials.
+and both print signed addresses. The suite itself never reads the credentials.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _PAUSE_S = 2  # after an attempt that brought nothing
 
 @dataclass(frozen=True)
 class KaggleSet:
-    """A data set on Kaggle: `owner/name`, what its files look like, and the bytes of zip plus contents."""
+    """A data set on Kaggle: `owner/name`, the pattern of its files' names, and the bytes of the zip plus contents."""
 
     handle: str
     pattern: str
@@ -104,7 +104,7 @@ def tamed() -> Iterator[None]:
 
 
 def kaggle_api():
-    """Kaggle's own client, authenticated; call it within `tamed`. It exits where no credentials serve."""
+    """Kaggle's own client, authenticated; call it within `tamed`. It exits the process if no credentials are valid."""
     import kagglesdk.kaggle_client as sdk
     from kagglesdk.kaggle_env import KaggleEnv, get_env
     from kagglesdk.kaggle_http_client import KaggleHttpClient
@@ -143,13 +143,13 @@ def download(client: str, wanted: KaggleSet, place: Path) -> Path:
     Args:
         client: `kaggle` or `kagglehub`.
         wanted: the data set.
-        place: a folder for what arrives; a later call goes on from there.
+        place: a folder for the download; a later call resumes from it.
 
     Returns:
         The zip inside `place` (kaggle), or a folder with its contents: inside `place`, or a mount (kagglehub).
 
     Raises:
-        DataError: what happened and what to do, in our words; the client's may quote signed addresses.
+        DataError: what happened and what to do. It never quotes the client, whose messages may hold signed addresses.
     """
     fetch = _with_kaggle if client == "kaggle" else _with_kagglehub
     fruitless = 0
@@ -169,7 +169,7 @@ def download(client: str, wanted: KaggleSet, place: Path) -> Path:
 
 
 def reach() -> None:
-    """Raise `DataError` unless Kaggle answers soon. A thread asks, as resolving a name has no time limit of its own."""
+    """Raise `DataError` unless Kaggle answers soon. A thread sends the request: name resolution has no time limit."""
     try:
         import requests
         from kagglesdk.kaggle_env import get_endpoint, get_env
@@ -227,7 +227,7 @@ def _explained(error: BaseException, client: str, wanted: KaggleSet, place: Path
         busy = f"Kaggle answered with an error ({status}). Run again later; what has arrived is kept."
         return DataError(refusals.get(status, busy))
     if broke_off(error):
-        return DataError("the connection broke, and again on resuming. Run again: it goes on from there.")
+        return DataError("the connection broke, and broke again after resuming. Run again to resume.")
     if isinstance(error, OSError):
         full = error.errno in FULL
         return DataError(
@@ -235,5 +235,5 @@ def _explained(error: BaseException, client: str, wanted: KaggleSet, place: Path
         )
     unusable = isinstance(error, ValueError) and bytes_in(place)  # kagglehub: no archive at all
     if unusable or isinstance(error, DAMAGE) or type(error).__name__ == "DataCorruptionError":  # kagglehub: wrong MD5
-        return Damaged("the archive that came is damaged; it was removed. Run again to fetch it anew.")
+        return Damaged("the downloaded archive is damaged and was removed. Run again to fetch it again.")
     return DataError(f"the client failed ({type(error).__name__}). Download by hand, see below.")

@@ -1,4 +1,4 @@
-"""Read and write NIfTI volumes. Voxels are always handed out with axes towards left, posterior, superior (LPS)."""
+"""Read and write NIfTI volumes. Voxels are always returned with axes towards left, posterior, superior (LPS)."""
 
 import filecmp
 import gzip
@@ -74,7 +74,7 @@ def read_bytes(path: Path) -> tuple[bytes, bool]:
 
 
 def parse_nifti(raw: bytes, path: Path) -> nib.Nifti1Image:
-    """Make an image of what `read_bytes` read from `path`; its voxels stay in `raw`. Errors as `read_nifti`."""
+    """Parse the bytes that `read_bytes` read from `path`; the voxels stay in `raw`. Errors as `read_nifti`."""
     nifti2 = raw[4:7] == b"n+2"
     least = _NIFTI2_HEADER_BYTES if nifti2 else _HEADER_BYTES
     if len(raw) < least:
@@ -129,7 +129,7 @@ def grid_of(image: nib.Nifti1Image, path: Path | str = "the file", *, channels: 
     if not _invertible(affine):
         if qform is None or not _invertible(qform):
             text = (
-                f"{path} has a singular affine ({_rows(affine)}): voxels have no place or size. Write its header again."
+                f"{path} has a singular affine ({_rows(affine)}): voxels have no position or size. Correct its header."
             )
             raise FileError("singular-affine", text)
         remarks.append(("singular-affine", f"The sform is singular ({_rows(affine)}); the qform is used instead."))
@@ -144,13 +144,13 @@ def grid_of(image: nib.Nifti1Image, path: Path | str = "the file", *, channels: 
 
 
 def two_places(path: Path) -> str:
-    """A sentence, and a space after it, about the qform and sform of a file if they disagree; else nothing."""
+    """A sentence with a trailing space if the qform and sform of a file disagree, else an empty string."""
     remarks = grid_of(read_nifti(path), path, channels=True).remarks
     return "".join(f"{text} Write the right one into both. " for code, text in remarks if code == "qform-sform")
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
-    """The affine of the qform; None if there is none, or its quaternion is no rotation."""
+    """The affine of the qform; None if there is none, or its quaternion is not a rotation."""
     try:
         return header.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError):
@@ -173,7 +173,7 @@ def read_image(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.
 
     Args:
         path: a volume, or a file of four axes whose last one holds modalities.
-        channel: which of these.
+        channel: the index of the modality on that axis.
 
     Returns:
         The voxels in the stored dtype (usually int16), shape (X, Y, Z), and the NIfTI image around them.
@@ -266,7 +266,7 @@ def scale_of(stored: nib.Nifti1Image) -> str:
 
 @cache
 def _warn_rounded(path: Path, scale: str) -> None:
-    """Say once a process that the labels of a file were rounded."""
+    """Warn once per process that the labels of a file were rounded."""
     warn(f"{path}: labels are not exactly whole ({scale}); each is taken as the nearest number.")
 
 
@@ -277,7 +277,7 @@ def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, number
     dtype is that of `like` if it is an integer, else uint8.
 
     Raises:
-        DataError: `numbering` is none of `labels.NUMBERINGS`, or has no number for a class that is there.
+        DataError: `numbering` is none of `labels.NUMBERINGS`, or has no number for a class in the mask.
     """
     dtype = like.get_data_dtype() if like.get_data_dtype().kind in "iu" else np.dtype(np.uint8)
     try:
@@ -288,7 +288,7 @@ def write_mask(path: Path, classes: np.ndarray, like: nib.Nifti1Image, *, number
 
 
 def placed_as(like: nib.Nifti1Image, dtype: np.dtype) -> tuple[np.ndarray, nib.Nifti1Header]:
-    """Return affine and header of a file in the place of the stored image `like`, the same for every reader."""
+    """Return affine and header for a file on the grid of the stored image `like`; qform and sform agree in it."""
     grid, header = grid_of(like, channels=True), like.header.copy()
     header.set_data_dtype(dtype)
     for code, write in (("sform_code", header.set_sform), ("qform_code", header.set_qform)):
@@ -317,7 +317,7 @@ def spacing_in_lps(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def same_affine(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
-    """Whether voxels of the same index lie in the same place: numbers to `TOLERANCE_MM`, corners to 0.05 mm."""
+    """Whether equal indices mean the same place: affine entries within `TOLERANCE_MM`, corners within 0.05 mm."""
     return same_place(one.affine, other.affine, one.shape)
 
 

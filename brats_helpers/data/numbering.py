@@ -1,8 +1,8 @@
-"""Which numbering a set of masks has: by names, by the numbers, and by the anatomy that the numbers outline.
+"""Find out how a set of masks is numbered, from names, label numbers and the anatomy that the labels outline.
 
 Oedema has the largest share of its surface towards healthy brain. Of the other labels, enhancing tumour gains most from
 T1 to T1ce. A resection cavity is darker on FLAIR than healthy brain. Each patient shows this with more or less
-certainty, so patients vote. HDF5 slices, whose masks and channels have no names, are told by the same rules.
+certainty, so patients vote. HDF5 slices, whose masks and channels have no names, are identified by the same rules.
 """
 
 import os
@@ -37,7 +37,7 @@ NEARLY_ALL = 0.9
 """Share of the patients that count as nearly all."""
 _VOTERS = 12  # patients read, spread over the set
 _ENOUGH = 3  # patients that can outvote the usual numbering where the numbers fit it
-_FEW_VOXELS = 10  # a label with fewer shows nothing
+_FEW_VOXELS = 10  # a label with fewer gives no evidence
 _CLEARER = 0.1  # by which the share of outer surface has to lead
 _BRIGHTER = 0.2  # by which the gain from T1 to T1ce has to lead, in standard deviations of the healthy brain
 _DARK = -0.5  # of a cavity on FLAIR, in the same unit
@@ -47,7 +47,7 @@ _ED, _ET = CLASSES.index("ED"), CLASSES.index("ET")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one patient shows of its labels.
+    """What one patient shows about the meaning of its labels.
 
     Attributes:
         numbers: tumour labels in the mask.
@@ -63,11 +63,11 @@ class Evidence:
 
     @property
     def oedema(self) -> int | None:
-        """The label that borders healthy brain most, or None if two are alike."""
+        """The label that borders healthy brain most, or None if none clearly leads."""
         return _leader(self.outer, _CLEARER)
 
     def enhancing(self, *others: int | None) -> int | None:
-        """The label that gains most from T1 to T1ce, `others` left aside, or None if two are alike."""
+        """The label that gains most from T1 to T1ce, except for `others`, or None if none clearly leads."""
         return _leader({label: gain for label, gain in self.gain.items() if label not in others}, _BRIGHTER)
 
 
@@ -76,10 +76,10 @@ class Verdict:
     """How a set of masks is numbered.
 
     Attributes:
-        numbering: key of `NUMBERINGS`; of the cases whose ID or data set tells none, or of all if a user named it.
+        numbering: key of `NUMBERINGS`, for cases whose ID or data set implies none, or for all if a user named it.
         asked: what the user asked for, `auto` or a name; a name as well if the masks contradict the cases' names.
         says: one sentence on how it was found.
-        unusual: whether the anatomy alone decided on another numbering than the usual one.
+        unusual: whether a numbering other than the usual one was chosen from the anatomy alone.
     """
 
     numbering: str
@@ -93,7 +93,7 @@ class Verdict:
 
 
 def with_numbering(cases: Iterable[Case], *, numbering: str, asked: str) -> list[Case]:
-    """Return `cases` with `numbering`. What a case's ID tells goes first, unless a user named the numbering."""
+    """Return `cases` with `numbering`. What a case's ID implies takes precedence unless a user named one."""
     return [replace(case, numbering=(asked == AUTO and case.told_numbering) or numbering) for case in cases]
 
 
@@ -125,10 +125,10 @@ def resolve(cases: Iterable[Case], asked: str = AUTO) -> Verdict:
 
     Args:
         cases: patients; those without a segmentation have no vote.
-        asked: `auto`, or a numbering that is then taken as it is.
+        asked: `auto`, or a numbering, which is then not checked.
 
     Raises:
-        DataError: `asked` is no numbering; or names, numbers and anatomy of most patients contradict each other.
+        DataError: `asked` is not a numbering; or names, numbers and anatomy of most patients contradict each other.
     """
     if asked != AUTO:
         name = find_numbering(asked)
@@ -154,7 +154,7 @@ def resolve(cases: Iterable[Case], asked: str = AUTO) -> Verdict:
 def number(found: Survey, asked: str = AUTO) -> tuple[Survey, Verdict]:
     """Resolve the numbering of a survey's patients, and return the survey with it; see `resolve`.
 
-    An unusual numbering that the anatomy tells is a warning among the findings.
+    An unusual numbering chosen from the anatomy adds a warning to the findings.
     """
     verdict = resolve(found.cases, asked)
     findings = dict(found.findings)
@@ -185,7 +185,7 @@ def _evidence_or_none(case: Case) -> Evidence | None:
 
 
 def examine(case: Case) -> Evidence:
-    """Look where a patient's labels lie and how bright they are."""
+    """Measure where a patient's labels lie and how bright they are."""
     return evidence_of(read_labels(case.seg)[0], case.images, lambda name: case.read(name)[0])
 
 
@@ -257,9 +257,9 @@ def surfaces(labels: np.ndarray) -> np.ndarray:
 
 
 def decide(seen: Sequence[Evidence]) -> Verdict:
-    """Decide by numbers and anatomy, for patients whose names tell nothing.
+    """Decide by numbers and anatomy, for patients whose names imply no numbering.
 
-    The usual numbering stands unless the anatomy speaks for another one in most patients. See `resolve` for errors.
+    The usual numbering is kept unless the anatomy of most patients supports another one. See `resolve` for errors.
     """
     usual = "brats2023" if _mostly(seen, lambda one: 3 in one.numbers and 4 not in one.numbers) else USUAL
     if not seen:
@@ -420,7 +420,7 @@ def label_problems(values: np.ndarray, counts: np.ndarray, case: Case, scale: st
 
 
 def settled(votes: Counter, what: str, way_out: str) -> Hashable:
-    """What most voted for, or raise `DataError` if fewer than two thirds agree."""
+    """The choice of the majority; raises `DataError` if fewer than two thirds agree."""
     (most, n), *others = votes.most_common()
     if n < AGREE * votes.total():
         raise DataError(

@@ -13,7 +13,7 @@ from brats_helpers.data.nifti import spacing_in_lps
 _USUAL_MM = (1.0, 1.0, 1.0)  # of BraTS
 _SAME_SPACING = 0.05  # largest relative difference of two voxel sides that count as equal
 _ENOUGH = 4  # patients from which one differs
-_FACTOR = 2  # by which the filled share of the field differs from the median's
+_FACTOR = 2  # a filled share that differs from the median by more than this factor is unusual
 
 
 def compare_patients(entries: Mapping[str, Mapping], *, unstripped: Collection[str]) -> Iterator[tuple[str, Finding]]:
@@ -21,7 +21,7 @@ def compare_patients(entries: Mapping[str, Mapping], *, unstripped: Collection[s
 
     Args:
         entries: by case ID what the audit knows, with `files` as `checks.check_case` returns them.
-        unstripped: those whose air is known to count as brain.
+        unstripped: IDs of patients already reported as not skull-stripped.
 
     Returns:
         Pairs of case ID and finding.
@@ -54,8 +54,8 @@ def _spacings(images: Mapping[str, list[dict]]) -> Iterator[tuple[str, Finding]]
         if other:
             whose = "most patients have" if other == usual else "BraTS has"
             text = (
-                f"Voxels of {times(np.round(side, 3))} mm, {whose} {times(other)} mm. A network sees the brain in"
-                " another size than it learnt from; `predict` resamples, training does not."
+                f"Voxels of {times(np.round(side, 3))} mm, {whose} {times(other)} mm. A network sees the brain at"
+                " another size than it was trained on; `predict` resamples, training does not."
             )
             yield case_id, Finding("spacing", "warning", images[case_id][0]["file"], text)
 
@@ -72,7 +72,7 @@ def _shares(images: Mapping[str, list[dict]]) -> Iterator[tuple[str, Finding]]:
     for case_id, share in shares.items():
         if not usual / _FACTOR <= share <= usual * _FACTOR:
             text = (
-                f"{share:.0%} of the field is not 0, in the median patient {usual:.0%}. Is the skull stripped, and is"
-                " this the whole brain?"
+                f"{share:.0%} of the field is not 0, against {usual:.0%} in the median patient. Is the skull stripped,"
+                " and is this the whole brain?"
             )
             yield case_id, Finding("filled-share", "warning", images[case_id][0]["file"], text)

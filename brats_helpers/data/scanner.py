@@ -1,4 +1,4 @@
-"""What the scanner makes of a simulated patient: contrast, coil bias, slice profile, noise and skull strip."""
+"""The scan of a simulated patient: contrast, bias field, slice profile, noise and skull strip."""
 
 from dataclasses import dataclass
 
@@ -25,9 +25,7 @@ _BRIGHTNESS = {
     "fat": {"flair": (0.8, 2.6), "t1": (1.2, 2.2), "t1ce": (1.2, 2.6), "t2": (1.0, 2.6)},
     "bone": {"flair": (0.02, 0.4), "t1": (0.02, 0.5), "t1ce": (0.02, 0.6), "t2": (0.02, 0.4)},
 }
-_FAILING = {"flair": 0.9, "t1": 0.2, "t1ce": 0.3, "t2": 0.3}  # how much brighter it gets at most near air
-
-
+_FAILING = {"flair": 0.9, "t1": 0.2, "t1ce": 0.3, "t2": 0.3}  # the most that an image brightens near air, as a fraction
 _DEEP = {"flair": -0.3, "t1": 1, "t1ce": 1, "t2": -0.5}  # how the templates' deep T1 brightness shows
 _BLOCK = 1 << 15  # voxels whose arrays fit into the processor's cache
 
@@ -174,7 +172,7 @@ class _Scene:
 def _scan(
     rng: np.random.Generator, anatomy: Anatomy, truth: np.ndarray, view: np.ndarray, *, thick: float
 ) -> np.ndarray:
-    """What the scanner makes of the truth: bias, slice profile, Rician noise, resampling, the scale of its numbers."""
+    """Scan the noiseless image: bias field, slice profile, Rician noise, resampling and intensity scale."""
     shape = anatomy.inside.shape
     bias = anatomy.noise(rng, rng.uniform(40, 80))
     bias *= rng.uniform(0.01, 0.08 + 0.1 * anatomy.variety)

@@ -3,7 +3,7 @@
 `find_data` is the one resolver. For a Kaggle data set it looks, in this order, at
 
 1. the mounts of a Kaggle notebook, `/kaggle/input/<name>` and `/kaggle/input/datasets/<owner>/<name>`,
-2. an earlier download of ours, `data_dir/<short name>` with its `listing.json`,
+2. an earlier download by the suite, `data_dir/<short name>` with its `listing.json`,
 3. an archive downloaded by hand, `data_dir/<name>.zip`,
 4. Kaggle itself, through one of Kaggle's own packages (see `kaggle`).
 
@@ -110,7 +110,7 @@ def _as_volumes(source: Source, data_dir: Path) -> Source:
     volumes, says = assemble(source.root, data_dir)
     if source.simulated:
         (volumes / MARKER).touch()
-    return Source(volumes, source.simulated, f"{source.origin}, put together in {volumes}: {says}")
+    return Source(volumes, source.simulated, f"{source.origin}, reassembled in {volumes}: {says}")
 
 
 def _ways_out(wanted: KaggleSet, data_dir: Path) -> str:
@@ -179,7 +179,9 @@ def _check_complete(target: Path) -> None:
     """Raise `DataError` unless `target` was made here and every file still has the size it had."""
     listing = target / _LISTING
     if not listing.is_file():
-        raise DataError(f"{target} has no {_LISTING}: no download of ours. Move it away, or use it as --data {target}.")
+        raise DataError(
+            f"{target} has no {_LISTING}, so the suite did not download it. Move it, or use it as --data {target}."
+        )
     try:
         files = dict(json.loads(listing.read_text("utf-8")))
     except (ValueError, TypeError) as error:
@@ -217,7 +219,7 @@ def _alone(target: Path) -> Iterator[None]:
 def _download(client: str, short: str, data_dir: Path) -> Source:
     wanted, target, place = KAGGLE_SETS[short], data_dir / short, data_dir / f".{short}.download"
     print(f"{short}: downloading {wanted.handle} with {client} into {data_dir}", flush=True)
-    if not (client == "kagglehub" and kaggle.in_colab()):  # which mounts and needs no room
+    if not (client == "kagglehub" and kaggle.in_colab()):  # which mounts the data and needs no space
         check_space(data_dir, wanted.disk_bytes - kaggle.bytes_in(place), f"{short}, archive and unpacked,")
     try:
         found = kaggle.download(client, wanted, place)
@@ -244,7 +246,7 @@ def _unpack(packed: Path, target: Path, short: str) -> Source:
 
 
 def _accept(folder: Path, target: Path, short: str) -> None:
-    """List the files of a complete folder and give it its name, in this order."""
+    """List the files of a complete folder, then move it to `target`."""
     wanted = KAGGLE_SETS[short]
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _LISTING)
     if not any(path.match(wanted.pattern) for path in paths):
@@ -261,7 +263,7 @@ def _accept(folder: Path, target: Path, short: str) -> None:
 
 
 def _discard(place: Path) -> None:
-    """Remove a folder, out of sight first: kagglehub would take what a kill leaves of it for complete."""
+    """Remove a folder, renaming it first: kagglehub would take a half-removed one for complete."""
     if place.exists():
         with part_folder(place.parent) as part:
             os.replace(place, part / place.name)

@@ -19,15 +19,15 @@ _PUBLISHED_VAL = 0.1
 
 
 def pick_cases(cases: Sequence[Case], *, split: str, seed: int, unusable: Collection[str] = ()) -> list[Case]:
-    """Choose the patients of a run: all, or as many as a `split` by counts asks for, or those of a published split.
+    """Choose the patients of a run: all, as many as the counts in `split`, or those of a published split.
 
     With counts, labelled patients are drawn at random, and as many unlabelled ones as the test part has.
 
     Args:
-        cases: the patients there are.
+        cases: all patients.
         split: see `split_cases`.
         seed: the same seed and patients give the same choice.
-        unusable: IDs of patients that others take the place of.
+        unusable: IDs of patients to replace by others.
 
     Returns:
         The patients sorted by ID.
@@ -226,7 +226,7 @@ def _parse(split: str) -> list[float]:
 
 
 def fingerprint(contents: Mapping[str, str | None]) -> str:
-    """Hash which patients there are and what their voxels are; files may move or be packed anew.
+    """Hash the IDs and voxels of the patients; moving or recompressing files does not change the hash.
 
     Args:
         contents: by ID the hash of the patient's voxels, or None for one that the run does not use.
@@ -266,7 +266,7 @@ def check_disjoint(parts: dict[str, list[str]], groups: Mapping[str, str] = Mapp
 
     Args:
         parts: IDs by part.
-        groups: the person by ID, see `identity.group_people`; an ID that is missing there is a person.
+        groups: the person by ID, see `identity.group_people`; a missing ID counts as a person of its own.
     """
     empty = [name for name in PARTS if not parts.get(name)]
     if empty:

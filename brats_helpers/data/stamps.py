@@ -1,4 +1,4 @@
-"""Whether a file is the one that was read before, told without reading it."""
+"""Recognise a file that was read before, without reading it again."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ def stamp(path: Path) -> list:
     """Return the name, size, time of modification and a hash of samples of a file.
 
     Equal stamps stand for equal content. They survive moving, remounting and `chmod`. Files of one size and time that
-    swapped names differ in the samples. A file whose stamp changed may still hold the same: read it.
+    swapped names differ in the samples. A file whose stamp changed may still have the same content: read it.
 
     Raises:
         OSError: the file is gone. One that cannot be opened has no samples.

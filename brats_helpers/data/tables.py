@@ -96,14 +96,14 @@ def _facts(row: pd.Series) -> tuple[dict, list[str]]:
             facts["resection"] = text
         elif name == "age":
             if (years := _number(text)) is None:
-                odd.append(f"age {text!r} is no number of years")
+                odd.append(f"age {text!r} is not a number of years")
             else:
                 facts["age"] = years
         elif name.startswith("survival"):
             alive = re.fullmatch(r"alive\s*\((\d+) days? later\)", text, re.IGNORECASE)
             days = _number(alive[1] if alive else text)
             if days is None:
-                odd.append(f"survival {text!r} is no number of days")
+                odd.append(f"survival {text!r} is not a number of days")
             else:
                 facts |= {"survival_days": int(days), "alive": bool(alive)}
     return facts, odd

@@ -27,7 +27,7 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
     """
     first, *others = metrics
     if not others:
-        return [f"Not asked by this run: there is nothing to compare {first} with."]
+        return [f"Not part of this run: there is nothing to compare {first} with."]
     corrected = dict(zip(others, holm([_p(metrics[first], metrics[other]) for other in others]), strict=True))
     sentences = []
     for other, p in corrected.items():

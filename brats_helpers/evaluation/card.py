@@ -25,7 +25,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     """
     saved, metrics = read_checkpoint(run.best), read_json(run.metrics, {})
     manifest = run.manifest
-    settings, own = saved["settings"], manifest.get("patients", {})  # without those that its start had seen
+    settings, own = saved["settings"], manifest.get("patients", {})  # without the patients of the initial weights
     simulated = bool(manifest.get("simulated"))
     patients = "simulated patients" if simulated else "patients"
     lines = _front_matter(run.name, metrics, real, simulated=simulated)
@@ -65,18 +65,18 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
 
 
 def _without_folders(text: str) -> str:
-    """Cut the folders of this machine off the paths in a text that is handed on."""
+    """Remove this machine's folders from the paths in a text that will be shared."""
     return re.sub(r"(?<![\w.~:/])~?(?:/[^/\s,:'\"]+)*/(?=[^/\s])", "", text)
 
 
 def _without(settings: Mapping) -> str:
-    """What to say if the network has learnt to do without modalities."""
+    """A sentence about missing modalities, if the network was trained with `modality_dropout`."""
     share = settings.get("modality_dropout", 0.0)
     return f" Patients may lack modalities: in {share:.0%} of the training samples some were hidden." if share else ""
 
 
 def _made_by(manifest: Mapping) -> list[str]:
-    """The command and the machine, as far as the manifest knows them."""
+    """The command and the machine, as far as the manifest records them."""
     if "command" not in manifest:
         return []
     device = manifest.get("device", {}).get("device", "a machine that was not recorded")

@@ -71,15 +71,15 @@ class Bench:
         val: Sequence[Packed],
         scored: Sequence[Packed],
     ) -> Outcome | None:
-        """Return `try_out(...)` if this run asks `question`; else print its cost and the command, and return None."""
+        """Return `try_out(...)` if `question` is part of this run; else print its cost and the command."""
         if question in self.questions:
             return self.try_out(arms, train, val, scored)
         n = len(arms) * self.seeds
         minutes = next(iter(arms.values())).minutes
         asked = ",".join([*self.questions, question])
         print(
-            f"Not asked by this run: {n} trainings of {duration(60 * minutes)}, {duration(60 * minutes * n)} in all."
-            f" To ask: ./run_all.sh --run {self.run.folder.name} --only 04 -p questions {asked}"
+            f"Not part of this run: {n} trainings of {duration(60 * minutes)}, {duration(60 * minutes * n)} in all."
+            f" To run them: ./run_all.sh --run {self.run.folder.name} --only 04 -p questions {asked}"
         )
         return None
 

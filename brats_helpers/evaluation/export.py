@@ -1,4 +1,4 @@
-"""Hand a run's network on: as a model file, or as ONNX with a description of what comes before and after it."""
+"""Export a run's network: as a model file, or as ONNX with a description of the steps before and after it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +60,7 @@ def export_onnx(run: Run, path: Path) -> Path:
 
 
 def write_onnx(network: torch.nn.Module, channels: int, path: Path) -> None:
-    """Write a network of slices with so many channels, in `eval()`, as ONNX; see `export_onnx`."""
+    """Write a network of slices, in `eval()` and with this number of input channels, as ONNX; see `export_onnx`."""
     example = torch.zeros(2, channels, 2 * SIDE_MULTIPLE, 3 * SIDE_MULTIPLE)
     free = {"images": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch", 2: "height", 3: "width"}}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From scans on disk to label maps on disk: patients are read, predicted and written in parallel."""
+"""Predict scans on disk and write label maps; patients are read, predicted and written in parallel."""
 
 import shutil
 import zipfile
@@ -41,7 +41,7 @@ from brats_helpers.training.model_zip import packaged_model, read_facts
 __all__ = ["Network", "leaked", "load_network", "load_networks", "predict"]  # and what is defined here
 
 ENOUGH_TO_CHOOSE = 200
-"""Validation patients that post-processing is chosen by, at most."""
+"""Largest number of validation patients on which post-processing is chosen."""
 _READ_AHEAD = 2  # patients that are read while one is predicted
 
 
@@ -83,7 +83,7 @@ class _Scans:
 def predict_validation(
     networks: Sequence[Network], cases: Sequence[Case], prepared: Sequence[Packed], *, flips: bool
 ) -> list[tuple[np.ndarray, np.ndarray, Spacing]]:
-    """Predict the patients that thresholds may be chosen by: those that none of the networks was trained on.
+    """Predict the patients on which thresholds may be chosen: those that none of the networks was trained on.
 
     Args:
         networks, flips: see `networks.predict`.
@@ -117,7 +117,7 @@ def evaluate(
     hashes: Mapping[str, Collection[str]] | None = None,
     **how,
 ) -> dict[str, object]:
-    """Predict patients, write the files, and score them as written: the figures that anybody would get from them.
+    """Predict patients, write the label maps, and score them as written, so that anybody can reproduce the scores.
 
     Args:
         networks, cases, folder, how: see `predict_files`.
@@ -203,7 +203,7 @@ def predict_files(
     allow_leakage: bool = False,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[Prediction]:
-    """Predict patients and write `<case>_seg.nii.gz`. An existing segmentation is not looked at.
+    """Predict patients and write `<case>_seg.nii.gz`. An existing segmentation is ignored.
 
     Args:
         networks, flips: see `networks.predict`.
@@ -213,7 +213,7 @@ def predict_files(
         numbering: of the labels written, see `labels.NUMBERINGS`; `auto`: that of each patient.
         soft_dir: where to write the probabilities as well, see `write_soft`; None writes none.
         seen: patients that a network has seen and that are predicted nevertheless, as `networks.leaked` returns
-            them; `leakage.json` in `folder` names them. None looks for them.
+            them; `leakage.json` in `folder` names them. None: find them here.
         allow_leakage: predict patients that a network has seen, if `seen` is None.
         skipped: filled with the reason for each patient that is not predicted. If None, a fault raises.
 
@@ -273,7 +273,7 @@ def predict_files(
 
 
 def _remarks(case: Case) -> str:
-    """What the line about a prediction says besides, in brackets."""
+    """Remarks in brackets at the end of the line about a prediction."""
     remarks = [] if case.seg else ["unlabelled"]
     if case.missing:
         remarks.append(f"{', '.join(case.missing)} taken as background")
@@ -284,7 +284,7 @@ Item = TypeVar("Item")
 
 
 def _behind(items: Iterable[Item], n: int) -> Iterator[Item]:
-    """The same items, each handed out when `n` more have been fetched."""
+    """The same items, each yielded when `n` more have been fetched."""
     held: deque[Item] = deque()
     for item in items:
         held.append(item)
@@ -304,7 +304,7 @@ def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | Non
 
 
 def _check(case: Case, packed: Packed) -> None:
-    """Look for what `audit` would find in the voxels: refuse what cannot be right, warn of what is doubtful."""
+    """Check the voxels as the audit does: refuse faulty scans, and warn of doubtful ones."""
     scans = {name: packed.images[:, k] for k, name in enumerate(case.modalities) if name in case.images}
     for name, scan in scans.items():
         if not scan.any():
@@ -353,7 +353,7 @@ def _classes(soft: np.ndarray) -> np.ndarray:
 
 
 def _refuse_seen(cases: Iterable[Case], seen: Mapping[str, str]) -> None:
-    """Raise `DataError` if a network has seen a patient who can be scored; no score comes of the others."""
+    """Raise `DataError` if a network has seen a patient who can be scored; the others get no score anyway."""
     scorable = {case.id: seen[case.id] for case in cases if case.seg and case.id in seen}
     if scorable:
         raise DataError(said_of(scorable))
@@ -369,7 +369,7 @@ def said_of(seen: Mapping[str, str]) -> str:
 
 
 def _note_leakage(folder: Path, case_id: str, seen: bool) -> None:
-    """Keep `leakage.json` of a folder of predictions true for a patient about to be written."""
+    """Update `leakage.json` in a folder of predictions for a patient who is about to be written."""
     before = read_leakage(folder)
     if (case_id in before) != seen:
         write_json(folder / "leakage.json", sorted(before ^ {case_id}))
@@ -389,13 +389,13 @@ def write_soft(path: Path, packed: Packed, soft: np.ndarray, like: nib.Nifti1Ima
 
 
 def write_submission(folder: Path, predictions: Mapping[str, Path]) -> Path:
-    """Copy label maps to `folder` as `<case>.nii.gz` and pack them into `<folder>.zip`, as the challenge takes them.
+    """Copy label maps to `folder` as `<case>.nii.gz` and pack them into `<folder>.zip`, in the challenge's format.
 
     The uploads of BraTS 2020 (CBICA's portal) and 2021 (Synapse) asked for one archive without folders, each file
     named after the patient's folder, in the geometry of the scans.
 
     Args:
-        folder: made where it does not exist.
+        folder: created if missing.
         predictions: by ID, the file written by `predict_files`.
 
     Returns:
@@ -417,12 +417,12 @@ def predict_folders(
     The label colour tables of `colours` are written beside the label maps.
 
     Args:
-        checkpoints: `best.pt` of one run, or of several to be averaged; none takes the packaged network.
+        checkpoints: `best.pt` of one run, or of several to be averaged; the packaged network if empty.
         folders: patients' folders, or folders of patients; only the networks' modalities are read.
-        out: where `<case>_seg.nii.gz` go; made where it does not exist.
+        out: where `<case>_seg.nii.gz` go; created if missing.
         device: `auto`, `cpu` or `cuda`.
-        fill_missing: take a modality that a patient lacks as background, which is always done if every network was
-            trained with `modality_dropout`.
+        fill_missing: treat a modality that a patient lacks as background; always on if every network was trained with
+            `modality_dropout`.
         how: see `predict_files`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Trained networks: rebuilt from their checkpoints, asked about prepared patients."""
+"""Trained networks: rebuild them from their checkpoints, and predict prepared patients."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from brats_helpers.training.dataset import patients
 from brats_helpers.training.model import rebuild
 
 AT_ONCE = {"cpu": 8, "cuda": 64}
-"""Slices predicted at once, by type of device. On a CPU, more do not fit its caches."""
+"""Slices predicted at once, by type of device. More would not fit the caches of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
     """Rebuild a network from its checkpoint alone.
 
     Raises:
-        DataError: there is no such file, or it is no checkpoint of this suite.
+        DataError: there is no such file, or it is not a checkpoint of this suite.
     """
     model, saved = read_onnx(checkpoint) if checkpoint.suffix == ".onnx" else (None, read_checkpoint(checkpoint))
     if "epoch" not in saved:
@@ -78,7 +78,7 @@ def load_network(checkpoint: Path, *, device: torch.device) -> Network:
         seen, epoch = (frozenset(saved["train_cases"]), frozenset(saved["val_cases"])), saved["epoch"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint} is no checkpoint to predict with ({what}).") from error
+        raise CheckpointError(f"{checkpoint} is not a checkpoint to predict with ({what}).") from error
     return Network(model.to(device).eval(), saved["settings"], *seen, epoch, saved.get("facts") or {})
 
 
@@ -106,7 +106,7 @@ def in_order(networks: Sequence[Network], cases: Iterable[Case]) -> list[Case]:
     A modality that a patient lacks counts as background if every network `does_without`.
 
     Raises:
-        DataError: a patient lacks one of these modalities, which was not to be taken as background; or all of them.
+        DataError: a patient lacks all of these modalities, or one that does not count as background.
     """
     wanted, ordered = networks[0].modalities, []
     for case in cases:
@@ -131,11 +131,11 @@ def leaked(
 
     Args:
         networks: one or more.
-        cases: those in question.
+        cases: the patients to look up.
         hashes: see `identity.seen_before`.
 
     Returns:
-        By ID, why, in words that continue a sentence about the patient.
+        By ID the reason, in words that continue a sentence about the patient.
     """
     cases, seen = list(cases), {}
     for network in networks:
@@ -169,7 +169,7 @@ def predict(
     total = None
     for network in networks:
         shown = _as_trained(network, case, channels, spacing_mm)
-        soft = _ask(network, shown, flips)
+        soft = _probabilities(network, shown, flips)
         if network.resamples(spacing_mm):
             shape = (len(case.images), *case.images.shape[2:])
             soft = resample_back(soft, shape, spacing_mm, network.spacing_mm)
@@ -189,10 +189,10 @@ def _as_trained(network: Network, case: Packed, channels: Sequence[str], spacing
 
 
 @torch.inference_mode()
-def _ask(network: Network, case: Packed, flips: bool) -> np.ndarray:
-    """Probabilities of one network over the box of a case that looks as its training patients did."""
+def _probabilities(network: Network, case: Packed, flips: bool) -> np.ndarray:
+    """Probabilities of one network over the box of a case with the channels and voxel size of its training."""
     device = next(network.model.parameters()).device
-    # On a CPU in float32: every machine, and onnxruntime, then gives the same label map.
+    # float32 on a CPU, so that every machine and onnxruntime give the same label map.
     precision = choose_precision(device) if device.type == "cuda" else "no"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     depth, _, height, width = case.images.shape

@@ -18,7 +18,7 @@ class OnnxNetwork(nn.Module):
         path: of the `.onnx` file.
 
     Raises:
-        DataError: onnxruntime is not installed, or the file is no ONNX model.
+        DataError: onnxruntime is not installed, or the file is not an ONNX model.
     """
 
     def __init__(self, path: Path):
@@ -34,7 +34,9 @@ class OnnxNetwork(nn.Module):
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no public base class of its errors
-            raise DataError(f"{path} is no ONNX model ({type(error).__name__}: {error}). Export it again.") from error
+            raise DataError(
+                f"{path} is not an ONNX model ({type(error).__name__}: {error}). Export it again."
+            ) from error
         self.register_parameter("device", nn.Parameter(torch.zeros(0), requires_grad=False))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a network scores on real patients by their modalities, and what to say about the packaged network."""
+"""A network's scores on real patients, by the modalities they have, and messages about the packaged network."""
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
@@ -32,7 +32,7 @@ def introduction(facts: Mapping) -> str:
     """
     saved = facts["checkpoint"]
     line = (
-        f"no --checkpoint: taking the packaged network, {saved['settings']['encoder']}"
+        f"no --checkpoint: using the packaged network, {saved['settings']['encoder']}"
         f" trained on {len(saved['train_cases'])} simulated patients"
     )
     if not (listed := facts.get("real")):
@@ -42,7 +42,7 @@ def introduction(facts: Mapping) -> str:
         names, dice = whole_dice(scores)
         text = f"{figures_text(dice)} on {scores['n']} real patients ({scores['patients']})"
         lacks = {*saved["settings"]["modalities"]} - {*names.split(",")}
-        scored.append(f"{text} who have {names} alone" if lacks else text)
+        scored.append(f"{text} who have only {names}" if lacks else text)
     return f"{line}; mean Dice {'; '.join(scored)}"
 
 
@@ -58,7 +58,7 @@ def without_lines(facts: Mapping, cases: Iterable[Case]) -> list[str]:
             if names in one["dice"]
         ]
         if scored:
-            lines.append(f"with {names} alone: mean Dice {', and '.join(scored)}")
+            lines.append(f"with only {names}: mean Dice {', and '.join(scored)}")
     return lines
 
 

@@ -12,7 +12,7 @@ from brats_helpers.data.filenames import is_nifti, recognise
 from brats_helpers.data.layouts import walk
 
 _SUGGESTED = 20  # most names that get a suggestion, because finding one is slow
-_YEAR = re.compile(r"^brats\d+", re.IGNORECASE)  # of BraTS20_Training_001, which says nothing about the patient
+_YEAR = re.compile(r"^brats\d+", re.IGNORECASE)  # in BraTS20_Training_001; it does not identify the patient
 Digits = tuple[int, ...]
 
 
@@ -22,7 +22,7 @@ class PairedFiles:
 
     Attributes:
         pred, truth: the files.
-        name: what the prediction is called; another name than the reference's if they were paired by digits.
+        name: the prediction's name, which differs from the reference's if they were paired by digits.
     """
 
     pred: Path
@@ -69,7 +69,7 @@ def find_pairs(
 
 
 def _predictions(root: Path, known: Container[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Label maps by ID, and by ID why there is none; a file whose name is no ID gets the name of its folder."""
+    """Label maps by ID, and by ID why there is none; a file whose name is not an ID takes the name of its folder."""
     in_folders = [path for path in walk(root) if is_nifti(path) and path.is_file() and path.parent != root]
     places = Counter(path.name for path in in_folders)
     by_folder = defaultdict(list)

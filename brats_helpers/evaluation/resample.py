@@ -46,7 +46,7 @@ def resample_back(
         soft: float32 (slices, classes, height, width).
         shape: (slices, height, width) of the patient's box.
         spacing_mm: the patient's voxel size along X, Y, Z.
-        network_mm: the network's.
+        network_mm: the network's voxel size.
 
     Returns:
         float32 (*shape, with the classes on the second axis); where the probabilities summed to 1, they still do.

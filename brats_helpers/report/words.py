@@ -40,10 +40,12 @@ def _packaged(dice: Mapping[str, float | None] | None) -> str:
 
 def _published(metrics: Mapping) -> str:
     if metrics.get("simulated"):
-        return "These patients are simulated, so no published score compares: only runs on the same patients do."
+        return "These patients are simulated, so no published score is comparable: only runs on the same patients are."
     own = [PUBLISHED[name] for name in PUBLISHED if all(case_id.startswith(name) for case_id in metrics["cases"])]
     if not own or not str(metrics.get("convention", "")).startswith("brats2020"):
-        return "No published score compares: it would need the same data set and rule. Runs on the same patients do."
+        return (
+            "No published score is comparable: it would need the same data set and rule. Runs on the same patients are."
+        )
     scores = ", ".join(f"{region} {dice:.3f}" for region, dice in zip(REGIONS, own[0].dice, strict=True))
     return f"Published for comparison: {scores} by {own[0].source}. Other patients, so only an indication."
 
@@ -73,7 +75,7 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
     if len(metrics["cases"]) < ENOUGH and not parts:
         steps.append("Test more patients (-p split) or cross-validate (--folds 5): the intervals are wide.")
     if metrics.get("simulated"):
-        steps.append("Take real patients: --data FOLDER, or --data kaggle --profile small.")
+        steps.append("Use real patients: --data FOLDER, or --data kaggle --profile small.")
     else:
         steps.append("Compare with the packaged network, which needs no training: python -m brats_helpers predict.")
     return steps

@@ -1,4 +1,4 @@
-"""Make the suite importable in a notebook, wherever it was opened. Needs the standard library alone.
+"""Make the suite importable in a notebook, wherever it was opened. Needs only the standard library.
 
 The second code cell of every notebook looks for this file in the usual places and in what is installed, clones the
 suite if there is no copy, and runs it. This file mounts Google Drive if the run's folder is there, and installs the
@@ -37,8 +37,8 @@ def set_up(script: Path, *, run_dir: str = "") -> None:
         return
     if not is_checkout(root):
         raise RuntimeError(
-            f"{first.parent} is there without the packages that it needs, which pyproject.toml and requirements.txt"
-            " beside it would list. Put the whole folder of the suite beside this notebook."
+            f"{first.parent} lacks the packages that it needs, and the pyproject.toml and requirements.txt that list"
+            " them are not beside it. Put the whole folder of the suite beside this notebook."
         )
     done = subprocess.run([sys.executable, "-P", str(root / "brats_helpers" / "suite" / "environment.py")])
     if done.returncode:

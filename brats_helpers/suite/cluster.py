@@ -103,7 +103,7 @@ def _local_cluster(workers: int):
     n_gpus = torch.cuda.device_count()
     if 0 < n_gpus < workers:
         raise ClusterError(
-            f"--workers {workers}: each worker needs a GPU of its own, and this machine has {n_gpus}. Take"
+            f"--workers {workers}: each worker needs a GPU of its own, and this machine has {n_gpus}. Use"
             f" --workers {n_gpus}, or CUDA_VISIBLE_DEVICES= before the command for the CPU alone."
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpus)))).split(",")

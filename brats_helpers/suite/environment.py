@@ -130,7 +130,7 @@ def _pip(command: list[str], place: Path, extra: str | None) -> int:
 
 
 def _copy(root: Path, place: Path) -> None:
-    """Copy what pip needs, with a version that tells this copy from one of other sources."""
+    """Copy what pip needs, with a version that distinguishes it from a copy of other sources."""
     for name in ("pyproject.toml", "requirements.txt"):
         shutil.copyfile(root / name, place / name)
     shutil.copytree(root / "brats_helpers", place / "brats_helpers", copy_function=shutil.copyfile)

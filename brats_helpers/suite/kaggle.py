@@ -109,7 +109,7 @@ def _push(metadata: dict, text: str) -> str:
             answer = api.kernels_push(folder)
     refused = ", ".join(answer.invalid_dataset_sources or [])
     if answer.error or refused:
-        raise KaggleError(f"Kaggle did not take the notebook: {answer.error or f'it has no data set {refused}'}")
+        raise KaggleError(f"Kaggle did not accept the notebook: {answer.error or f'it has no data set {refused}'}")
     return answer.url
 
 

@@ -37,7 +37,7 @@ class Parameter:
         """Return the value that `text` stands for, in the declared type.
 
         Raises:
-            UsageError: `text` is no value of that type.
+            UsageError: `text` is not a value of that type.
         """
         try:
             if self.type == "bool":
@@ -70,7 +70,7 @@ class Notebook:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """The value of every parameter that nobody sets."""
+        """The default value of every parameter."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
 
@@ -112,7 +112,7 @@ def read_settings(text: str) -> dict[str, str]:
     """Split the text of the parameter `settings`, and check every value.
 
     Raises:
-        UsageError: no such setting, a value that it may not have, or text that is not of the form `name=value`.
+        UsageError: an unknown setting, a value that is not allowed, or text that is not of the form `name=value`.
     """
     try:
         values = from_text(text)

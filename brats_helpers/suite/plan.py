@@ -112,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="./run_all.sh",
-        description="Run the notebooks in order, into runs/NAME/. The same command again continues where it stopped.",
+        description="Run the notebooks in order, into runs/NAME/. Repeat the command to continue an interrupted run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -251,7 +251,7 @@ def _check_options(options: argparse.Namespace, *, has_members: bool) -> None:
 
 
 def _check_run(options: argparse.Namespace, manifest: dict, *, name: str, has_members: bool) -> None:
-    """Refuse to continue a run as something else than it was begun as."""
+    """Refuse to continue a run under another profile, or a single training as folds or a sweep and vice versa."""
     before = manifest.get("profile", options.profile or "demo")
     if options.profile is None and before != "demo":
         raise UsageError(
@@ -301,7 +301,7 @@ def _folder(name: str, root: Path) -> Path:
 
 
 def _for_kaggle(options: argparse.Namespace, profile: str, data: str) -> list[str]:
-    """The arguments of `run_all.sh` on Kaggle; what lies on this machine is refused."""
+    """The arguments of `run_all.sh` on Kaggle; parameters that point to files of this machine are refused."""
     if data not in DATA_NAMES:
         raise UsageError(f"--on kaggle has Kaggle's data sets and simulated patients: --data kaggle, not {data}")
     for key, text in options.pairs:
@@ -327,7 +327,7 @@ def _picked(only: str | None) -> list[str]:
 
 
 def _combinations(swept: list[list[str]], notebooks: Mapping[str, Notebook]) -> dict[str, dict]:
-    """Each combination of the values of `--sweep`, by its name; one without a value where nothing is swept."""
+    """Each combination of the values of `--sweep`, by its name; without a sweep, one that changes nothing."""
     train, evaluate = (notebooks[stage].parameters for stage in PER_FOLD)
     further = notebooks[PER_FOLD[0]].further
     combinations: dict[str, dict] = {"": {}}

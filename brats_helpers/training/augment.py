@@ -1,7 +1,7 @@
 """Random changes to a batch on its device: image and mask together, labels never mixed.
 
 Slices and patches go through the same lines: a smooth field over an image, and a blur of it, are small matrices along
-each of its axes. Written here, because MONAI and TorchIO change one sample at a time on the CPU, and are slower
+each of its axes. Written here because MONAI and TorchIO change one sample at a time on the CPU, and are slower
 (`benchmarks/augmentation.py`), and Kornia's random numbers are one stream for the whole batch.
 """
 
@@ -44,15 +44,15 @@ def augment(
         images: float32 (batch, channels, [depth,] height, width), background 0.
         masks: integer (batch, [depth,] height, width), class indices.
         strength: one of `STRENGTHS`.
-        modalities: how many; channel k is of modality k modulo this.
-        generators: one a sample, on the CPU. What happens to a sample depends on its own generator alone, not on
+        modalities: their number; channel k belongs to modality k modulo this number.
+        generators: one per sample, on the CPU. What happens to a sample depends on its own generator alone, not on
             its neighbours in the batch; the same state gives the same changes again on the same device.
         modality_dropout: share of the samples in which some modalities, but not all, become background in all their
             slices. Every such subset is equally likely.
 
     Returns:
         Images and masks of the same shapes and dtypes; masks hold no value they did not hold before,
-        save background that moved in.
+        except background that moved in.
     """
     if strength not in STRENGTHS:
         raise ValueError(f"augment {strength!r}: expected one of {', '.join(STRENGTHS)}.")
@@ -120,13 +120,13 @@ def _field(channels: int, knots: int, amount: float, images, generators):
 
 
 def _along(images: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:
-    """Every line of the images along an axis times a matrix (new, old), or times that of its row of the batch."""
+    """Multiply every line of the images along an axis by a matrix (new, old), one for all samples or one for each."""
     lines = images.movedim(axis, -1)
     return (lines.flatten(1, -2) @ matrices.mT).unflatten(1, lines.shape[1:-1]).movedim(-1, axis)
 
 
 def _intensity(images, modalities: int, generators, *, amount: float):
-    """Contrast, brightness and gamma, each modality of each sample by its own draw."""
+    """Change contrast, brightness and gamma, drawn for each modality of each sample."""
     images = images.unflatten(1, (-1, modalities))  # slices
     space = (1, *range(3, images.ndim))
     shape = (1, modalities, *[1] * (images.ndim - 3))
@@ -140,7 +140,7 @@ def _intensity(images, modalities: int, generators, *, amount: float):
 
 
 def _coarsen(images, modalities: int, generators):
-    """Half of the modalities through a Gaussian of up to 1.5 pixels, a quarter through pixels up to twice as wide."""
+    """Blur half of the modalities by up to 1.5 pixels, and give half of them pixels up to twice as wide."""
     slices = images.shape[1] // modalities
     sigma = _uniform((modalities,), -1.5, 1.5, generators).clamp_min(0).repeat(1, slices).flatten()
     pitch = _uniform((modalities,), -2, 2, generators).clamp_min(1).repeat(1, slices).flatten()
@@ -182,7 +182,7 @@ def _noise(images, generators):
 
 
 def _present(images, modalities: int, generators, *, share: float):
-    """Which channels are there, (batch, channels, 1, ...): in a share of the samples one modality is not."""
+    """Which channels are present, (batch, channels, 1, ...): in a share of the samples one modality is missing."""
     lost = _uniform((), 0, 1, generators) < (share if modalities > 1 else 0)
     which = _uniform((), 0, modalities, generators).long()
     return _channels(images, ~(lost[:, None] & (torch.arange(modalities) == which[:, None])))

@@ -278,7 +278,7 @@ def validate(
         cases: the patients of the loader, with their labels.
         criterion: the loss.
         accelerator: adds up the counts of several processes.
-        precision: of `steps.DTYPES`.
+        precision: a key of `steps.DTYPES`.
         at_once: samples that go through the network together.
     """
     network.eval()

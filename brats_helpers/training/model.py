@@ -46,10 +46,10 @@ def build_model(
         encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
             or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
-            whose whole network is the start; `simulated` is the packaged one.
+            whose whole network is loaded; `simulated` is the packaged one.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
-        patch_size: edge of the patches in voxels, a multiple of 16 from 32 on; no effect on a network of slices.
+        patch_size: edge of the patches in voxels, a multiple of 16, at least 32; no effect on a network of slices.
         decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on a network of patches.
         modalities: of the input channels, in order, which a checkpoint's channels are matched with by name; empty
             takes them as they are. See `weights.fine_tune`.
@@ -68,8 +68,8 @@ def build_model(
     if sees_patches(encoder):
         if weights == "imagenet" or (state and "model" not in state):
             raise WeightsError(
-                f"encoder_weights {weights!r}: {encoder} is 3D and has no pretrained encoder; ImageNet's are of flat"
-                " pictures. Take -p encoder_weights none, or a checkpoint of the same network."
+                f"encoder_weights {weights!r}: {encoder} is 3D and has no pretrained encoder; ImageNet's are for 2D"
+                " images. Use -p encoder_weights none, or a checkpoint of the same network."
             )
         model, head = _patch_network(encoder, in_channels, patch_size)
     else:
@@ -156,9 +156,9 @@ def rebuild(saved: Mapping) -> nn.Module:
 
 
 def first_filters(model: nn.Module) -> torch.Tensor:
-    """Return the weights of a network's first convolution, (filters, channels, height, width); of 3D ones the middle.
+    """Return the weights of a network's first convolution, (filters, channels, height, width).
 
-    They are a copy on the CPU.
+    They are a copy on the CPU; of 3D filters, the middle slice.
     """
     convolutions = (nn.Conv2d, nn.Conv3d)
     first = next(module for module in model.modules() if isinstance(module, convolutions))

@@ -1,4 +1,4 @@
-"""Before a training: choose sizes that fit the device and the faster precision, and estimate the cost."""
+"""Before training: choose sizes that fit the device, pick the faster precision, and estimate the cost."""
 
 import copy
 import math
@@ -44,8 +44,8 @@ def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Exec
     Args:
         text: further settings, such as `"ema=0.9, warm_up=0.1"`, see `settings.from_text`.
         device: to train on.
-        values: the settings that the notebook has parameters for. `encoder` auto is chosen by the weights that can be
-            had (see `weights.choose_encoder`), `batch_size` 0 by the device (see `choose_sizes`). The decoder, if not
+        values: the settings that the notebook has parameters for. `encoder` auto depends on the available weights (see
+            `weights.choose_encoder`), `batch_size` 0 on the device (see `choose_sizes`). The decoder, if not
             given, is the packaged network's if the training starts from that.
 
     Returns:
@@ -161,7 +161,7 @@ class Preflight:
             hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & os.environ.keys()
             limit = f", where a session ends after {LONG_HOURS} hours" if hosted else ""
             warn(
-                f"would take about {duration(predicted['seconds'])} on this machine{limit}. Take a GPU, or -p minutes"
+                f"would take about {duration(predicted['seconds'])} on this machine{limit}. Use a GPU, or -p minutes"
                 " 60, or fewer slices_per_epoch, or --profile small. You can stop it at any time and resume it later."
             )
 
@@ -192,7 +192,7 @@ def measure(
         batches: of the training.
         val: see `dataset.patients`.
         workers: processes that load batches.
-        deterministic: take the precision that the device supports best, rather than the one measured as faster.
+        deterministic: use the precision that the device supports best, rather than the one measured as faster.
 
     Raises:
         MemoryError: not even one slice fits.

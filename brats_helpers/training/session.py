@@ -70,7 +70,7 @@ class Session:
         average: its EMA.
         criterion: the loss.
         optimizer: of the network, one group for the encoder and one for the rest.
-        precision: of `steps.DTYPES`.
+        precision: a key of `steps.DTYPES`.
         micro_batch: samples at a time.
     """
 

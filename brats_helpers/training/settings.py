@@ -13,12 +13,12 @@ from typing import NamedTuple, Self
 from brats_helpers.labels import CLASSES, MODALITIES
 
 DECODER = (256, 128, 64, 32, 16)
-"""Channels of the blocks of the U-Net's decoder, from the deepest, if nobody says otherwise."""
+"""Channels of the blocks of the U-Net's decoder, from the deepest, by default."""
 STRENGTHS = ("none", "basic", "strong")
-"""How much augmentation, see `augment.augment`."""
+"""Levels of augmentation, see `augment.augment`."""
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 _ELEMENTS = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float}
-"""The types of fields that hold several values, and of one value."""
+"""The types of fields that hold several values, each with the type of one value."""
 
 
 class SettingsError(ValueError):
@@ -259,7 +259,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `SettingsError` unless `text` is a value that the setting `name` may have."""
+    """Raise `SettingsError` unless `text` is an allowed value of the setting `name`."""
     _check_name(name)
     kind = next(field.type for kind in (Settings, Execution) for field in fields(kind) if field.name == name)
     _checked(name, kind, _parsed(name, kind, text))

@@ -21,14 +21,14 @@ from brats_helpers.training.settings import Settings
 PROJECT = "brats"
 """The name under which a tracker collects the runs."""
 _FILE = "tracker.json"
-_GO_ON = {
+_RESUME = {
     "mlflow": (lambda run: run.info.run_id, lambda run_id: {"run_id": run_id}),
     "trackio": (lambda run: run.name, lambda name: {"name": name, "resume": "must"}),
     "wandb": (lambda run: run.id, lambda run_id: {"id": run_id, "resume": "allow"}),
 }
-"""By tracker: where its run's identity is, and the arguments that go on with that run.
+"""By tracker: how to get a run's ID, and the arguments that resume the run with that ID.
 
-TensorBoard needs neither, as a run is a folder. The other trackers begin a new run instead.
+TensorBoard needs neither, because its run is a folder. The other trackers start a new run instead.
 """
 
 
@@ -42,7 +42,7 @@ def check_tracker(tracker: str) -> None:
 def tracked(
     accelerator: Accelerator, tracker: str, settings: Settings, folder: Path, *, resumed: bool
 ) -> Iterator[None]:
-    """Open the tracker's run for a training, and close it however the training ends.
+    """Open the tracker's run for a training, and close it even if the training fails.
 
     Args:
         accelerator: see `session.make_accelerator`.
@@ -53,7 +53,7 @@ def tracked(
     """
     known = _known(folder) if resumed else {}
     if known.get("tracker") == tracker:
-        _go_on(accelerator, tracker, known.get("run"))
+        _resume(accelerator, tracker, known.get("run"))
     if tracker != "none" and not accelerator.trackers:
         accelerator.init_trackers(PROJECT, config={name: str(value) for name, value in asdict(settings).items()})
     if accelerator.is_main_process:
@@ -67,7 +67,7 @@ def tracked(
 def log_scores(folder: Path, metrics: Mapping) -> None:
     """Add the mean test scores of WT, TC and ET to the tracker's run of a training; without a tracker, do nothing.
 
-    The names hold the rule and, where that is so, that the patients are simulated or were seen in training:
+    The names contain the rule, and say if the patients are simulated or were seen in training:
     `test_brats2020_WT_dice`, `simulated_test_brats2020_WT_dice`. A tracker that fails is a warning.
 
     Args:
@@ -88,7 +88,7 @@ def log_scores(folder: Path, metrics: Mapping) -> None:
     try:
         check_tracker(tracker)
         accelerator = make_accelerator(torch.device("cpu"), tracker=tracker, folder=folder)
-        _go_on(accelerator, tracker, known.get("run"))
+        _resume(accelerator, tracker, known.get("run"))
         if not accelerator.trackers:
             accelerator.init_trackers(PROJECT)
         accelerator.log(scores)
@@ -107,18 +107,18 @@ def _note(accelerator: Accelerator, tracker: str, folder: Path) -> None:
     if tracker == "none":
         (folder / _FILE).unlink(missing_ok=True)
         return
-    identity = _GO_ON[tracker][0](accelerator.get_tracker(tracker, unwrap=True)) if tracker in _GO_ON else None
+    identity = _RESUME[tracker][0](accelerator.get_tracker(tracker, unwrap=True)) if tracker in _RESUME else None
     write_json(folder / _FILE, {"tracker": tracker, "run": identity})
 
 
-def _go_on(accelerator: Accelerator, tracker: str, identity: str | None) -> None:
-    """Open the run of that identity; where it is gone, say so and open none."""
-    if tracker not in _GO_ON or identity is None:
+def _resume(accelerator: Accelerator, tracker: str, identity: str | None) -> None:
+    """Resume the run with this ID; if that fails, warn and open none."""
+    if tracker not in _RESUME or identity is None:
         return
     try:
-        accelerator.init_trackers(PROJECT, init_kwargs={tracker: _GO_ON[tracker][1](identity)})
+        accelerator.init_trackers(PROJECT, init_kwargs={tracker: _RESUME[tracker][1](identity)})
     except Exception as error:  # each tracker has errors of its own
-        warn(f"{tracker} cannot go on with its run {identity} and begins another: {error}")
+        warn(f"{tracker} cannot resume its run {identity} and starts another: {error}")
         accelerator.trackers.clear()
 
 

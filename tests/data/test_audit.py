@@ -328,7 +328,9 @@ def test_patients_that_differ_from_the_others_are_named(five):
     filled = {case_id: report["cases"][case_id]["files"]["t1"]["filled"] for case_id in "ABCDE"}
     assert filled["D"] == pytest.approx(filled["A"] * inside, rel=0.1)
     usual = np.median([*filled.values()])
-    assert messages["D"].startswith(f"{filled['D']:.0%} of the field is not 0, in the median patient {usual:.0%}")
+    assert messages["D"].startswith(
+        f"{filled['D']:.0%} of the field is not 0, against {usual:.0%} in the median patient"
+    )
 
 
 def test_a_set_of_another_spacing_is_compared_with_brats(five):
@@ -542,7 +544,7 @@ def test_tables(tmp_path):
     messages = sorted((f["file"], f["message"]) for f in report["summary"]["findings"] if f["code"] == "table")
     files = [file for file, _ in messages]
     assert files == ["name_mapping_other.csv", "survival_evaluation.csv", "survival_info.csv", "survival_info.csv"]
-    assert messages[2][1] == f"{ids[2]}: age 'old' is no number of years; it is not used."
+    assert messages[2][1] == f"{ids[2]}: age 'old' is not a number of years; it is not used."
     assert not any(f["severity"] == "error" for f in report["summary"]["findings"])
 
 

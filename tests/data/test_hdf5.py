@@ -181,7 +181,7 @@ def test_ambiguous_content_is_refused(brains, tmp_path):
     write(tmp_path / "split", 3, images, tissues(labels))
     assert "as 2 of 3 patients show" in assemble(tmp_path / "split", tmp_path)[1]
     write(tmp_path / "bare", 1, images, tissues(np.where(labels == 2, 1, labels)))
-    with pytest.raises(DataError, match="tells what is which. volume 1: not all three tissues"):
+    with pytest.raises(DataError, match="shows which channel is which. volume 1: not all three tissues"):
         assemble(tmp_path / "bare", tmp_path)
     write(tmp_path / "twice" / "a", 1, images, tissues(labels))
     write(tmp_path / "twice" / "b", 1, images, tissues(labels))

@@ -75,7 +75,9 @@ def test_a_pattern_names_the_person_by_its_group_or_its_match():
     assert person_of("BraTS-GLI-02062-100", r"^(S\d)") == "BraTS-GLI-02062"
 
 
-@pytest.mark.parametrize(("pattern", "said"), [("(", "no regular expression"), ("^Z", "found in no ID, such as A_1")])
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("(", "not a regular expression"), ("^Z", "found in no ID, such as A_1")]
+)
 def test_a_pattern_that_cannot_serve_is_refused(tmp_path, pattern, said):
     with pytest.raises(DataError, match=said):
         groups_of(["A_1", "A_2"], tmp_path, patient_pattern=pattern)

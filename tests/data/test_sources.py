@@ -267,7 +267,7 @@ def test_a_connection_that_stays_broken_is_resumed_by_the_next_run(account, kagg
     monkeypatch.setattr(time, "sleep", lambda _: None)
     kaggle.cuts = [1_300_000] + [0] * 100
     message = failure("kaggle", tmp_path)
-    assert "the connection broke, and again on resuming. Run again" in message
+    assert "the connection broke, and broke again after resuming. Run again" in message
     kaggle.cuts, kaggle.requests = [], []
     assert contents(find("kaggle", tmp_path).root) == FILES
     assert f"bytes={MIB}-" in kaggle.ranges()

@@ -28,7 +28,7 @@ def test_a_gain_in_every_patient_is_an_answer():
     assert sentence.endswith(", 8 simulated validation patients, p = 0.008.")  # 2 of 2^8 patterns of signs
     (sentence,) = answers({"a": HIGH, "b": LOW})
     assert sentence.startswith("b against a: worse.")
-    assert answers({"a": LOW}) == ["Not asked by this run: there is nothing to compare a with."]
+    assert answers({"a": LOW}) == ["Not part of this run: there is nothing to compare a with."]
 
 
 def test_several_comparisons_are_corrected_and_say_so():

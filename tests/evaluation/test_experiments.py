@@ -149,7 +149,7 @@ def test_a_question_that_is_not_asked_prints_its_cost_and_the_command(tried, cap
     arms = {name: dataclasses.replace(settings, minutes=10.0) for name, settings in arms.items()}
     assert bench.ask("backbones", arms, cases[:2], cases[2:3], cases[2:]) is None
     assert capsys.readouterr().out == (
-        "Not asked by this run: 2 trainings of 10 min 00 s, 20 min 00 s in all. To ask: ./run_all.sh --run"
+        "Not part of this run: 2 trainings of 10 min 00 s, 20 min 00 s in all. To run them: ./run_all.sh --run"
         f" {bench.run.folder.name} --only 04 -p questions start,backbones\n"
     )
 

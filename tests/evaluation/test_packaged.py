@@ -109,7 +109,7 @@ def test_a_patient_without_some_modalities_is_predicted_as_if_they_were_backgrou
     said = capsys.readouterr().out
     lacks = ", ".join(name for name in MODALITIES if name not in has)
     assert f"New: No {lacks}: every voxel there counts as background." in said
-    assert ("with flair,t1ce alone: mean Dice WT 0.85, TC 0.75, ET 0.64" in said) == (has == ("flair", "t1ce"))
+    assert ("with only flair,t1ce: mean Dice WT 0.85, TC 0.75, ET 0.64" in said) == (has == ("flair", "t1ce"))
 
     packed = pack(find_cases(whole)[0])
     images = np.array(packed.images)

@@ -16,9 +16,9 @@ def test_published_scores_stand_beside_runs_on_that_data_set_by_that_rule():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"simulated": True}, "no published score compares: only runs on the same patients do"),
-        ({"convention": "brats2023: lesion-wise"}, "No published score compares"),
-        ({"cases": {"Site_01": {}, "BraTS20_Training_001": {}}}, "No published score compares"),
+        ({"simulated": True}, "no published score is comparable: only runs on the same patients are"),
+        ({"convention": "brats2023: lesion-wise"}, "No published score is comparable"),
+        ({"cases": {"Site_01": {}, "BraTS20_Training_001": {}}}, "No published score is comparable"),
         ({"cases": {}}, ""),
     ],
 )
@@ -41,7 +41,7 @@ def test_the_next_steps_follow_from_the_run():
     assert only.startswith("Compare with the packaged network")
     first, *_ = next_steps(many | {"leakage": ["P1"]}, best={}, failed=0, parts=False)
     assert first.startswith("Score patients that the network has not seen")
-    assert next_steps(many | {"simulated": True}, best={}, failed=0, parts=True)[-1].startswith("Take real patients")
+    assert next_steps(many | {"simulated": True}, best={}, failed=0, parts=True)[-1].startswith("Use real patients")
     assert next_steps({}, best={}, failed=0, parts=True) == []
     assert next_steps({}, best={}, failed=0, parts=False)[0].startswith("Run the notebooks up to 03")
 

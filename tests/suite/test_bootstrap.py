@@ -174,7 +174,7 @@ def test_a_package_without_its_requirements_is_named(machine, tmp_path):
     packages = next((tmp_path / "python" / "lib").glob("python*/site-packages"))
     (packages / "segmentation_models_pytorch").unlink()
     done, facts = machine(tmp_path / "alone")
-    assert not facts and "is there without the packages that it needs" in done.stderr
+    assert not facts and "lacks the packages that it needs" in done.stderr
 
 
 def test_a_failed_installation_stops_the_notebook(machine, tmp_path):

@@ -214,7 +214,7 @@ def test_without_dask_the_message_says_what_to_install(plan, capsys, monkeypatch
 def test_each_worker_needs_a_gpu_of_its_own(plan, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert cluster.run_on_cluster(plan, print, [plan]) == [plan]
-    assert "this machine has 1. Take --workers 1" in capsys.readouterr().out
+    assert "this machine has 1. Use --workers 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

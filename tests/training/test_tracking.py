@@ -77,7 +77,7 @@ def test_a_run_that_mlflow_no_longer_has_is_replaced_with_a_warning(client, prep
     fit_tiny(prepared, tmp_path, {"tracker": "mlflow"}, epochs=1)
     (tmp_path / "tracker.json").write_text(json.dumps({"tracker": "mlflow", "run": 32 * "0"}))
     fit_tiny(prepared, tmp_path, {"tracker": "mlflow"}, epochs=2)
-    assert "begins another" in capsys.readouterr().out
+    assert "starts another" in capsys.readouterr().out
     steps = [[row.step for row in client.get_metric_history(run.info.run_id, "lr")] for run in runs_of(client)]
     assert sorted(steps) == [[1], [2]]
 

@@ -1,6 +1,6 @@
 "use strict";
 
-// Tables: a button in each heading sorts by its column. What has no figure stays at the end.
+// Tables: a button in each heading sorts by its column. Cells without a number stay at the end.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -23,7 +23,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Print: everything that is folded away comes out, and goes back afterwards.
+// Printing: open all closed sections, and close them afterwards.
 const folded = [];
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details:not([open])")) {
@@ -35,13 +35,13 @@ addEventListener("afterprint", () => {
   for (const details of folded.splice(0)) details.open = false;
 });
 
-// The viewer: a patient's slices come as one picture of tiles a modality, and one that holds both segmentations.
+// The viewer: a patient's slices come as one tiled image per modality, and one for both segmentations.
 // They are unpacked into volumes once, and cut in three planes from there.
 const viewer = document.getElementById("viewer");
 if (viewer) {
   const { patients, regions } = JSON.parse(document.getElementById("viewer-data").textContent);
   const control = (name) => viewer.querySelector(`[name=${name}]`);
-  const SCALE = 3; // canvas pixels a voxel
+  const SCALE = 3; // canvas pixels per voxel
   // Each plane: the axes that run right and down, the one that the slider moves along, and if down is towards the feet.
   const planes = [
     { name: "axial", right: 0, down: 1, along: 2, flip: false },
