@@ -102,7 +102,7 @@ def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simul
         "metrics": ["dice"],
     }
     results = []
-    if summary := metrics.get("summary"):
+    if (summary := metrics.get("summary")) and not metrics.get("leakage"):  # scores of seen patients are not valid
         found = {region: summary[region]["dice"]["mean"] for region in REGIONS if region in summary}
         dice = {region: mean for region, mean in found.items() if mean is not None}
         data, kind = ("simulated patients", "simulated") if simulated else ("BraTS", "brats")

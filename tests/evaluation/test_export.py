@@ -122,6 +122,14 @@ def test_a_region_that_the_rule_leaves_out_has_no_score_on_the_card(run, tmp_pat
     assert "| ET | - | - | - |" in card
 
 
+def test_scores_of_patients_that_the_network_had_seen_are_not_in_the_front_matter(run, tmp_path):
+    other = Run(shutil.copytree(run.folder, tmp_path / "other"))
+    write_json(other.metrics, json.loads(run.metrics.read_text()) | {"leakage": ["New_0"]})
+    card = model_card(other)
+    assert "model-index" in model_card(run) and "model-index" not in card
+    assert "These scores are not valid: the network had seen New_0." in card
+
+
 def test_names_that_do_not_fit_are_refused(run, models, tmp_path, capsys):
     assert main(["export", str(run.folder), "--out", str(tmp_path / "model.pt")]) == 1
     assert "expected a name that ends in .zip or .safetensors" in capsys.readouterr().out
