@@ -470,7 +470,9 @@ def test_the_same_scan_under_two_names(tmp_path):
     assert findings(report, "A") == {"same-scan": "warning"}
     assert findings(report, "C") == {"same-scan": "warning", "mixed-dtypes": "note"}
     finding = report["cases"]["C"]["findings"][0]
-    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith("t2: voxel for voxel a file of A too")
+    assert finding["file"] == "C/C_t2.nii" and finding["message"].startswith(
+        "t2: voxel for voxel the same as a file of A"
+    )
     assert [entry["group"] for entry in report["cases"].values()] == ["A", "B", "A"]
 
 

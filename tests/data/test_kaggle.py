@@ -101,11 +101,11 @@ def test_even_a_name_that_is_never_resolved_ends_the_question(monkeypatch):
     import requests
 
     monkeypatch.setattr(kaggle_data, "_PROBE_S", 0.2)
-    monkeypatch.setattr(requests, "head", lambda *_, **__: time.sleep(2))
+    monkeypatch.setattr(requests, "head", lambda *_, **__: time.sleep(5))
     began = time.monotonic()
     with pytest.raises(DataError, match="no answer"):
         kaggle_data.reach()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
 
 
 def test_a_busy_server_and_a_broken_connection_may_be_asked_again():

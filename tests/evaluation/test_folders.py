@@ -133,7 +133,7 @@ def test_a_folder_without_label_maps_is_an_error(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="No segmentation below"):
         score(tmp_path / "empty", folders[1])
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         score(tmp_path / "nowhere", folders[1])
 
 

@@ -252,7 +252,7 @@ def test_curves_grow_after_every_epoch_where_a_person_watches(history, tmp_path,
         shown.append(figure)
         return SimpleNamespace(update=shown.append)
 
-    monkeypatch.setattr("brats_helpers.machine.watched", lambda: True)
+    monkeypatch.setattr("brats_helpers.report.plots.training.watched", lambda: True)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     monkeypatch.setattr("IPython.display.display", display)
     rows, follow = history.to_dict("records"), plots.live_curves(run)
