@@ -5,7 +5,9 @@ import zipfile
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -185,7 +187,7 @@ def evaluate_packaged(cases: Sequence[Case], *, device: str, **how) -> dict[str,
     readable = all({*network.modalities} <= {*case.modalities} for case in labelled)
     if not labelled or not readable or leaked([network], labelled, hashes=how["hashes"]):
         return None
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # a line per file that is gone at once
         summary = evaluate([network], labelled, Path(folder), flips=False, **how)["summary"]
     return {region: summary[region]["dice"]["mean"] for region in REGIONS}
 
