@@ -192,14 +192,6 @@ def find_cases(root: Path | str, modalities: Sequence[str] = MODALITIES) -> list
     return cases
 
 
-def find_segs(root: Path | str) -> dict[str, Path | None]:
-    """Find every segmentation below `root`, see `survey_segs`; faulty patients are left out, with a warning."""
-    segs, faulty = survey_segs(root)
-    for case_id, reason in faulty.items():
-        warn(f"left out: {case_id}: {reason}")
-    return segs
-
-
 def survey_segs(root: Path | str) -> tuple[dict[str, Path | None], dict[str, str]]:
     """Find every patient's segmentation below `root`, whatever modalities lie beside it.
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from brats_helpers.evaluation.card import model_card
+from brats_helpers.evaluation.onnx import KIND, VERSION
 from brats_helpers.evaluation.packaged import check_scores
 from brats_helpers.evaluation.postprocess import NO_RULES
 from brats_helpers.files import read_json, write_json
@@ -84,8 +85,8 @@ def _description(run: Run, saved: Mapping) -> dict:
     settings, facts = saved["settings"], saved.get("facts", {})
     numbers = classes_to_labels(np.arange(len(CLASSES), dtype=np.uint8))
     return {
-        "kind": "brats_helpers ONNX",
-        "version": 1,
+        "kind": KIND,
+        "version": VERSION,
         "input": {
             "name": "images",
             "modalities": list(settings["modalities"]),

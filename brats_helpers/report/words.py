@@ -35,7 +35,7 @@ def _packaged(dice: Mapping[str, float | None] | None) -> str:
     if not dice:
         return ""
     scores = ", ".join(f"{region} {value:.3f}" for region, value in dice.items() if value is not None)
-    return f"Without any training, the packaged network has a mean Dice of {scores} on the same patients."
+    return f"The packaged network, used as it is, has a mean Dice of {scores} on the same patients."
 
 
 def _published(metrics: Mapping) -> str:
@@ -76,6 +76,6 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
         steps.append("Test more patients (-p split) or cross-validate (--folds 5): the intervals are wide.")
     if metrics.get("simulated"):
         steps.append("Use real patients: --data FOLDER, or --data kaggle --profile small.")
-    else:
+    elif not metrics.get("packaged"):
         steps.append("Compare with the packaged network, which needs no training: python -m brats_helpers predict.")
     return steps

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brats_helpers.__main__ import main
-from brats_helpers.data.cases import find_cases, find_segs, survey
+from brats_helpers.data.cases import find_cases, survey, survey_segs
 from brats_helpers.labels import DataError
 from tests.volumes import AFFINE, grid, save
 
@@ -120,7 +120,7 @@ def test_355_has_a_segmentation_of_another_name(tmp_path):
     (case,) = find_cases(tmp_path)
     assert case.id == "BraTS20_Training_355"
     assert case.seg.name == "W39_1998.09.19_Segm.nii"
-    assert find_segs(tmp_path) == {case.id: case.seg}
+    assert survey_segs(tmp_path)[0] == {case.id: case.seg}
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,10 @@ def codes(found):
     return {case_id: sorted(finding.code for finding in listed) for case_id, listed in found.findings.items()}
 
 
-def left_out(root, capsys):
-    """The one patient that finding segmentations leaves out, and the sentence why."""
-    capsys.readouterr()
-    find_segs(root)
-    (line,) = capsys.readouterr().out.splitlines()
-    mark, _, reason = line.partition("left out: ")
-    return reason
+def left_out(root):
+    """The one patient that is left out when segmentations are looked for, and the reason."""
+    ((case_id, reason),) = survey_segs(root)[1].items()
+    return f"{case_id}: {reason}"
 
 
 def test_two_candidates_for_the_segmentation(tmp_path, capsys):
@@ -245,7 +242,7 @@ def test_two_candidates_for_the_segmentation(tmp_path, capsys):
     message = "A: Two segmentations that differ, A/W1_segm.nii and A/W2_segm.nii; keep one of them."
     assert [case.id for case in find_cases(tmp_path)] == ["B"]
     assert capsys.readouterr().out == f"⚠️ left out: {message}\n"
-    assert left_out(tmp_path, capsys) == message
+    assert left_out(tmp_path) == message
     (tmp_path / "A/W2_segm.nii").write_bytes((tmp_path / "A/W1_segm.nii").read_bytes())
     assert find_cases(tmp_path)[0].seg.name == "W1_segm.nii"
     assert codes(survey(tmp_path)) == {"A": ["same-copy", "unusual-name"]}
@@ -318,7 +315,7 @@ def test_masks_in_a_folder_of_their_own_are_joined_by_id(tmp_path, mask):
     touch(tmp_path, f"{mask.format('P_1')}.nii.gz")
     first, second = find_cases(tmp_path)
     assert first.seg == tmp_path / f"{mask.format('P_1')}.nii.gz" and second.seg is None
-    assert find_segs(tmp_path) == {"P_1": first.seg, "P_2": None}
+    assert survey_segs(tmp_path)[0] == {"P_1": first.seg, "P_2": None}
 
 
 def test_a_mask_from_just_any_folder_is_used_with_a_warning_and_a_prediction_is_not(tmp_path):
@@ -341,11 +338,11 @@ def test_a_mask_that_lies_in_another_patients_folder_goes_by_its_id(tmp_path):
     assert codes(survey(tmp_path)) == {"A": ["mask-elsewhere"], "B": ["no-segmentation"]}
 
 
-def test_two_masks_elsewhere_that_differ(tmp_path, capsys):
+def test_two_masks_elsewhere_that_differ(tmp_path):
     patient(tmp_path, "A", "A", kinds=ALL)
     patient(tmp_path, "B", "B")
     differ(tmp_path, "labels/A.nii.gz", "masks/A_seg.nii.gz")
-    assert left_out(tmp_path, capsys) == (
+    assert left_out(tmp_path) == (
         "A: Two segmentations that differ, labels/A.nii.gz and masks/A_seg.nii.gz; keep one of them."
     )
 
@@ -426,7 +423,7 @@ def test_formats_that_are_not_read_are_named(tmp_path):
         ("unread-format", "C/1.dcm"),
     ]
     assert findings[0].message.startswith("2 .mha files") and findings[2].message.startswith("2 DICOM files")
-    for find in (find_cases, find_segs):
+    for find in (find_cases, survey_segs):
         with pytest.raises(DataError, match=r"2 \.mha files found but not read.*SimpleITK"):
             find(tmp_path)
 
@@ -506,20 +503,20 @@ def test_a_missing_modality_is_background_on_request(tmp_path):
     assert (finding.code, finding.severity) == ("filled-modality", "warning") and "No t1, t1ce" in finding.message
 
 
-def test_two_files_for_one_modality(tmp_path, capsys):
+def test_two_files_for_one_modality(tmp_path):
     patient(tmp_path, "A", "A")
     patient(tmp_path, "B", "B")
     touch(tmp_path, "A/A_t1ce.nii")
     assert [case.id for case in find_cases(tmp_path)] == ["A", "B"]  # a copy counts once
     assert codes(survey(tmp_path)) == {"A": ["same-copy"]}
     differ(tmp_path, "A/A_t1ce.nii")
-    assert left_out(tmp_path, capsys) == (
+    assert left_out(tmp_path) == (
         "A: Two files for t1ce that differ, A/A_t1ce.nii and A/A_t1ce.nii.gz; keep one of them."
     )
     assert [case.id for case in find_cases(tmp_path)] == ["B"]
 
 
-def test_one_patient_twice(tmp_path, capsys):
+def test_one_patient_twice(tmp_path):
     for folder in ("copy1", "copy2"):
         patient(tmp_path, f"{folder}/A", "A")
         patient(tmp_path, f"{folder}/B", "B", kinds=ALL)
@@ -529,7 +526,7 @@ def test_one_patient_twice(tmp_path, capsys):
     assert codes(survey(tmp_path)) == {"A": ["same-copy"], "B": ["same-copy"]}
     differ(tmp_path, "copy2/A/A_seg.nii.gz")
     message = "A: Two files for seg that differ, copy1/A/A_seg.nii.gz and copy2/A/A_seg.nii.gz; keep one of them."
-    assert left_out(tmp_path, capsys) == message
+    assert left_out(tmp_path) == message
     assert [case.id for case in find_cases(tmp_path)] == ["B"]
 
 
@@ -549,7 +546,7 @@ def test_files_that_are_no_scans(tmp_path):
     patient(tmp_path, ".part-1/A", "A")  # what a killed simulation leaves
     (tmp_path / "A/A_t2.nii").mkdir()
     assert [case.id for case in find_cases(tmp_path)] == ["A"]
-    assert list(find_segs(tmp_path)) == ["A"]
+    assert list(survey_segs(tmp_path)[0]) == ["A"]
 
 
 def test_a_missing_modality_names_patient_and_file(tmp_path):
@@ -642,7 +639,7 @@ def test_unknown_modalities(tmp_path, modalities):
 def test_label_maps_alone(tmp_path):
     touch(tmp_path, "B_seg.nii.gz", "A-seg.nii", "nested/C/C_seg.nii.gz", "bare/BraTS-GLI-00001-000.nii.gz")
     patient(tmp_path, "D", "D", kinds=("flair",))
-    assert find_segs(tmp_path) == {
+    assert survey_segs(tmp_path)[0] == {
         "A": tmp_path / "A-seg.nii",
         "B": tmp_path / "B_seg.nii.gz",
         "BraTS-GLI-00001-000": tmp_path / "bare/BraTS-GLI-00001-000.nii.gz",

@@ -10,7 +10,7 @@ import pytest
 
 from brats_helpers import labels
 from brats_helpers.data import nifti
-from brats_helpers.data.cases import find_segs
+from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.nifti import read_image, read_mask
 from brats_helpers.labels import DataError
 from tests.volumes import AFFINE, grid, save
@@ -278,7 +278,7 @@ def test_a_second_reader_sees_the_same(tmp_path):
     ],
 )
 def test_voxels_of_real_patients(real_patients, case, voxels):
-    classes, image = nifti.read_seg(find_segs(real_patients)[case], "brats2020")
+    classes, image = nifti.read_seg(survey_segs(real_patients)[0][case], "brats2020")
     assert classes.shape == (240, 240, 155)
     assert nifti.spacing_mm(image) == (1, 1, 1)
     assert tuple(np.bincount(classes.ravel(), minlength=4)[1:]) == voxels
