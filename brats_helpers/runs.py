@@ -22,6 +22,8 @@ PER_FOLD = ("02_train", "03_evaluate")
 
 FIGURE_REGISTER = "figures.json"
 """Beside the figures of a run: the names of the saved ones, so that a lost one is noticed."""
+NO_PATIENT = "no patient"
+"""In the title of a drawn figure, which shows neither simulated nor real patients."""
 
 
 class RunError(Exception):

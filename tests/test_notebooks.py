@@ -222,6 +222,12 @@ def test_the_manifest_tells_what_was_done_with_what(smoke):
     assert manifest["stages"]["02_train"]["parameters"]["batch_size"] == 4
 
 
+def test_all_figures_are_there_and_say_that_their_patients_are_simulated(smoke):
+    rows = [row.split(" | ") for row in (smoke / "validation.md").read_text("utf-8").splitlines()]
+    marks = {row[-1].removesuffix(" |"): row[0].removeprefix("| ") for row in rows if len(row) == 4}
+    assert marks["figures-present"] == marks["figures-honest"] == "✅"
+
+
 def test_the_question_of_the_profile_is_answered_and_the_others_say_what_they_cost(smoke):
     answers = json.loads((smoke / "answers.json").read_text())
     assert list(answers) == ["04_start.png"] and (smoke / "figures" / "04_start.png").is_file()

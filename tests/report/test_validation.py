@@ -9,7 +9,7 @@ import torch
 
 from brats_helpers.report.review import review
 from brats_helpers.report.validation import Line, Mark, tally, validate, write_markdown
-from brats_helpers.runs import NEEDS, Run
+from brats_helpers.runs import FIGURE_REGISTER, NEEDS, Run
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model
 from tests.conftest import write_tiny_case
 from tests.tiny_run import HOSTILE, PARTS, png, write_tiny_folds, write_tiny_run
@@ -348,6 +348,8 @@ def test_figures_that_lack_or_hide_that_patients_are_simulated(run):
     (run.figures / "02_curves.png").unlink()
     (run.figures / "03_scores.png").write_bytes(png("Scores"))
     (run.figures / "03_overlays.png").write_bytes(b"no picture")
+    (run.figures / "03_rule.png").write_bytes(png("What one voxel costs · a drawn slice, no patient"))
+    rewrite(run.figures / FIGURE_REGISTER, **{"03_rule.png": "What one voxel costs"})
     lines = look(run)
     assert lines["figures-present"].mark == Mark.FAILED
     assert lines["figures-present"].evidence.endswith("missing or unreadable: 02_curves.png, 03_overlays.png")

@@ -42,6 +42,7 @@ from brats_helpers.report.plots.style import (
     title,
     z_window,
 )
+from brats_helpers.runs import NO_PATIENT
 from brats_helpers.scoring.overlap import mean_dice_of_case
 from brats_helpers.scoring.scores import score_case
 
@@ -111,7 +112,7 @@ def one_false_voxel(*, name: str) -> Figure:
         show(ax, brain * 0.5, (0, 1), what if what.startswith("reference") else what + says)
         overlay(ax, classes)
     class_legend(figure)
-    title(figure, "What one false voxel costs", f"a drawn slice, no patient · convention {name}", False)
+    title(figure, "What one false voxel costs", f"a drawn slice, {NO_PATIENT} · convention {name}", False)
     return figure
 
 

@@ -1,6 +1,7 @@
 """Lines about figures, notebooks and the information needed to repeat the run."""
 
 from brats_helpers.report.validation.facts import Mark, NotDone, RunFacts, but, line, mark
+from brats_helpers.runs import NO_PATIENT
 
 FIGURES, CODE, DOCUMENTATION = "Visualisation", "Code quality", "Documentation"
 
@@ -16,7 +17,7 @@ def _present(facts: RunFacts) -> tuple[Mark, str]:
 @line("figures-honest", FIGURES, "Figures of simulated patients say so, and only those")
 def _honest(facts: RunFacts) -> tuple[Mark, str]:
     simulated = bool(facts.manifest["simulated"])
-    titles = {name: title for name, title in facts.figures.items() if title is not None}
+    titles = {name: text for name, text in facts.figures.items() if text is not None and NO_PATIENT not in text}
     wrong = [name for name, title in titles.items() if ("simulated" in title) != simulated]
     evidence = f"titles of {len(titles)} figures of {'simulated' if simulated else 'real'} patients"
     return mark(not wrong), evidence + but("wrong", wrong)
