@@ -107,7 +107,6 @@ class Bench:
         """
         for settings in arms.values():
             _check_unseen(settings.encoder_weights, scored)
-        found: dict[str, list[tuple[pd.DataFrame, dict]]] = {}
         todo: dict[str, tuple[str, Settings]] = {}
         keys: dict[str, list[str]] = {}
         for name, settings in arms.items():

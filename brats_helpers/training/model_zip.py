@@ -31,7 +31,7 @@ PACKAGED = Path(__file__).with_name("simulated.safetensors")
 
 
 class ModelZipError(DataError):
-    """A file is no model of this suite, or cannot be trusted; the message says why."""
+    """A file is not a model of this suite, or cannot be trusted; the message says why."""
 
 
 def write_model(path: Path, checkpoint: Mapping, *, facts: Mapping, card: str, half: bool = False) -> None:
@@ -120,7 +120,7 @@ def _read(path: Path, *, weights: bool) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ModelZipError(f"no model at {path}. `python -m brats_helpers export RUN --out {path.name}` makes one.")
     facts, tensors = (_read_zip if path.suffix == ".zip" else _read_safetensors)(path, weights)
     if not isinstance(facts, dict) or facts.get("kind") != KIND or not isinstance(facts.get("checkpoint"), dict):
-        raise ModelZipError(f"{path} is no model of this suite: its {FACTS} does not say so.")
+        raise ModelZipError(f"{path} is not a model of this suite: its {FACTS} does not say so.")
     if facts.get("version") != VERSION:
         raise ModelZipError(
             f"{path} has version {facts.get('version')} of the model format, expected {VERSION}. Export it again."
@@ -134,7 +134,7 @@ def _read_safetensors(path: Path, weights: bool) -> tuple[object, dict[str, torc
             facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
             return facts, {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
     except (SafetensorError, *_DAMAGED) as error:
-        raise ModelZipError(f"{path} is no safetensors file, or is damaged ({error}). Export it again.") from error
+        raise ModelZipError(f"{path} is not a safetensors file, or is damaged ({error}). Export it again.") from error
 
 
 def _read_zip(path: Path, weights: bool) -> tuple[object, dict[str, torch.Tensor]]:
@@ -157,7 +157,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     if unknown := sorted(sizes.keys() - _LIMITS.keys()):
         raise ModelZipError(f"{path} holds {unknown[0]!r}; a model holds only {', '.join(_LIMITS)}. Nothing was read.")
     if missing := [name for name in (FACTS, WEIGHTS) if name not in sizes]:
-        raise ModelZipError(f"{path} is no model of this suite: it has no {missing[0]}.")
+        raise ModelZipError(f"{path} is not a model of this suite: it has no {missing[0]}.")
     if len(archive.infolist()) > len(sizes):
         raise ModelZipError(f"{path} holds a member twice. Nothing was read.")
     for name, size in sizes.items():

@@ -58,15 +58,15 @@ def _decoder(value: tuple) -> bool:
 
 
 _TEXT = _Rule("a name", lambda value: isinstance(value, str) and bool(value))
-_COUNT = _Rule("a whole number from 0 on", lambda value: _whole(value, 0))
-_POSITIVE_COUNT = _Rule("a whole number from 1 on", lambda value: _whole(value, 1))
-_NUMBER = _Rule("a number from 0 on", lambda value: _real(value, 0, math.inf))
+_COUNT = _Rule("a whole number of at least 0", lambda value: _whole(value, 0))
+_POSITIVE_COUNT = _Rule("a whole number of at least 1", lambda value: _whole(value, 1))
+_NUMBER = _Rule("a number of at least 0", lambda value: _real(value, 0, math.inf))
 _SHARE = _Rule("a share from 0 to 1", lambda value: _real(value, 0, 1))
 _RULES = {
     "modalities": _Rule(f"one or more of {', '.join(MODALITIES)}, each once", _modalities),
     "encoder": _TEXT,
     "encoder_weights": _TEXT,
-    "decoder": _Rule(f"{len(DECODER)} whole numbers from 1 on", _decoder),
+    "decoder": _Rule(f"{len(DECODER)} whole numbers of at least 1", _decoder),
     "context_slices": _COUNT,
     "patch_size": _COUNT,
     "epochs": _POSITIVE_COUNT,
@@ -76,7 +76,7 @@ _RULES = {
     "foreground": _Rule("a share up to 1, or a negative number", lambda value: _real(value, -math.inf, 1)),
     "augment": _Rule(f"one of {', '.join(STRENGTHS)}", lambda value: value in STRENGTHS),
     "modality_dropout": _SHARE,
-    "class_weights": _Rule(f"{len(CLASSES)} numbers from 0 on, not all 0", _weights),
+    "class_weights": _Rule(f"{len(CLASSES)} numbers of at least 0, not all 0", _weights),
     "lr": _Rule("a number above 0", lambda value: _real(value, 0, math.inf) and value > 0),
     "encoder_lr": _SHARE,
     "weight_decay": _NUMBER,
@@ -84,7 +84,7 @@ _RULES = {
     "frozen_epochs": _COUNT,
     "unfreeze_epochs": _COUNT,
     "frozen_statistics": _Rule("true or false", lambda value: isinstance(value, bool)),
-    "ema": _Rule("a number from 0 to below 1", lambda value: _real(value, 0, 1) and value < 1),
+    "ema": _Rule("a number of at least 0 and below 1", lambda value: _real(value, 0, 1) and value < 1),
     "patience": _COUNT,
     "precision": _Rule(f"one of {', '.join(PRECISIONS)}", lambda value: value in PRECISIONS),
     "seed": _COUNT,

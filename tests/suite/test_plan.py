@@ -168,7 +168,7 @@ def test_settings_come_one_by_one_or_together():
     "pair, message",
     [
         (("emma", "0.9"), "no notebook has that parameter; did you mean ema"),
-        (("ema", "1.5"), "ema 1.5: expected a number from 0 to below 1"),
+        (("ema", "1.5"), "ema 1.5: expected a number of at least 0 and below 1"),
         (("ema", ""), "expected name=value"),
         (("settings", "emma=0.9"), "there is no setting 'emma': did you mean ema"),
         (("settings", "ema=0.9, ema=0.8"), "ema is given twice"),
@@ -188,7 +188,7 @@ def test_settings_can_be_swept():
     member = plan.with_values(plan.sweep[name], stages=["02_train"])
     assert member.values["02_train"]["settings"] == "ema=0.9, slices_per_epoch=16, warm_up=0.2"
     assert member.given["02_train"]["lr"] == 0.1
-    with pytest.raises(UsageError, match="ema 2.0: expected a number from 0 to below 1"):
+    with pytest.raises(UsageError, match="ema 2.0: expected a number of at least 0 and below 1"):
         make_plan(["--run", "no-such-run", "--sweep", "ema", "2"])
     with pytest.raises(UsageError, match="--sweep settings: no parameter of 02_train"):
         make_plan(["--run", "no-such-run", "--sweep", "settings", "ema=0.9"])

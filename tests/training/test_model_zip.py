@@ -53,10 +53,10 @@ def test_a_safetensors_file_that_is_torn_or_of_something_else_is_refused(tensors
     whole = tensors.read_bytes()
     for content in (whole[:-4], whole[:100], b"", b"\xff" * 64):
         tensors.write_bytes(content)
-        with pytest.raises(ModelZipError, match="is no safetensors file, or is damaged"):
+        with pytest.raises(ModelZipError, match="is not a safetensors file, or is damaged"):
             read_model(tensors)
     tensors.write_bytes(safetensors.torch.save(CHECKPOINT["model"]))
-    with pytest.raises(ModelZipError, match="is no model of this suite"):
+    with pytest.raises(ModelZipError, match="is not a model of this suite"):
         read_model(tensors)
     with pytest.raises(ModelZipError, match="export RUN --out none.safetensors"):
         read_model(tensors.with_name("none.safetensors"))
@@ -129,9 +129,9 @@ def test_a_huge_declared_size_is_refused_before_anything_is_read(path):
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ({"kind": "other"}, "is no model of this suite"),
+        ({"kind": "other"}, "is not a model of this suite"),
         ({"version": 99}, "has version 99"),
-        ({"checkpoint": 3}, "no model"),
+        ({"checkpoint": 3}, "not a model"),
     ],
     ids=str,
 )

@@ -82,8 +82,8 @@ def test_settings_are_completed_by_defaults_and_by_the_device():
     [
         ("emma=0.9", "no setting 'emma': did you mean ema"),
         ("epochs=3", "epochs is a parameter of the notebook. Set it there"),
-        ("patch_size=big", "patch_size 'big': expected a whole number from 0 on"),
-        ("processes=-1", "processes -1: expected a whole number from 0 on"),
+        ("patch_size=big", "patch_size 'big': expected a whole number of at least 0"),
+        ("processes=-1", "processes -1: expected a whole number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(text, message):

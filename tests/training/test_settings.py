@@ -31,34 +31,34 @@ AS_TEXT = {name: str(value) for name, value in dataclasses.asdict(SETTINGS).item
         ("modalities", ("flair", "flair"), "each once"),
         ("modalities", ("flair", "t9"), "one or more of"),
         ("encoder", "", "a name"),
-        ("decoder", (256, 128), "5 whole numbers from 1 on"),
-        ("decoder", (256, 128, 64, 32, 0), "5 whole numbers from 1 on"),
-        ("context_slices", -1, "a whole number from 0 on"),
-        ("context_slices", 1.0, "a whole number from 0 on"),
-        ("epochs", 0, "a whole number from 1 on"),
-        ("epochs", True, "a whole number from 1 on"),
-        ("minutes", -0.5, "a number from 0 on"),
-        ("minutes", float("inf"), "a number from 0 on"),
-        ("batch_size", 0, "a whole number from 1 on"),
+        ("decoder", (256, 128), "5 whole numbers of at least 1"),
+        ("decoder", (256, 128, 64, 32, 0), "5 whole numbers of at least 1"),
+        ("context_slices", -1, "a whole number of at least 0"),
+        ("context_slices", 1.0, "a whole number of at least 0"),
+        ("epochs", 0, "a whole number of at least 1"),
+        ("epochs", True, "a whole number of at least 1"),
+        ("minutes", -0.5, "a number of at least 0"),
+        ("minutes", float("inf"), "a number of at least 0"),
+        ("batch_size", 0, "a whole number of at least 1"),
         ("foreground", 1.5, "a share up to 1"),
         ("augment", "wild", "one of none, basic, strong"),
         ("modality_dropout", 1.1, "a share from 0 to 1"),
-        ("class_weights", (1, 1, 1), "4 numbers from 0 on, not all 0"),
-        ("class_weights", (1, 1, 1, -1), "4 numbers from 0 on, not all 0"),
-        ("class_weights", (0, 0, 0, 0), "4 numbers from 0 on, not all 0"),
-        ("class_weights", (1, 1, 1, float("nan")), "4 numbers from 0 on, not all 0"),
+        ("class_weights", (1, 1, 1), "4 numbers of at least 0, not all 0"),
+        ("class_weights", (1, 1, 1, -1), "4 numbers of at least 0, not all 0"),
+        ("class_weights", (0, 0, 0, 0), "4 numbers of at least 0, not all 0"),
+        ("class_weights", (1, 1, 1, float("nan")), "4 numbers of at least 0, not all 0"),
         ("lr", 0.0, "a number above 0"),
         ("lr", float("nan"), "a number above 0"),
         ("lr", "0.1", "a number above 0"),
         ("encoder_lr", 1.1, "a share from 0 to 1"),
-        ("weight_decay", -1e-3, "a number from 0 on"),
+        ("weight_decay", -1e-3, "a number of at least 0"),
         ("warm_up", 1.01, "a share from 0 to 1"),
         ("frozen_statistics", 1, "true or false"),
-        ("ema", 1.0, "a number from 0 to below 1"),
-        ("ema", -0.1, "a number from 0 to below 1"),
-        ("patience", -1, "a whole number from 0 on"),
+        ("ema", 1.0, "a number of at least 0 and below 1"),
+        ("ema", -0.1, "a number of at least 0 and below 1"),
+        ("patience", -1, "a whole number of at least 0"),
         ("precision", "int8", "one of auto, float32, bf16, fp16"),
-        ("seed", -1, "a whole number from 0 on"),
+        ("seed", -1, "a whole number of at least 0"),
     ],
 )
 def test_a_forbidden_value_is_refused_with_its_field(field, value, allowed):
@@ -106,10 +106,10 @@ def test_text_takes_precedence_and_may_hold_lists():
         ("ema", "'ema': expected name=value"),
         ("ema=", "'ema=': expected name=value"),
         ("ema=0.5, ema=0.6", "ema is given twice"),
-        ("ema=high", "ema 'high': expected a number from 0 to below 1"),
+        ("ema=high", "ema 'high': expected a number of at least 0 and below 1"),
         ("class_weights=1,1,1", "class_weights 1.0,1.0,1.0: expected 4 numbers"),
         ("frozen_statistics=perhaps", "frozen_statistics 'perhaps': expected true or false"),
-        ("epochs=2.5", "epochs '2.5': expected a whole number from 1 on"),
+        ("epochs=2.5", "epochs '2.5': expected a whole number of at least 1"),
     ],
 )
 def test_text_that_cannot_be_used_is_refused(text, message):
@@ -141,7 +141,7 @@ def test_how_a_training_is_carried_out_is_checked_too():
     assert Execution.parse("processes=2, deterministic=true") == Execution(processes=2, deterministic=True)
     with pytest.raises(SettingsError, match="no setting 'ema': expected one of loader_workers, processes"):
         Execution.parse("ema=0.9")
-    with pytest.raises(SettingsError, match="checkpoint_minutes -1.0: expected a number from 0 on"):
+    with pytest.raises(SettingsError, match="checkpoint_minutes -1.0: expected a number of at least 0"):
         Execution(checkpoint_minutes=-1)
 
 
