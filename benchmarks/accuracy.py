@@ -33,10 +33,9 @@ from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import Case, survey
 from brats_helpers.data.phantom import VERSION, is_simulated, make_cases
 from brats_helpers.data.splits import fold_cases, split_cases
-from brats_helpers.evaluation.experiments import MEAN
+from brats_helpers.evaluation.experiments import MEAN, with_mean
 from brats_helpers.evaluation.folders import score_folders
 from brats_helpers.labels import REGIONS
-from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import compare
 from brats_helpers.suite.environment import ROOT
@@ -199,8 +198,7 @@ def train_and_score(name: str, job: dict, cases: list[Case], options: argparse.N
         sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
     found = {}
     for case_id, figures in scored["cases"].items():
-        dice = {region: figures[region]["dice"] for region in REGIONS}
-        found[case_id] = {structure: {"dice": value} for structure, value in (dice | {MEAN: mean_dice(dice)}).items()}
+        found[case_id] = with_mean({region: figures[region]["dice"] for region in REGIONS})
     shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
     said = ", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"])
     return {"cases": found, "said": said}

@@ -1,12 +1,16 @@
 """Which settings help on real patients? Variants of the demo's settings, cross-validated on fixed folds.
 
-Each variant trains on all folds but one, once per seed, on equally many slices in the same order, and keeps its last
-averaged weights: nothing is chosen by the patients it is tested on. Finished trainings are kept in --folder and not
-repeated. The table gives the mean Dice (brats2020, without post-processing or flips) over all patients and seeds, and
-the difference from the first row with its paired 95 % interval over patients.
+Each variant trains on all folds but one, or on some of their patients, once per seed, on equally many slices in the
+same order, and keeps its last averaged weights: nothing is chosen by the patients it is tested on. Finished trainings
+are kept in --folder and not repeated. A table for each number of patients gives the mean Dice (brats2020, without
+post-processing or flips) over all tested patients and seeds, and the difference from the first row with its paired 95 %
+interval over patients. --figure draws the tables as curves.
 
     python benchmarks/variants.py --data ../shared/glioma16 --folds ../shared/glioma16/folds.json \
-        --variant decoder=128,64,32,16,16 --variant augment=strong --slices 2400 --seeds 2
+        --variant augment=strong --variant "half the rate: lr=5e-4" --slices 2400 --seeds 2
+    python benchmarks/variants.py --data ../shared/glioma16 --folds ../shared/glioma16/folds.json \
+        --base ImageNet --variant "ImageNet, frozen: frozen_epochs=1" --variant "random: encoder_weights=none" \
+        --variant "simulated: encoder_weights=simulated" --slices 800 --seeds 1 --patients 1 2 4 8 12 --figure FILE
 """
 
 import argparse
@@ -16,6 +20,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from peers.suite import demo_settings
 
@@ -30,8 +36,6 @@ from brats_helpers.scoring.statistics import compare
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.training.settings import Settings
 
-BASE = "the demo's settings"
-
 
 def main() -> None:
     options = arguments()
@@ -39,18 +43,25 @@ def main() -> None:
     work = partial(one_fold, options=options, folds=folds)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         rounds = list(pool.map(work, range(len(folds))))
-    show(merged(rounds), options)
+    found = {number: merged([scores[number] for scores in rounds]) for number in rounds[0]}
+    for number, metrics in found.items():
+        show(metrics, options, f"learnt from {number or 'all other patients'}")
+    if options.figure:
+        draw(found, options.figure)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="labelled patients")
     parser.add_argument("--folds", metavar="FILE", type=Path, required=True, help="JSON with lists of patient IDs")
-    parser.add_argument("--variant", metavar="SETTINGS", action="append", default=[], help="such as augment=strong")
+    parser.add_argument("--base", metavar="NAME", default="the demo's settings", help="name of the first row")
+    parser.add_argument("--variant", metavar="[NAME:]SETTINGS", action="append", default=[], help="augment=strong")
     parser.add_argument("--slices", metavar="N", type=int, default=2400, help="training slices; default: 2400")
     parser.add_argument("--seeds", metavar="N", type=int, default=2, help="trainings of each; default: 2")
+    parser.add_argument("--patients", metavar="N", type=int, nargs="+", default=[0], help="to learn from; default: all")
     parser.add_argument("--processes", metavar="N", type=int, default=os.cpu_count(), help="folds at once")
     parser.add_argument("--folder", metavar="DIR", type=Path, default=ROOT / "runs" / "variants", help="for results")
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="PNG of the mean Dice by number of patients")
     return parser.parse_args()
 
 
@@ -60,15 +71,22 @@ def settings_of(variant: str, slices: int) -> Settings:
     return demo_settings(variant, modalities=MODALITIES, precision="float32", **once)
 
 
-def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -> dict[str, dict]:
-    """Train every variant on the other folds; return the scores of this one, by variant."""
+def named(variant: str) -> tuple[str, str]:
+    """The name and the settings of `NAME: SETTINGS`; without a name, the settings are the name."""
+    name, colon, settings = variant.partition(":")
+    return (name.strip(), settings.strip()) if colon else (variant, variant)
+
+
+def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -> dict[int, dict[str, dict]]:
+    """Train every variant on patients of the other folds; return the scores of this one, by patients and variant."""
     torch.set_num_threads(max(1, os.cpu_count() // options.processes))
     cases = [case for case in survey(options.data, MODALITIES).complete(skip_incomplete=True) if case.seg]
     packed: list[Packed] = prepare(cases, cache_dir=ROOT / "cache", workers=1)
     scored = [case for case in packed if case.id in folds[number]]
-    train = [case for case in packed if case.id not in folds[number]]
-    arms = {BASE: settings_of("", options.slices)}
-    arms |= {variant: settings_of(variant, options.slices) for variant in options.variant}
+    others = [case for case in packed if case.id not in folds[number]]
+    drawn = [others[k] for k in np.random.default_rng(number).permutation(len(others))]
+    arms = {options.base: settings_of("", options.slices)}
+    arms |= {name: settings_of(text, options.slices) for name, text in map(named, options.variant)}
     bench = Bench(
         run=Run(options.folder / f"fold{number}"),
         questions=(),
@@ -77,21 +95,39 @@ def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -
         simulated=is_simulated(options.data),
         seeds=options.seeds,
     )
-    return bench.try_out(arms, train, scored, scored)[1]
+    # A training has one epoch, so its validation chooses nothing.
+    return {n: bench.try_out(arms, drawn[:n] if n else drawn, scored[:1], scored)[1] for n in options.patients}
 
 
-def show(found: dict[str, dict], options: argparse.Namespace) -> None:
+def show(found: dict[str, dict], options: argparse.Namespace, title: str) -> None:
     """Print the table in Markdown."""
-    patients = len(found[BASE]["cases"])
-    print(f"\n{patients} patients, {options.slices} slices, {options.seeds} seed(s)\n")
+    patients = len(found[options.base]["cases"])
+    print(f"\n{patients} patients, {title}, {options.slices} slices, {options.seeds} seed(s)\n")
     print(f"| | {' | '.join(REGIONS)} | mean | each seed | difference (95 % interval) |\n|{' --- |' * 7}")
     for name, metrics in found.items():
         means = [metrics["summary"][region]["dice"]["mean"] for region in (*REGIONS, MEAN)]
         seeds = ", ".join(f"{mean:.3f}" for mean in metrics["seeds"])
-        change = compare(found[BASE], metrics)["differences"][MEAN]["dice"]
+        change = compare(found[options.base], metrics)["differences"][MEAN]["dice"]
         low, high = change["ci95"]
-        difference = "" if name == BASE else f"{change['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        difference = "" if name == options.base else f"{change['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} | {seeds} | {difference} |")
+
+
+def draw(found: dict[int, dict[str, dict]], path: Path) -> None:
+    """Draw the mean Dice of each variant by the number of patients that it learned from, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    places = np.arange(len(found))
+    names = list(next(iter(found.values())))
+    for k, name in enumerate(names):
+        dice = [metrics[name]["summary"][MEAN]["dice"] for metrics in found.values()]
+        means = np.array([each["mean"] for each in dice])
+        reach = np.abs(np.array([each["ci95"] for each in dice]).T - means)
+        shift = 0.06 * (k - (len(names) - 1) / 2)
+        axes.errorbar(places + shift, means, reach, marker="o", markersize=4, capsize=2, label=name)
+    axes.set_xticks(places, [str(number or "all") for number in found])
+    axes.set(xlabel="patients to learn from", ylabel="mean Dice of WT, TC and ET", ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

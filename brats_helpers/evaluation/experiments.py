@@ -6,7 +6,6 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,10 +22,10 @@ from brats_helpers.scoring.overlap import mean_dice, mean_dice_of_epoch
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, interval_text
-from brats_helpers.training.checkpoint import fingerprint, learnt_from, weights_file
+from brats_helpers.training.checkpoint import fingerprint, learnt_from, read_weights, weights_file
 from brats_helpers.training.loop import fit
 from brats_helpers.training.model import build_model, summary
-from brats_helpers.training.settings import Settings, shown
+from brats_helpers.training.settings import Settings
 
 MEAN = "mean"
 """The key, beside the structures, of the mean over a patient's WT, TC and ET."""
@@ -121,9 +120,11 @@ class Bench:
         self._train_in_turns(todo, train, val)
         for key, (title, own) in todo.items():
             self._score(key, self._place(key, title), own, scored)
-        found = {name: [self._done[key] for key in listed] for name, listed in keys.items()}
-        histories = {name: results[0][0] for name, results in found.items()}
-        return histories, {name: self._averaged([scores for _, scores in results]) for name, results in found.items()}
+        histories, metrics = {}, {}
+        for name, listed in keys.items():
+            histories[name] = self._done[listed[0]][0]
+            metrics[name] = self._averaged([self._done[key][1] for key in listed])
+        return histories, metrics
 
     def _train_in_turns(
         self, todo: Mapping[str, tuple[str, Settings]], train: Sequence[Packed], val: Sequence[Packed]
@@ -180,23 +181,21 @@ class Bench:
         for case in scored:
             soft = predict([network], case, channels=settings.modalities, flips=False)
             dice = region_dice(soft.argmax(axis=1).astype(np.uint8), np.asarray(case.labels), convention="brats2020")
-            scores[case.id] = dice | {MEAN: mean_dice(dice)}
+            scores[case.id] = with_mean(dice)
         write_json(own.metrics, self._collect(scores))
         own.last.unlink()  # four times as large as the network, and no longer needed
         self._done[key] = pd.read_csv(own.history), read_json(own.metrics)
 
-    def _collect(self, dice: Mapping[str, Mapping[str, float]]) -> dict:
-        scores = {case: {name: {"dice": value} for name, value in found.items()} for case, found in dice.items()}
+    def _collect(self, scores: Mapping[str, Mapping]) -> dict:
         return collect(scores, convention="brats2020", simulated=self.simulated, not_scored={}, leakage=[])
 
     def _averaged(self, seeds: Sequence[Mapping]) -> dict:
         """Average the scores of several seeds, patient by patient."""
         cases = {}
         for case_id, first in seeds[0]["cases"].items():
-            cases[case_id] = {
-                name: float(np.mean([scores["cases"][case_id][name]["dice"] for scores in seeds])) for name in first
-            }
-        means = [scores["summary"][MEAN]["dice"]["mean"] for scores in seeds]
+            found = [metrics["cases"][case_id] for metrics in seeds]
+            cases[case_id] = {structure: {"dice": _average(found, structure)} for structure in first}
+        means = [metrics["summary"][MEAN]["dice"]["mean"] for metrics in seeds]
         return self._collect(cases) | {"seeds": means}
 
     def _key(self, settings: Settings, *cases: Sequence[Packed]) -> str:
@@ -206,6 +205,15 @@ class Bench:
         hardware = machine.describe(self.device)
         speed = [hardware[name] for name in ("device", "precision", "cores")]
         return hashlib.sha256(repr([settings, weights, *map(fingerprint, cases), speed]).encode()).hexdigest()
+
+
+def with_mean(dice: Mapping[str, float | None]) -> dict[str, dict]:
+    """Return the Dice of WT, TC and ET and their `MEAN`, in the form of a patient's entry in `metrics.json`."""
+    return {structure: {"dice": value} for structure, value in (*dice.items(), (MEAN, mean_dice(dice)))}
+
+
+def _average(found: Sequence[Mapping], structure: str) -> float:
+    return float(np.mean([scores[structure]["dice"] for scores in found]))
 
 
 def _check_unseen(weights: str, scored: Sequence[Packed]) -> None:
@@ -287,23 +295,21 @@ def merged(metrics: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
     return together
 
 
-def starting_from(checkpoint: Path, base: Settings) -> Settings:
-    """Return `base` with the network of a checkpoint as its start.
+def starting_from(weights: str, base: Settings) -> Settings:
+    """Return `base` with another network as its start: `simulated`, the packaged one, or a checkpoint.
+
+    Modalities are matched by name, see `weights.fine_tune`.
 
     Raises:
-        DataError: there is no such checkpoint, or its network has another input than `base`.
+        DataError: the file holds an encoder alone.
+        SettingsError: the network is 3D and `base` is not, or the other way round.
+        WeightsError: there is no such file.
     """
-    known = load_network(checkpoint, device=torch.device("cpu")).settings
-    names = ("modalities", "context_slices", "patch_size")
-    then, now = Settings.parse(**known), base
-    differ = [
-        f"{name} {shown(getattr(then, name))}, not {shown(getattr(now, name))}"
-        for name in names
-        if getattr(then, name) != getattr(now, name)
-    ]
-    if differ:
-        raise DataError(f"{checkpoint} was trained with {'; '.join(differ)}. Give one trained on the same input.")
-    return replace(base, encoder=then.encoder, decoder=then.decoder, encoder_weights=str(checkpoint))
+    state = read_weights(weights)
+    if "settings" not in state:
+        raise DataError(f"{weights} holds an encoder alone. Give a checkpoint of a whole network.")
+    then = Settings.parse(**state["settings"])
+    return replace(base, encoder=then.encoder, decoder=then.decoder, encoder_weights=weights)
 
 
 def backbones(

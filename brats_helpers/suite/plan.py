@@ -27,6 +27,7 @@ from brats_helpers.suite.parameters import (
     read_profile,
     read_settings,
 )
+from brats_helpers.training.settings import NAMED_WEIGHTS
 
 EXIT_CODES = {
     0: "finished, or scored before --time-limit was reached",
@@ -305,7 +306,7 @@ def _for_kaggle(options: argparse.Namespace, profile: str, data: str) -> list[st
     if data not in DATA_NAMES:
         raise UsageError(f"--on kaggle has Kaggle's data sets and simulated patients: --data kaggle, not {data}")
     for key, text in options.pairs:
-        if key.endswith("_dir") or (key in FILES and not {*text.split(",")} <= {"", "imagenet", "none", "auto"}):
+        if key.endswith("_dir") or (key in FILES and not {*text.split(",")} <= {"", "auto", *NAMED_WEIGHTS}):
             raise UsageError(f"-p {key}: a place on this machine, which --on kaggle does not reach")
     arguments = ["--profile", profile, "--time-limit", f"{options.time_limit or KAGGLE_MINUTES:g}"]
     for option, text in (("--data", options.data), ("--only", options.only)):

@@ -14,6 +14,8 @@ from brats_helpers.labels import CLASSES, MODALITIES
 
 DECODER = (256, 128, 64, 32, 16)
 """Channels of the blocks of the U-Net's decoder, from the deepest, by default."""
+NAMED_WEIGHTS = ("imagenet", "simulated", "none")
+"""Weights to start from that are no file, see `Settings.encoder_weights`."""
 STRENGTHS = ("none", "basic", "strong")
 """Levels of augmentation, see `augment.augment`."""
 PRECISIONS = ("auto", "float32", "bf16", "fp16")

@@ -25,7 +25,8 @@ from brats_helpers.runs import Run
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS as ENOUGH
 from brats_helpers.training.loop import fit
-from brats_helpers.training.model import build_model
+from brats_helpers.training.model import PACKAGED_ENCODER, build_model
+from brats_helpers.training.settings import DECODER
 from tests.tiny_training import SETTINGS, fit_tiny
 
 
@@ -209,19 +210,15 @@ def test_weights_that_have_seen_a_patient_to_compare_on_are_refused_before_anyth
         bench.try_out({"other": SETTINGS, "again": settings}, cases[1:2], cases[2:3], [*cases[3:], cases[0]])
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"context_slices": 1}, "context_slices 0, not 1"),
-        ({"modalities": ("t1", "flair", "t1ce", "t2")}, "modalities flair,t1,t1ce,t2, not t1,flair,t1ce,t2"),
-    ],
-)
-def test_a_checkpoint_that_sees_another_input_is_no_start(tried, change, said):
-    known = best(tried[0], "three")
-    start = starting_from(known, dataclasses.replace(SETTINGS, encoder="resnet18", lr=0.5))
-    assert (start.encoder, start.encoder_weights, start.lr) == (SETTINGS.encoder, str(known), 0.5)
-    with pytest.raises(DataError, match=said):
-        starting_from(known, dataclasses.replace(SETTINGS, **change))
+def test_a_network_to_start_from_brings_its_encoder_and_decoder(tried, tmp_path):
+    known = str(best(tried[0], "three"))
+    other = dataclasses.replace(SETTINGS, encoder="resnet18", decoder=DECODER, lr=0.5)
+    start = starting_from(known, other)
+    assert start == dataclasses.replace(SETTINGS, encoder_weights=known, lr=0.5)
+    assert starting_from("simulated", other).encoder == PACKAGED_ENCODER
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "encoder.pt")
+    with pytest.raises(DataError, match="encoder.pt holds an encoder alone"):
+        starting_from(str(tmp_path / "encoder.pt"), other)
 
 
 def test_the_table_of_backbones_says_what_each_costs(tried):

@@ -105,6 +105,7 @@ def test_names_are_accepted_for_kaggle_and_paths_of_this_machine_are_refused():
     weights = ["-p", "encoder", "monai-segresnet", "-p", "encoder_weights", "none"]
     plan = suite.make_plan(["--on", "kaggle", "--data", "kaggle", *weights])
     assert plan.values["02_train"]["encoder_weights"] == "none"
+    suite.make_plan(["--on", "kaggle", "--data", "kaggle", "-p", "encoder_weights", "simulated"])
     for key in ("encoder_weights", "pretrained", "checkpoints", "cache_dir"):
         with pytest.raises(suite.UsageError, match=f"-p {key}: a place on this machine"):
             suite.make_plan(["--on", "kaggle", "--data", "kaggle", "-p", key, "here.pt"])
