@@ -23,7 +23,7 @@ from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, frozen_share
 from brats_helpers.training.settings import Execution, Settings, SettingsError, check_text, from_text, sees_patches
 from brats_helpers.training.steps import autocast, fitted, gradients
-from brats_helpers.training.weights import choose_encoder, packaged_settings
+from brats_helpers.training.weights import choose_encoder, choose_start, packaged_settings
 
 SLICES = {"cuda": 16, "cpu": 4}
 """Default number of slices per step. Small steps are as fast on a CPU, and more steps learn more."""
@@ -38,15 +38,17 @@ LONG_HOURS = 12
 """A session of Colab or Kaggle ends after this many hours."""
 
 
-def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Execution]:
+def settle(text: str, *, patients: int, device: torch.device, **values) -> tuple[Settings, Execution]:
     """Complete the settings of a training: what is given, then the defaults, and sizes that fit the device.
 
     Args:
         text: further settings, such as `"ema=0.9, warm_up=0.1"`, see `settings.from_text`.
+        patients: number of patients to learn from.
         device: to train on.
-        values: the settings that the notebook has parameters for. `encoder` auto depends on the available weights (see
-            `weights.choose_encoder`), `batch_size` 0 on the device (see `choose_sizes`). The decoder, if not
-            given, is the packaged network's if the training starts from that.
+        values: the settings that the notebook has parameters for. `encoder_weights` auto depends on `patients` (see
+            `weights.choose_start`), `encoder` auto on the available weights (see `weights.choose_encoder`),
+            `batch_size` 0 on the device (see `choose_sizes`). The decoder, if not given, is the packaged network's if
+            the training starts from that.
 
     Returns:
         The settings of the network and its training, and how it is carried out.
@@ -59,6 +61,8 @@ def settle(text: str, *, device: torch.device, **values) -> tuple[Settings, Exec
         check_text(name, value)
     if twice := [name for name in further if name in values]:
         raise SettingsError(f"settings: {twice[0]} is a parameter of the notebook. Set it there.")
+    if values["encoder_weights"] == "auto":
+        values["encoder_weights"] = choose_start(values["encoder"], patients, own_decoder="decoder" in further)
     encoder = choose_encoder(values["encoder"], values["encoder_weights"])
     if values["encoder_weights"] == SIMULATED:
         values["decoder"] = packaged_settings()["decoder"]

