@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader
 from brats_helpers import machine
 from brats_helpers.log import duration, warn
 from brats_helpers.training.batch import Draw
-from brats_helpers.training.checkpoint import SIMULATED
 from brats_helpers.training.model import TRAINING_BYTES
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, frozen_share
 from brats_helpers.training.settings import Execution, Settings, SettingsError, check_text, from_text, sees_patches
 from brats_helpers.training.steps import autocast, fitted, gradients
-from brats_helpers.training.weights import choose_encoder, choose_start, packaged_settings
+from brats_helpers.training.weights import choose_encoder, choose_start
 
 SLICES = {"cuda": 16, "cpu": 4}
 """Default number of slices per step. Small steps are as fast on a CPU, and more steps learn more."""
@@ -47,8 +46,7 @@ def settle(text: str, *, patients: int, device: torch.device, **values) -> tuple
         device: to train on.
         values: the settings that the notebook has parameters for. `encoder_weights` auto depends on `patients` (see
             `weights.choose_start`), `encoder` auto on the available weights (see `weights.choose_encoder`),
-            `batch_size` 0 on the device (see `choose_sizes`). The decoder, if not given, is the packaged network's if
-            the training starts from that.
+            `batch_size` 0 on the device (see `choose_sizes`).
 
     Returns:
         The settings of the network and its training, and how it is carried out.
@@ -64,8 +62,6 @@ def settle(text: str, *, patients: int, device: torch.device, **values) -> tuple
     if values["encoder_weights"] == "auto":
         values["encoder_weights"] = choose_start(values["encoder"], patients, own_decoder="decoder" in further)
     encoder = choose_encoder(values["encoder"], values["encoder_weights"])
-    if values["encoder_weights"] == SIMULATED:
-        values["decoder"] = packaged_settings()["decoder"]
     sizes = {"patch_size": int(further.pop("patch_size", 0)), "batch_size": values["batch_size"]}
     sizes = choose_sizes(encoder, **sizes, in_channels=len(values["modalities"]), device=device)
     values |= {"encoder": encoder, "patch_size": sizes[0], "batch_size": sizes[1]}

@@ -12,8 +12,8 @@ from typing import NamedTuple, Self
 
 from brats_helpers.labels import CLASSES, MODALITIES
 
-DECODER = (256, 128, 64, 32, 16)
-"""Channels of the blocks of the U-Net's decoder, from the deepest, by default."""
+DECODER = (128, 64, 32, 16, 16)
+"""Channels of the blocks of the U-Net's decoder, from the deepest, by default; the packaged network has the same."""
 NAMED_WEIGHTS = ("imagenet", "simulated", "none")
 """Weights to start from that are no file, see `Settings.encoder_weights`."""
 STRENGTHS = ("none", "basic", "strong")

@@ -120,12 +120,12 @@ def test_an_unknown_encoder_is_refused_with_the_nearest(name, nearest):
         build_model(encoder=name, weights="none", in_channels=4)
 
 
-def test_a_leaner_decoder_has_half_the_multiply_adds():
+def test_the_default_decoder_has_half_the_multiply_adds_of_smp_s():
     lean, wide = (
         models.summary(
             build_model(encoder=PACKAGED_ENCODER, weights="none", in_channels=4, decoder=decoder), (4, 192, 160)
         )
-        for decoder in ((128, 64, 32, 16, 16), models.DECODER)
+        for decoder in (models.DECODER, (256, 128, 64, 32, 16))
     )
     assert lean["encoder_parameters"] == wide["encoder_parameters"]
     assert 0.4 < lean["multiply_adds"] / wide["multiply_adds"] < 0.6

@@ -127,11 +127,13 @@ def settled(text="", patients=2, **changes):
     return settle(text, patients=patients, device=torch.device("cpu"), **values | changes)[0]
 
 
-def test_a_training_from_the_packaged_network_takes_its_encoder_and_decoder_unless_others_are_asked_for():
-    found = settled(encoder="auto")
-    assert (found.encoder, found.decoder) == (SETTINGS.encoder, NETWORK["decoder"])
-    assert settled("decoder=64,32,16,8,4", encoder="resnet18").decoder == (64, 32, 16, 8, 4)
-    assert settled(encoder_weights="none").decoder == DECODER != NETWORK["decoder"]
+def test_a_training_from_the_packaged_network_takes_its_encoder():
+    assert settled(encoder="auto").encoder == SETTINGS.encoder
+
+
+def test_the_default_decoder_is_the_packaged_network_s(monkeypatch):
+    monkeypatch.undo()
+    assert tuple(weights.packaged_settings()["decoder"]) == DECODER
 
 
 def test_auto_starts_from_the_packaged_network_where_that_fits_and_patients_are_few(monkeypatch):
