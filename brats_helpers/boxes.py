@@ -21,6 +21,9 @@ def bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:
             boxes.append(box)
     if not boxes:
         return (slice(0, 0),) * 3
-    return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
-    )
+    return tuple(map(_span, *boxes))
+
+
+def _span(*sides: slice) -> slice:
+    """The smallest slice that holds all `sides`."""
+    return slice(min(side.start for side in sides), max(side.stop for side in sides))

@@ -18,12 +18,17 @@ NEEDS = {
 ONCE = ("00_setup", "01_explore")
 PER_FOLD = ("02_train", "03_evaluate")
 """With `--folds` or `--sweep`: what runs once, and what for each fold and each combination of values."""
-
-
+PARTS = ("train", "val", "test")
+"""The parts of a split."""
 FIGURE_REGISTER = "figures.json"
 """Beside the figures of a run: the names of the saved ones, so that a lost one is noticed."""
 NO_PATIENT = "no patient"
 """In the title of a drawn figure, which shows neither simulated nor real patients."""
+
+
+def parts_of(split: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Train, val and test of the content of `splits.json` or of one of its folds, without what else it holds."""
+    return {name: split[name] for name in PARTS}
 
 
 class RunError(Exception):

@@ -67,7 +67,7 @@ def audit(
             entry["numbering"] = case.numbering
         entries[case.id] = entry | known.get(case.id, {})
     groups, alike = group_people(found, entries, pattern=patient_pattern)
-    unstripped = {case_id for case_id, listed in findings.items() if "no-background" in {told.code for told in listed}}
+    unstripped = {case_id for case_id, listed in findings.items() for told in listed if told.code == "no-background"}
     for case_id, finding in [*alike, *compare_patients(entries, unstripped=unstripped)]:
         findings[case_id].append(finding)
 
@@ -94,17 +94,21 @@ def audit(
 
 def excluded(report: dict) -> dict[str, list[str]]:
     """The patients that cannot be used, each with the codes of its errors."""
-    errors = {
-        case_id: sorted({finding["code"] for finding in entry["findings"] if finding["severity"] == "error"})
-        for case_id, entry in report["cases"].items()
-    }
-    return {case_id: codes for case_id, codes in errors.items() if codes}
+    errors = defaultdict(set)
+    for case_id, finding in _of_patients(report):
+        if finding["severity"] == "error":
+            errors[case_id].add(finding["code"])
+    return {case_id: sorted(codes) for case_id, codes in errors.items()}
 
 
 def patients_with(report: dict, code: str) -> list[str]:
     """The patients that have a finding of this code."""
-    found = {case_id: {finding["code"] for finding in entry["findings"]} for case_id, entry in report["cases"].items()}
-    return sorted(case_id for case_id, codes in found.items() if code in codes)
+    return sorted({case_id for case_id, finding in _of_patients(report) if finding["code"] == code})
+
+
+def _of_patients(report: dict) -> list[tuple[str, dict]]:
+    """Every finding about a patient, with the case ID."""
+    return [(case_id, finding) for case_id, entry in report["cases"].items() for finding in entry["findings"]]
 
 
 def leave_out(report: dict, cases: Iterable[Case]) -> list[Case]:
@@ -130,16 +134,17 @@ def rows(report: dict, *, each: int) -> list[dict[str, str]]:
         last row says how many more.
     """
     by_code = defaultdict(list)
-    owned = [(case_id, finding) for case_id, entry in report["cases"].items() for finding in entry["findings"]]
-    for case_id, finding in owned + [("", finding) for finding in report["summary"]["findings"]]:
-        by_code[SEVERITIES.index(finding["severity"]), finding["code"]].append({"patient": case_id} | finding)
+    for case_id, finding in _of_patients(report) + [("", finding) for finding in report["summary"]["findings"]]:
+        severity, code = finding["severity"], finding["code"]
+        row = {"severity": severity, "code": code, "patient": case_id} | finding
+        by_code[SEVERITIES.index(severity), code].append(row)
     table = []
     for (severity, code), found in sorted(by_code.items()):
         table += found[:each]
         if len(found) > each:
             more = {"patient": "", "file": "", "message": f"… and {len(found) - each:,} more like these."}
-            table.append({"code": code, "severity": SEVERITIES[severity]} | more)
-    return [{key: row[key] for key in ("severity", "code", "patient", "file", "message")} for row in table]
+            table.append({"severity": SEVERITIES[severity], "code": code} | more)
+    return table
 
 
 def _recognised(path: Path) -> str:

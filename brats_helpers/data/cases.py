@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from brats_helpers.data.filenames import named_like
-from brats_helpers.data.findings import Finding, has_error
+from brats_helpers.data.findings import Finding, why_unusable
 from brats_helpers.data.layouts import Layout, Patient, is_text, lay_out
 from brats_helpers.data.nifti import read_image
 from brats_helpers.labels import (
@@ -140,9 +140,9 @@ class Survey:
     def faulty(self) -> dict[str, str]:
         """Why each patient with an error cannot be used, by ID."""
         return {
-            case_id: " ".join(finding.message for finding in listed if finding.severity == "error")
+            case_id: why
             for case_id, listed in sorted(self.findings.items())
-            if case_id and has_error(listed)
+            if case_id and (why := why_unusable(listed))
         }
 
     def _refuse_incomplete(self) -> None:
@@ -210,9 +210,8 @@ def survey_segs(root: Path | str) -> tuple[dict[str, Path | None], dict[str, str
         layout.add_map(case_id, paths)
     segs, faulty = {}, {}
     for case_id, patient in sorted(layout.patients.items()):
-        errors = [finding.message for finding in layout.findings.get(case_id, ()) if finding.severity == "error"]
-        if errors:
-            faulty[case_id] = " ".join(errors)
+        if why := why_unusable(layout.findings.get(case_id, ())):
+            faulty[case_id] = why
         elif patient.imaged or not case_id.endswith("_soft"):
             segs[case_id] = patient.files.get("seg")
     if not segs and not faulty:

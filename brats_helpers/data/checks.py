@@ -250,8 +250,11 @@ def _geometry_problems(scans: Mapping[str, _Scan]) -> Iterator[tuple[str, str, s
     """Compare every file, in LPS order, with the one that most of the others agree with."""
     if not scans:
         return
-    agree = {kind: sum(not _differs(one, other) for other in scans.values()) for kind, one in scans.items()}
-    like = max(agree, key=agree.get)
+
+    def agreeing(kind: str) -> int:
+        return sum(not _differs(scans[kind], other) for other in scans.values())
+
+    like = max(scans, key=agreeing)
     for kind, scan in scans.items():
         if differs := _differs(scan, scans[like]):
             code, text = differs

@@ -24,6 +24,6 @@ class Finding:
     message: str
 
 
-def has_error(findings: Iterable[Finding]) -> bool:
-    """Whether one of the findings makes the patient unusable."""
-    return any(finding.severity == "error" for finding in findings)
+def why_unusable(findings: Iterable[Finding]) -> str:
+    """The messages of the findings that make a patient unusable; empty if none does."""
+    return " ".join(finding.message for finding in findings if finding.severity == "error")

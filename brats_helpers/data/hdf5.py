@@ -105,10 +105,11 @@ def _patients(folder: Path) -> tuple[dict[int, list[Path]], str]:
         raise DataError(f"no volume_V_slice_S.h5 below {folder}, as brats2020-slices has them.")
     # A patient is complete if it has the slices that most have; one that ends early would else pass.
     ((expected, _),) = Counter(tuple(sorted(slices)) for slices in found.values()).most_common(1)
-    return {
-        volume: [slices[number] for number in expected] if sorted(slices) == [*expected] else []
-        for volume, slices in found.items()
-    }, digest.hexdigest()[:8]
+    patients = {}
+    for volume, slices in found.items():
+        complete = slices.keys() == {*expected}
+        patients[volume] = [slices[number] for number in expected] if complete else []
+    return patients, digest.hexdigest()[:8]
 
 
 def _put(volume: int, slices: list[Path], vote: dict, out: Path) -> str:

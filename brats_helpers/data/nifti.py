@@ -165,7 +165,7 @@ def _invertible(affine: np.ndarray) -> bool:
 
 
 def _rows(affine: np.ndarray) -> str:
-    return "; ".join(" ".join(f"{number:g}" for number in row) for row in affine[:3])
+    return "; ".join(" ".join(map("{:g}".format, row)) for row in affine[:3])
 
 
 def read_image(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:

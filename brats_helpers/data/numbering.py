@@ -271,9 +271,9 @@ def decide(seen: Sequence[Evidence]) -> Verdict:
             f" {_ways('menrt')}. If it is necrosis alone: {_ways(USUAL)}."
         )
     n = len(seen)
-    against = sum(explains(NUMBERINGS[USUAL], one) is False for one in seen)
+    against = _count(USUAL, seen, False)
     misfit = sum(not NUMBERINGS[USUAL].can_hold(one.numbers) for one in seen)
-    votes = {name: sum(explains(NUMBERINGS[name], one) is True for one in seen) for name in _CANDIDATES[1:]}
+    votes = {name: _count(name, seen, True) for name in _CANDIDATES[1:]}
     other = max(votes, key=votes.get)
     alone = list(votes.values()).count(votes[other]) == 1
     few = (1 - NEARLY_ALL) * n
@@ -288,6 +288,11 @@ def decide(seen: Sequence[Evidence]) -> Verdict:
         f" {n - against} of {n} patients, {_meaning(other)} {votes[other]}. Say which it is: {_ways(other)},"
         f" or one of {', '.join(NUMBERINGS)}."
     )
+
+
+def _count(name: str, seen: Sequence[Evidence], answer: bool) -> int:
+    """For how many patients `explains` gives this answer about a numbering."""
+    return sum(explains(NUMBERINGS[name], one) is answer for one in seen)
 
 
 def _contradicted(name: str, seen: Sequence[Evidence]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from operator import itemgetter
 from statistics import median
 
 import numpy as np
@@ -26,15 +27,16 @@ def compare_patients(entries: Mapping[str, Mapping], *, unstripped: Collection[s
     Returns:
         Pairs of case ID and finding.
     """
-    images = {
-        case_id: [facts for kind, facts in entry["files"].items() if kind != "seg" and "filled" in facts]
-        for case_id, entry in entries.items()
-    }
-    images = {case_id: found for case_id, found in images.items() if found}
+    images = {case_id: found for case_id, entry in entries.items() if (found := _images(entry["files"]))}
     if images:
         yield from _orientations(images)
         yield from _spacings(images)
         yield from _shares({case_id: found for case_id, found in images.items() if case_id not in unstripped})
+
+
+def _images(files: Mapping[str, dict]) -> list[dict]:
+    """What is known of a patient's modalities that could be read."""
+    return [facts for kind, facts in files.items() if kind != "seg" and "filled" in facts]
 
 
 def _orientations(images: Mapping[str, list[dict]]) -> Iterator[tuple[str, Finding]]:
@@ -65,7 +67,7 @@ def _same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def _shares(images: Mapping[str, list[dict]]) -> Iterator[tuple[str, Finding]]:
-    shares = {case_id: max(facts["filled"] for facts in found) for case_id, found in images.items()}
+    shares = {case_id: max(map(itemgetter("filled"), found)) for case_id, found in images.items()}
     if len(shares) < _ENOUGH:
         return
     usual = median(shares.values())

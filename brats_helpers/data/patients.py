@@ -13,10 +13,10 @@ from brats_helpers.data.nifti import spacing_in_lps
 from brats_helpers.data.numbering import AUTO, with_numbering
 from brats_helpers.data.published import check_published, is_published
 from brats_helpers.data.sources import find_data
-from brats_helpers.data.splits import PARTS, pick_cases, read_splits
+from brats_helpers.data.splits import pick_cases, read_splits
 from brats_helpers.files import read_json
 from brats_helpers.labels import USUAL, DataError
-from brats_helpers.runs import Run
+from brats_helpers.runs import PARTS, Run
 
 
 class ChangedError(DataError):
@@ -154,7 +154,10 @@ def _find_again(run: Run) -> tuple[dict[str, list[Case]], dict[str, dict]]:
     lost |= {case_id: "has no segmentation any more" for case_id in labelled & cases.keys() if not cases[case_id].seg}
     contents = dict.fromkeys(cases) | {case_id: facts["content"] for case_id, facts in known.items()}
     _refuse_changed(run, before, contents, lost)
-    return {name: [cases[case_id] for case_id in ids] for name, ids in parts.items()}, known
+    found_again = {}
+    for name, ids in parts.items():
+        found_again[name] = [cases[case_id] for case_id in ids]
+    return found_again, known
 
 
 def _refuse_changed(run: Run, before: dict[str, str | None], now: dict[str, str | None], lost: dict[str, str]) -> None:

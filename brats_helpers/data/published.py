@@ -9,7 +9,7 @@ from brats_helpers.data.cases import Case
 from brats_helpers.data.filenames import recognise
 from brats_helpers.files import read_json
 from brats_helpers.labels import DataError
-from brats_helpers.runs import from_root
+from brats_helpers.runs import PARTS, from_root, parts_of
 
 _NAMED = 3  # IDs in one error
 _FORMATS = (
@@ -88,18 +88,19 @@ def _folds(content: object) -> list[dict[str, list[str]]]:
         case {"training": [*entries]} if entries and all(map(_is_datalist_entry, entries)):
             count = 1 + max(entry["fold"] for entry in entries)
             return [_monai_fold(entries, number) for number in range(count)]
-        case {"folds": [*folds]} if folds and all(_are_ids(fold, "train", "val", "test") for fold in folds):
-            return [{name: fold[name] for name in ("train", "val", "test")} for fold in folds]
-        case dict() if _are_ids(content, "train", "val", "test"):
-            return [{name: content[name] for name in ("train", "val", "test")}]
+        case {"folds": [*folds]} if folds and all(_are_ids(fold, *PARTS) for fold in folds):
+            return list(map(parts_of, folds))
+        case dict() if _are_ids(content, *PARTS):
+            return [parts_of(content)]
     return []
 
 
 def _are_ids(fold: object, *parts: str) -> bool:
-    if not isinstance(fold, dict):
-        return False
-    lists = [fold.get(part) for part in parts]
-    return all(isinstance(ids, list) and ids and all(isinstance(case_id, str) for case_id in ids) for ids in lists)
+    return isinstance(fold, dict) and all(_is_id_list(fold.get(part)) for part in parts)
+
+
+def _is_id_list(ids: object) -> bool:
+    return isinstance(ids, list) and bool(ids) and all(isinstance(case_id, str) for case_id in ids)
 
 
 def _is_datalist_entry(entry: object) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,8 +12,8 @@ from brats_helpers.data.cases import Case
 from brats_helpers.data.published import is_published, named_in, read_published
 from brats_helpers.files import read_json, write_json
 from brats_helpers.labels import CLASSES, DataError
+from brats_helpers.runs import PARTS, parts_of
 
-PARTS = ("train", "val", "test")
 ENHANCING = CLASSES.index("ET")
 _PUBLISHED_VAL = 0.1
 """Share of the training patients of a published split that choose the epoch."""
@@ -168,7 +169,7 @@ def _published_parts(
         check_disjoint(parts, groups or {})
     except DataError as error:
         raise DataError(f"{split} cannot be used here: {error}") from error
-    return {name: parts[name] for name in PARTS}
+    return parts_of(parts)
 
 
 def _rank(
@@ -185,7 +186,7 @@ def _rank(
         together.setdefault(groups.get(case.id, case.id), []).append(case)
     pool = draw.sample(list(together.values()), len(together))
     pool.sort(key=lambda group: _rarity(group[0], grades.get(group[0].id)))
-    return [[case.id for case in group] for group in pool]
+    return [list(map(attrgetter("id"), group)) for group in pool]
 
 
 def _rarity(case: Packed, grade: str | None) -> tuple:

@@ -34,7 +34,7 @@ from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.log import done, progress, warn
 from brats_helpers.machine import choose_device
-from brats_helpers.scoring.overlap import crop_tumour
+from brats_helpers.scoring.overlap import crop_tumour, dice_by_region
 from brats_helpers.scoring.rules import Spacing, region_dice, rule_for
 from brats_helpers.scoring.scores import collect
 from brats_helpers.training import model_zip
@@ -159,7 +159,7 @@ def evaluate(
     not_scored = {case.id: "unlabelled" for case in cases if not case.seg} | faults
     leakage = [case_id for case_id in seen if case_id in scores]
     metrics = collect(scores, convention=convention, simulated=simulated, not_scored=not_scored, leakage=leakage)
-    after = [{region: figures[region]["dice"] for region in REGIONS} for figures in scores.values()]
+    after = list(map(dice_by_region, scores.values()))
     averaged = {"checkpoints": len(networks), "flips": how["flips"]}
     return metrics | {
         "labels": {"predictions": asked, "references": count_numberings(case for case in cases if case.seg)},
@@ -339,7 +339,7 @@ def _write(
 ) -> Path:
     case_id, packed = scans.case.id, scans.packed
     if resampling := [network for network in networks if network.resamples(scans.spacing_mm)]:
-        own, known = (" x ".join(f"{mm:.3g}" for mm in sizes) for sizes in (scans.spacing_mm, resampling[0].spacing_mm))
+        own, known = (" x ".join(map("{:.3g}".format, sizes)) for sizes in (scans.spacing_mm, resampling[0].spacing_mm))
         warn(f"{case_id}: voxels of {own} mm, resampled to the network's {known} mm and back")
         rules = rules.for_voxels(prod(scans.spacing_mm) / prod(resampling[0].spacing_mm))
     _note_leakage(folder, case_id, scans.seen)

@@ -12,8 +12,12 @@ KEYS = ("patients", "n", "convention", "dice", "command", "date", "device")
 
 def subsets(modalities: Iterable[str]) -> list[tuple[str, ...]]:
     """Every non-empty choice of some modalities, the largest first, each in the order of `labels.MODALITIES`."""
-    names = [name for name in MODALITIES if name in modalities]
+    names = _ordered(modalities)
     return [some for size in range(len(names), 0, -1) for some in combinations(names, size)]
+
+
+def _ordered(modalities: Iterable[str]) -> list[str]:
+    return [name for name in MODALITIES if name in modalities]
 
 
 def check_scores(content: object, path: object) -> dict:
@@ -49,9 +53,7 @@ def introduction(facts: Mapping) -> str:
 def without_lines(facts: Mapping, cases: Iterable[Case]) -> list[str]:
     """Say how the network scored on real patients with as few modalities as some of `cases` have, a line per choice."""
     lines = []
-    for names in sorted(
-        {",".join(name for name in MODALITIES if name in case.images) for case in cases if case.missing}
-    ):
+    for names in sorted({",".join(_ordered(case.images)) for case in cases if case.missing}):
         scored = [
             f"{figures_text(one['dice'][names])} on {one['n']} real patients ({one['patients']})"
             for one in facts.get("real", ())

@@ -5,8 +5,8 @@ The thresholds are chosen on validation patients, saved with the run, and then a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 from scipy import ndimage
@@ -15,6 +15,7 @@ from brats_helpers.files import read_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.scoring.overlap import mean_dice
 from brats_helpers.scoring.rules import Spacing, region_dice
+from brats_helpers.scoring.statistics import mean_known
 from brats_helpers.training.model_zip import is_model, read_facts
 
 NCR, ED, ET = (CLASSES.index(name) for name in ("NCR", "ED", "ET"))
@@ -109,8 +110,8 @@ def gain(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, flo
 
 def _means(dice: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Mean Dice of each region over the patients that the rule counts; regions without any are left out."""
-    counted = {region: [d[region] for d in dice if d[region] is not None] for region in REGIONS}
-    return {region: fmean(values) for region, values in counted.items() if values}
+    means = {region: mean_known(map(itemgetter(region), dice)) for region in REGIONS}
+    return {region: mean for region, mean in means.items() if mean is not None}
 
 
 def read_rules(path: Path) -> Rules:

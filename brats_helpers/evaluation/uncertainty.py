@@ -5,11 +5,12 @@ within the brain. With the empty space around it, every network would look certa
 """
 
 from collections.abc import Mapping
-from statistics import fmean
+from operator import itemgetter
 
 import numpy as np
 
 from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.statistics import mean_known
 
 BINS = 10
 """Bins of equal width, from probability 0 to 1, of the calibration."""
@@ -76,11 +77,10 @@ def collect(cases: Mapping[str, Mapping]) -> dict[str, object]:
         `auc` and `auc_tumour`, means over the patients that have one (None if none has); `cases`: both by ID;
         `calibration`: per region, see `_calibration`, over the voxels of all patients together.
     """
-    means = {}
-    for name in _AREAS:
-        values = [result[name] for result in cases.values() if result[name] is not None]
-        means[name] = fmean(values) if values else None
-    found = {case: {name: result[name] for name in _AREAS} for case, result in sorted(cases.items())}
+    means = {name: mean_known(map(itemgetter(name), cases.values())) for name in _AREAS}
+    found = {}
+    for case, result in sorted(cases.items()):
+        found[case] = {name: result[name] for name in _AREAS}
     calibration = {}
     for region in REGIONS:
         tables = [result["bins"][region] for result in cases.values()]

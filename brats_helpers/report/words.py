@@ -1,6 +1,7 @@
 """The first screen of a report in words: what the scores compare with, and what to do next."""
 
 from collections.abc import Mapping
+from os.path import commonprefix
 from typing import NamedTuple
 
 from brats_helpers.labels import REGIONS
@@ -41,7 +42,8 @@ def _packaged(dice: Mapping[str, float | None] | None) -> str:
 def _published(metrics: Mapping) -> str:
     if metrics.get("simulated"):
         return "These patients are simulated, so no published score is comparable: only runs on the same patients are."
-    own = [PUBLISHED[name] for name in PUBLISHED if all(case_id.startswith(name) for case_id in metrics["cases"])]
+    beginning = commonprefix([*metrics["cases"]])
+    own = [published for name, published in PUBLISHED.items() if beginning.startswith(name)]
     if not own or not str(metrics.get("convention", "")).startswith("brats2020"):
         return (
             "No published score is comparable: it would need the same data set and rule. Runs on the same patients are."

@@ -1,12 +1,12 @@
 """Overlap of two masks: Dice."""
 
 from collections.abc import Iterable, Mapping
-from statistics import fmean
 
 import numpy as np
 
 from brats_helpers.boxes import bounding_box
 from brats_helpers.labels import REGIONS, STRUCTURES
+from brats_helpers.scoring.statistics import mean_known
 
 
 def dice(pred: np.ndarray, truth: np.ndarray) -> float:
@@ -25,14 +25,18 @@ def mean_dice(by_region: Mapping[str, float | None]) -> float:
     Returns:
         The mean over the counted regions; 1 if the rule leaves the patient out in every region.
     """
-    values = [by_region[region] for region in REGIONS]
-    counted = [value for value in values if value is not None]
-    return fmean(counted) if counted else 1.0
+    mean = mean_known(by_region[region] for region in REGIONS)
+    return 1.0 if mean is None else mean
 
 
 def mean_dice_of_case(scores: Mapping[str, Mapping[str, float | None]]) -> float:
     """Mean Dice of WT, TC and ET of one patient of `metrics.json`; see `mean_dice`."""
-    return mean_dice({region: scores.get(region, {}).get("dice") for region in REGIONS})
+    return mean_dice(dice_by_region(scores))
+
+
+def dice_by_region(scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Dice of WT, TC and ET of one patient of `metrics.json`; None where there is none."""
+    return {region: scores.get(region, {}).get("dice") for region in REGIONS}
 
 
 def mean_dice_of_epoch(row: Mapping[str, float]) -> float:

@@ -16,7 +16,7 @@ from brats_helpers.files import whole_file
 from brats_helpers.labels import REGIONS, STRUCTURES
 from brats_helpers.scoring.overlap import crop_tumour, members
 from brats_helpers.scoring.rules import RULES, Figures, Spacing, get_rule
-from brats_helpers.scoring.statistics import summarise
+from brats_helpers.scoring.statistics import mean_known, summarise
 
 
 def score_case(pred: np.ndarray, truth: np.ndarray, *, spacing_mm: Spacing, convention: str) -> dict[str, Figures]:
@@ -118,7 +118,10 @@ _COLUMNS = {
 
 def _picked(metrics: Mapping, pick: Callable[[Mapping], float | None]) -> dict[str, dict[str, float | None]]:
     """One statistic of every metric of the regions."""
-    return {region: {name: pick(found) for name, found in metrics["summary"][region].items()} for region in REGIONS}
+    picked = {}
+    for region in REGIONS:
+        picked[region] = {name: pick(found) for name, found in metrics["summary"][region].items()}
+    return picked
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:
@@ -143,7 +146,10 @@ def conventions_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[st
         for region, classes in REGIONS.items():
             for line, values in _by_convention(members(pred, classes), members(truth, classes), slices).items():
                 collected.setdefault(line, {name: [] for name in REGIONS})[region].extend(values)
-    return {line: {region: _mean(values) for region, values in regions.items()} for line, regions in collected.items()}
+    means = {}
+    for line, regions in collected.items():
+        means[line] = {region: mean_known(values) for region, values in regions.items()}
+    return means
 
 
 def _by_convention(pred: np.ndarray, truth: np.ndarray, slices: int) -> dict[str, list[float | None]]:
@@ -160,11 +166,6 @@ def _by_convention(pred: np.ndarray, truth: np.ndarray, slices: int) -> dict[str
         "brats2023: mean over patients of the lesion-wise Dice": [by_rule["brats2023"]],
         "brats2026: mean over patients of the matched lesions' Dice": [by_rule["brats2026"]],
     }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    counted = [value for value in values if value is not None]
-    return float(np.mean(counted)) if counted else None
 
 
 def write_cases_csv(path: Path, metrics: Mapping) -> None:

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from scipy import special
@@ -51,6 +52,12 @@ def _statistics(values: np.ndarray) -> dict[str, float | int | None]:
     }
 
 
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
 def _columns(cases: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     """The (structure, metric) pairs that every patient has."""
     return [(structure, metric) for structure, metrics in next(iter(cases.values())).items() for metric in metrics]
@@ -58,8 +65,8 @@ def _columns(cases: Mapping[str, Mapping]) -> list[tuple[str, str]]:
 
 def _values(cases: Mapping[str, Mapping], columns: list[tuple[str, str]]) -> np.ndarray:
     """Figures as float64, shape (patients sorted by ID, columns); NaN for None."""
-    rows = [[cases[case][structure][metric] for structure, metric in columns] for case in sorted(cases)]
-    return np.array(rows, np.float64)
+    values = [cases[case][structure][metric] for case in sorted(cases) for structure, metric in columns]
+    return np.array(values, np.float64).reshape(len(cases), len(columns))
 
 
 def _mean_intervals(values: np.ndarray) -> list[list[float] | None]:

@@ -7,15 +7,16 @@ notebooks; only its patients are split differently. Whatever can be done with a 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from statistics import median_low
 
 import pandas as pd
 
 from brats_helpers.data.patients import load_parts
-from brats_helpers.data.splits import PARTS, check_disjoint, read_splits
+from brats_helpers.data.splits import check_disjoint, read_splits
 from brats_helpers.files import read_json, whole_file, whole_folder, write_json
 from brats_helpers.log import fail
-from brats_helpers.runs import ONCE, PER_FOLD, Run
+from brats_helpers.runs import ONCE, PARTS, PER_FOLD, Run, parts_of
 from brats_helpers.scoring.overlap import mean_dice_of_epoch
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, write_cases_csv
@@ -119,7 +120,7 @@ def _plan_of(plan: Plan, run: Run, values: Mapping[str, object]) -> Plan:
 
 def shares(run: Run) -> list[dict[str, list[str]]]:
     """Return each fold's train, val and test patients, as 00_setup split them."""
-    return [{name: parts[name] for name in PARTS} for parts in read_json(run.splits)["folds"]]
+    return list(map(parts_of, read_json(run.splits)["folds"]))
 
 
 def member(run: Run, name: str, parts: Mapping[str, list[str]]) -> Run:
@@ -189,7 +190,7 @@ def gather(run: Run, folds: Sequence[Run], *, device: str, flips: bool, conventi
             from brats_helpers.machine import choose_device
 
             chosen = [asdict(read_rules(fold.postprocess)) for fold in folds]
-            rules = Rules(**{name: median_low(rule[name] for rule in chosen) for name in chosen[0]})
+            rules = Rules(**{name: median_low(map(itemgetter(name), chosen)) for name in chosen[0]})
             networks = load_networks([fold.best for fold in folds], device=choose_device(device))
             how = {"flips": flips, "rules": rules, "numbering": labels}
             cases = load_parts(run)["unlabelled"]

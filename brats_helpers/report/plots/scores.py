@@ -175,8 +175,8 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
     figure, axes = plt.subplots(1, len(REGIONS), figsize=(WIDTH, 4.3), sharey=True)
     for ax, (region, curve) in zip(axes, found.items(), strict=True):
         ax.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=":")
-        predicted, observed = ([row[name] for row in curve["bins"]] for name in ("predicted", "observed"))
-        ax.plot(predicted, observed, color=COLOURS[region], marker=MARKERS[region], markersize=6)
+        bins = pd.DataFrame(curve["bins"], columns=["predicted", "observed"])
+        ax.plot(bins["predicted"], bins["observed"], color=COLOURS[region], marker=MARKERS[region], markersize=6)
         error = "no voxel" if curve["ece"] is None else f"calibration error {curve['ece']:.3f}"
         ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
@@ -245,10 +245,8 @@ def volume_agreement(metrics: Mapping, *, simulated: bool) -> Figure:
     cases = metrics["cases"]
     figure, axes = plt.subplots(1, len(REGIONS), figsize=(WIDTH, 3.9))
     for ax, region in zip(axes, REGIONS, strict=True):
-        predicted, true = (
-            np.array([_number(scores, region, metric) for scores in cases.values()])
-            for metric in ("volume_ml", "volume_ml_truth")
-        )
+        predicted = np.array([_number(scores, region, "volume_ml") for scores in cases.values()])
+        true = np.array([_number(scores, region, "volume_ml_truth") for scores in cases.values()])
         difference = predicted - true
         style = {"color": COLOURS[region], "marker": MARKERS[region], "markersize": 6}
         ax.plot((predicted + true) / 2, difference, linestyle="none", **style)

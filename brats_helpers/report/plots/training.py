@@ -72,7 +72,7 @@ def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> F
         ax.grid(axis="y")
         below.axis("off")
         cells = below.table(
-            [[f"{number:,}" for number in (row[unit][0], *row[unit][1])] for row in table.values()],
+            [list(map("{:,}".format, (row[unit][0], *row[unit][1]))) for row in table.values()],
             rowLabels=list(table), colLabels=["all", *kinds], loc="center", edges="horizontal", cellLoc="right",
             colLoc="right", rowLoc="left", bbox=[0.08, 0, 0.92, 1],
         )  # fmt: skip

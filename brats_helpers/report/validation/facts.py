@@ -10,7 +10,7 @@ from pathlib import Path
 from brats_helpers.files import read_json
 from brats_helpers.log import FAIL, OK, WARN
 from brats_helpers.report.review import Review
-from brats_helpers.runs import FIGURE_REGISTER, Run
+from brats_helpers.runs import FIGURE_REGISTER, Run, parts_of
 
 
 class Mark(Enum):
@@ -96,7 +96,7 @@ class RunFacts:
         """The parts that must be disjoint: train, val and test, or the test parts of the folds."""
         if self.folds:
             return {f"fold {k}": parts["test"] for k, parts in enumerate(self.splits["folds"])}
-        return {name: self.splits[name] for name in ("train", "val", "test")}
+        return parts_of(self.splits)
 
     @property
     def tested(self) -> list[str]:
@@ -115,7 +115,7 @@ class RunFacts:
         if not self.run.history.exists():
             raise NotDone("no history.csv")
         with open(self.run.history, newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return [dict(zip(row, map(float, row.values()), strict=True)) for row in csv.DictReader(file)]
 
     @cached_property
     def checkpoint(self) -> dict:
