@@ -11,8 +11,9 @@ import numpy as np
 
 from brats_helpers.data.filenames import named_like
 from brats_helpers.data.findings import Finding, why_unusable
-from brats_helpers.data.layouts import Layout, Patient, is_text, lay_out
-from brats_helpers.data.nifti import read_image
+from brats_helpers.data.layouts import Layout, Patient, lay_out
+from brats_helpers.data.nifti import in_lps, read_image, read_nifti, spacing_mm
+from brats_helpers.data.walk import is_text
 from brats_helpers.labels import (
     MODALITIES,
     DataError,
@@ -83,6 +84,13 @@ class Case:
             empty = np.zeros_like(voxels)
             return empty, type(image)(empty, image.affine, image.header)
         return read_image(self.images[modality], self.channels.get(modality))
+
+
+def stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:
+    """A case's first image as stored, and the voxel size in mm along X, Y, Z in LPS order."""
+    name, path = next(iter(case.images.items()))
+    image = read_nifti(path)
+    return image, spacing_mm(in_lps(image, path, channel=case.channels.get(name)))
 
 
 @cache

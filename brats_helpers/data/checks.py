@@ -6,12 +6,14 @@ compared with each other.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
+from math import prod
 
 import nibabel as nib
 import numpy as np
 
 from brats_helpers.boxes import bounding_box
-from brats_helpers.data.cache import nan_in_brain
+from brats_helpers.data.cache import Packed, nan_in_brain
 from brats_helpers.data.cases import Case
 from brats_helpers.data.content import content_hash, hash_of
 from brats_helpers.data.filenames import recognise
@@ -30,7 +32,8 @@ from brats_helpers.data.nifti import (
     spacing_of,
 )
 from brats_helpers.data.numbering import better_numbering, evidence_of, label_problems
-from brats_helpers.labels import MODALITIES, NUMBERINGS, whole_labels
+from brats_helpers.labels import MODALITIES, NUMBERINGS, DataError, whole_labels
+from brats_helpers.log import warn
 
 _MOST_LABELS = 20  # listed at most, because a file that is not a mask may hold thousands of values
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; more is an error, because the file is then a brain mask
@@ -88,6 +91,21 @@ def check_case(case: Case) -> dict:
         ],
         "content": hash_of(*contents) if len(usable) == len(case.files) else "unreadable",
     }
+
+
+def check_packed(case: Case, packed: Packed) -> None:
+    """Check the voxels of a prepared patient as `check_case` does: refuse faulty scans, and warn of doubtful ones."""
+    scans = {name: packed.images[:, k] for k, name in enumerate(case.modalities) if name in case.images}
+    for name, scan in scans.items():
+        if not scan.any():
+            raise DataError(f"all voxels of the brain in {case.images[name]} have one value; fetch the file again.")
+        filled = scan != 0
+        if text := _air_as_brain(filled[bounding_box(filled)], prod(packed.shape)):
+            warn(f"{case.id}: {case.images[name].name}: {text}")
+    for one, other in combinations(scans, 2):
+        if np.array_equal(scans[one], scans[other]):
+            files = f"{case.images[one]} and {case.images[other]}"
+            raise DataError(f"{one} and {other} have the same voxels, {files}; one of the two is misnamed.")
 
 
 # ---- Reading
@@ -161,11 +179,11 @@ def _image_problems(scan: _Scan) -> Iterator[_Problem]:
         yield "empty-image", "error", "Every voxel is 0, expected a brain; fetch the file again."
     elif brain.min() == brain.max():
         yield "constant-image", "error", "All voxels of the brain have one value, expected a scan; fetch it again."
-    elif text := air_as_brain(inside, filled.size):
+    elif text := _air_as_brain(inside, filled.size):
         yield "no-background", "warning", text
 
 
-def air_as_brain(inside: np.ndarray, voxels: int) -> str:
+def _air_as_brain(inside: np.ndarray, voxels: int) -> str:
     """Return a warning if the air in a scan is not 0, else an empty string.
 
     Args:

@@ -28,8 +28,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.data.layouts import walk
 from brats_helpers.data.numbering import outer_shares, settled, spread, surfaces, z_scores
+from brats_helpers.data.walk import walk
 from brats_helpers.files import part_folder, read_json, sweep, write_json
 from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 from brats_helpers.log import done, warn

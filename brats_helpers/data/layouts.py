@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from brats_helpers.data.filenames import (
 from brats_helpers.data.findings import Finding
 from brats_helpers.data.nifti import same_volume
 from brats_helpers.data.tables import ENDINGS as TABLE_ENDINGS
-
-_STRAYS = ("__MACOSX", "Thumbs.db", "desktop.ini")  # besides hidden files
+from brats_helpers.data.walk import is_stray, is_text, walk
 
 _CONVERT = "Convert them to .nii.gz, with SimpleITK for instance: WriteImage(ReadImage('x{0}'), 'x.nii.gz')."
 _UNREAD = {
@@ -188,15 +187,6 @@ def _why_not(path: Path) -> tuple[str, str, str] | None:
     if path.is_dir():
         return "empty-folder", "warning", "An empty folder. If a patient belongs there, fetch or unpack it again."
     return None
-
-
-def is_text(path: Path) -> bool:
-    """Whether a path's bytes are UTF-8, whatever the locale."""
-    try:
-        os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is_dicom(path: Path) -> bool:
@@ -421,36 +411,3 @@ def _merge(layout: Layout, patient: Patient, part: Patient) -> None:
         layout.add(patient.id, "joined", "note", part.folder, text)
     patient.files = part.files | patient.files
     patient.channels = part.channels | patient.channels
-
-
-def walk(root: Path, *, lost: Callable[[OSError], None] | None = None) -> list[Path]:
-    """All files and empty folders below `root`, sorted. Stray folders are listed but not entered.
-
-    Links to folders are followed, except those that lead back up. Each folder is visited once, by its own path if it
-    lies below `root`.
-    `lost` is called with the error for each folder that cannot be read.
-    """
-    found: list[Path] = []
-    seen: set[str] = set()
-    tops = [os.fspath(root)]
-    for top in tops:  # grows while links are found
-        for folder, folders, files in os.walk(top, onerror=lost):
-            real = os.path.realpath(folder)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            strays = [name for name in folders if is_stray(name)]
-            folders[:] = sorted({*folders}.difference(strays))
-            found += [Path(folder, name) for name in (*files, *strays)]
-            if not (folders or files or strays) and folder not in tops:
-                found.append(Path(folder))
-            for link in (os.path.join(folder, name) for name in folders):
-                if os.path.islink(link) and not Path(real).is_relative_to(os.path.realpath(link)):
-                    tops.append(link)
-    return sorted(found)
-
-
-def is_stray(name: str) -> bool:
-    """Whether a file or folder was left by an operating system, or is hidden."""
-    return name.startswith(".") or name in _STRAYS

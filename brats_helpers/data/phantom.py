@@ -17,9 +17,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from brats_helpers.data.anatomy import SHAPE, draw_anatomy
-from brats_helpers.data.layouts import walk
 from brats_helpers.data.scanner import draw_images
 from brats_helpers.data.tumour import draw_tumour
+from brats_helpers.data.walk import walk
 from brats_helpers.files import PART, part_folder, sweep, whole_file
 from brats_helpers.labels import MODALITIES, DataError, classes_to_labels
 from brats_helpers.log import progress

@@ -23,7 +23,7 @@ from brats_helpers.data import kaggle
 from brats_helpers.data.archives import Damaged, check_space, faults_named, unpack
 from brats_helpers.data.hdf5 import NAME, assemble, need_h5py
 from brats_helpers.data.kaggle import KaggleSet
-from brats_helpers.data.layouts import walk
+from brats_helpers.data.walk import walk
 from brats_helpers.files import part_folder, sweep, write_json
 from brats_helpers.labels import DataError
 from brats_helpers.log import done, warn

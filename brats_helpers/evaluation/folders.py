@@ -10,7 +10,7 @@ from brats_helpers.data.nifti import spacing_mm as spacing_of
 from brats_helpers.data.numbering import AUTO
 from brats_helpers.evaluation.labelling import label_folders
 from brats_helpers.evaluation.pairing import find_pairs
-from brats_helpers.files import read_json
+from brats_helpers.files import read_json, write_json
 from brats_helpers.labels import USUAL, DataError
 from brats_helpers.scoring.rules import rule_for
 from brats_helpers.scoring.scores import collect, score_case
@@ -80,6 +80,13 @@ def score_folders(
 def read_leakage(pred_dir: Path | str) -> set[str]:
     """IDs of the patients in this folder that the network had seen, from its `leakage.json`."""
     return set(read_json(Path(pred_dir) / "leakage.json", []))
+
+
+def note_leakage(folder: Path, case_id: str, seen: bool) -> None:
+    """Update `leakage.json` in a folder of predictions for a patient who is about to be written."""
+    before = read_leakage(folder)
+    if (case_id in before) != seen:
+        write_json(folder / "leakage.json", sorted(before ^ {case_id}))
 
 
 @dataclass(frozen=True)

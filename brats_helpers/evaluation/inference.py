@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
-from itertools import combinations
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,20 +17,27 @@ from typing import NamedTuple, TypeVar
 import nibabel as nib
 import numpy as np
 
-from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cache import Packed, pack
-from brats_helpers.data.cases import Case
-from brats_helpers.data.checks import air_as_brain
+from brats_helpers.data.cases import Case, stored
+from brats_helpers.data.checks import check_packed
 from brats_helpers.data.identity import survey_folders
-from brats_helpers.data.nifti import from_lps, in_lps, placed_as, read_mask, read_nifti, spacing_mm, write_mask
+from brats_helpers.data.nifti import from_lps, placed_as, read_mask, write_mask
 from brats_helpers.data.numbering import AUTO, count_numberings, written_as
 from brats_helpers.evaluation import uncertainty
 from brats_helpers.evaluation.colours import write_colour_tables
-from brats_helpers.evaluation.folders import read_leakage, score_files
-from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, load_networks, predict
+from brats_helpers.evaluation.folders import note_leakage, score_files
+from brats_helpers.evaluation.networks import (
+    Network,
+    in_order,
+    leaked,
+    load_network,
+    load_networks,
+    predict,
+    refuse_seen,
+    said_of,
+)
 from brats_helpers.evaluation.packaged import introduction, without_lines
 from brats_helpers.evaluation.postprocess import NO_RULES, Rules, gain
-from brats_helpers.files import write_json
 from brats_helpers.labels import CLASSES, REGIONS, DataError
 from brats_helpers.log import done, progress, warn
 from brats_helpers.machine import choose_device
@@ -140,7 +147,7 @@ def evaluate(
     cases = in_order(networks, cases)
     seen = leaked(networks, cases, hashes=hashes)
     if not allow_leakage:
-        _refuse_seen(cases, seen)
+        refuse_seen(cases, seen)
     convention = rule_for(convention, cases=[case.id for case in cases]).name
     asked = how.get("numbering", AUTO)
     scores, raw, doubts, faults = {}, [], {}, {}
@@ -235,14 +242,11 @@ def predict_files(
     if skipped is None and seen is None:
         seen = leaked(networks, in_order(networks, cases))
         if not allow_leakage:
-            _refuse_seen(cases, seen)
+            refuse_seen(cases, seen)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def read(case: Case) -> _Scans:
-        return _read(networks, case, seen, allow_leakage=allow_leakage)
-
-    def write(scans: _Scans, soft: np.ndarray) -> Path:
-        return _write(networks, scans, soft, folder, rules=rules, numbering=numbering, soft_dir=soft_dir)
+    read = partial(_read, networks, seen=seen, allow_leakage=allow_leakage)
+    write = partial(_write, networks, folder=folder, rules=rules, numbering=numbering, soft_dir=soft_dir)
 
     def skip(case: Case, error: Exception) -> None:
         if skipped is None:
@@ -262,9 +266,8 @@ def predict_files(
             yield scans, soft, writer.submit(write, scans, soft)
 
     with ThreadPoolExecutor(_READ_AHEAD) as reader, ThreadPoolExecutor(1) as writer:
-        for scans, soft, writing in progress(
-            _behind(predicted(reader, writer), 1), what="predicting", total=len(cases)
-        ):
+        written = _behind(predicted(reader, writer), 1)
+        for scans, soft, writing in progress(written, what="predicting", total=len(cases)):
             try:
                 path = writing.result()
             except (DataError, ValueError) as error:
@@ -295,44 +298,22 @@ def _behind(items: Iterable[Item], n: int) -> Iterator[Item]:
     yield from held
 
 
-def _read(networks: Sequence[Network], case: Case, seen: Mapping[str, str] | None, *, allow_leakage: bool) -> _Scans:
+def _read(networks: Sequence[Network], case: Case, *, seen: Mapping[str, str] | None, allow_leakage: bool) -> _Scans:
     (case,) = in_order(networks, [case])
     why = (leaked(networks, [case]) if seen is None else seen).get(case.id)
     if why and seen is None and not allow_leakage:
         raise DataError(said_of({case.id: why}))
     packed = pack(replace(case, seg=None))
-    _check(case, packed)
+    check_packed(case, packed)
     return _Scans(case, packed, *stored(case), bool(why))
-
-
-def _check(case: Case, packed: Packed) -> None:
-    """Check the voxels as the audit does: refuse faulty scans, and warn of doubtful ones."""
-    scans = {name: packed.images[:, k] for k, name in enumerate(case.modalities) if name in case.images}
-    for name, scan in scans.items():
-        if not scan.any():
-            raise DataError(f"all voxels of the brain in {case.images[name]} have one value; fetch the file again.")
-        filled = scan != 0
-        if text := air_as_brain(filled[bounding_box(filled)], prod(packed.shape)):
-            warn(f"{case.id}: {case.images[name].name}: {text}")
-    for one, other in combinations(scans, 2):
-        if np.array_equal(scans[one], scans[other]):
-            files = f"{case.images[one]} and {case.images[other]}"
-            raise DataError(f"{one} and {other} have the same voxels, {files}; one of the two is misnamed.")
-
-
-def stored(case: Case) -> tuple[nib.Nifti1Image, tuple[float, float, float]]:
-    """A case's first image as stored, and the voxel size in mm along X, Y, Z in LPS order."""
-    name, path = next(iter(case.images.items()))
-    image = read_nifti(path)
-    return image, spacing_mm(in_lps(image, path, channel=case.channels.get(name)))
 
 
 def _write(
     networks: Sequence[Network],
     scans: _Scans,
     soft: np.ndarray,
-    folder: Path,
     *,
+    folder: Path,
     rules: Rules,
     numbering: str,
     soft_dir: Path | None,
@@ -342,7 +323,7 @@ def _write(
         own, known = (" x ".join(map("{:.3g}".format, sizes)) for sizes in (scans.spacing_mm, resampling[0].spacing_mm))
         warn(f"{case_id}: voxels of {own} mm, resampled to the network's {known} mm and back")
         rules = rules.for_voxels(prod(scans.spacing_mm) / prod(resampling[0].spacing_mm))
-    _note_leakage(folder, case_id, scans.seen)
+    note_leakage(folder, case_id, scans.seen)
     path = folder / f"{case_id}_seg.nii.gz"
     write_mask(path, packed.to_volume(rules(_classes(soft))), scans.like, numbering=written_as(scans.case, numbering))
     if soft_dir:
@@ -352,29 +333,6 @@ def _write(
 
 def _classes(soft: np.ndarray) -> np.ndarray:
     return soft.argmax(axis=1).astype(np.uint8)
-
-
-def _refuse_seen(cases: Iterable[Case], seen: Mapping[str, str]) -> None:
-    """Raise `DataError` if a network has seen a patient who can be scored; the others get no score anyway."""
-    scorable = {case.id: seen[case.id] for case in cases if case.seg and case.id in seen}
-    if scorable:
-        raise DataError(said_of(scorable))
-
-
-def said_of(seen: Mapping[str, str]) -> str:
-    """Say why patients that a network has seen are not predicted."""
-    reasons = "; ".join(f"{case_id} {why}" for case_id, why in seen.items())
-    return (
-        f"leakage: the network has seen {', '.join(seen)} in training ({reasons}). Leave them out, or"
-        " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true)."
-    )
-
-
-def _note_leakage(folder: Path, case_id: str, seen: bool) -> None:
-    """Update `leakage.json` in a folder of predictions for a patient who is about to be written."""
-    before = read_leakage(folder)
-    if (case_id in before) != seen:
-        write_json(folder / "leakage.json", sorted(before ^ {case_id}))
 
 
 def write_soft(path: Path, packed: Packed, soft: np.ndarray, like: nib.Nifti1Image) -> None:

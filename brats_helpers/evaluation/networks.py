@@ -145,6 +145,22 @@ def leaked(
     return dict(sorted(seen.items()))
 
 
+def refuse_seen(cases: Iterable[Case], seen: Mapping[str, str]) -> None:
+    """Raise `DataError` if a network has seen a patient who can be scored; the others get no score anyway."""
+    scorable = {case.id: seen[case.id] for case in cases if case.seg and case.id in seen}
+    if scorable:
+        raise DataError(said_of(scorable))
+
+
+def said_of(seen: Mapping[str, str]) -> str:
+    """Say why patients that a network has seen are not predicted."""
+    reasons = "; ".join(f"{case_id} {why}" for case_id, why in seen.items())
+    return (
+        f"leakage: the network has seen {', '.join(seen)} in training ({reasons}). Leave them out, or"
+        " allow leakage, which every score then shows (--allow-leakage, -p allow_leakage true)."
+    )
+
+
 def predict(
     networks: Sequence[Network],
     case: Packed,

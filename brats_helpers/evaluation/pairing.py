@@ -9,7 +9,7 @@ from pathlib import Path
 
 from brats_helpers.data.cases import survey_segs
 from brats_helpers.data.filenames import is_nifti, recognise
-from brats_helpers.data.layouts import walk
+from brats_helpers.data.walk import walk
 
 _SUGGESTED = 20  # most names that get a suggestion, because finding one is slow
 _YEAR = re.compile(r"^brats\d+", re.IGNORECASE)  # in BraTS20_Training_001; it does not identify the patient

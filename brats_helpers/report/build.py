@@ -12,11 +12,8 @@ prediction and reference. Three canvases over 8-bit tiles do, at a third of a me
 import base64
 import csv
 import hashlib
-import html
-import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import attrgetter
@@ -28,18 +25,18 @@ from jinja2 import Environment, FileSystemLoader
 
 from brats_helpers.data.cases import Case
 from brats_helpers.data.numbering import predicted_as, predicted_numberings
-from brats_helpers.data.splits import PARTS
 from brats_helpers.evaluation.card import model_card
 from brats_helpers.evaluation.colours import write_colour_tables
-from brats_helpers.files import whole_file
+from brats_helpers.files import read_json, whole_file
 from brats_helpers.labels import REGIONS, STRUCTURES, DataError
 from brats_helpers.log import duration, warn
 from brats_helpers.report import plots
+from brats_helpers.report.notebooks import notebook_body
 from brats_helpers.report.review import CAUSES, Review, review
 from brats_helpers.report.validation import Mark, tally, validate, write_markdown
 from brats_helpers.report.validation.training_lines import best_epoch, predicted_and_measured
 from brats_helpers.report.words import compared, next_steps
-from brats_helpers.runs import NEEDS, ONCE, PER_FOLD, Run
+from brats_helpers.runs import NEEDS, ONCE, PARTS, PER_FOLD, Run
 from brats_helpers.scoring.overlap import mean_dice_of_case
 from brats_helpers.scoring.statistics import ENOUGH
 
@@ -88,7 +85,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         `report/index.html` of the run. `validation.md` and the figures that no notebook draws are written as well.
     """
     newest = _newest(run)
-    manifest, metrics = run.manifest, _read(run.metrics)
+    manifest, metrics = run.manifest, read_json(run.metrics, {})
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
     reviewed = review(run, metrics)
     _draw(run, metrics, reviewed, simulated=simulated)
@@ -104,7 +101,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     common = {"name": run.name, "simulated": simulated}
     notebooks = sorted(run.notebooks.glob("*.ipynb"))
     for path in notebooks:
-        body, highlighting = _notebook_body(path, [view.name for view in run.figures.glob(f"{path.stem[:2]}_*.html")])
+        body, highlighting = notebook_body(path, [view.name for view in run.figures.glob(f"{path.stem[:2]}_*.html")])
         page = pages.get_template("notebook.html")
         page = page.render(page=path.stem, body=body, highlighting=highlighting, **common)
         _write(run.report.parent / f"{path.stem}.html", page)
@@ -135,7 +132,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),
         viewer=_viewer(run, metrics, reviewed),
-        answers=_read(run.answers),
+        answers=read_json(run.answers, {}),
         folds=_folds(run, inner or build_report),
         sweep=_sweep(run, inner or build_report),
         outer=(run.folder.parent.parent / "manifest.json").exists() and run.expected == list(PER_FOLD),
@@ -181,10 +178,6 @@ def _write(path: Path, page: str) -> None:
         file.write(page)
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
 def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
     """What the report says about an unfinished stage; empty for a finished one."""
     status = stages.get(stage, {}).get("status")
@@ -215,8 +208,8 @@ def _draw(run: Run, metrics: Mapping, reviewed: Review, *, simulated: bool) -> N
         scored = {f"fold {own.folder.name}": own for own in folds if own.history.exists() and own.metrics.exists()}
         if scored:
             histories = {name: pd.read_csv(own.history) for name, own in scored.items()}
-            by_fold = {name: _read(own.metrics) for name, own in scored.items()}
-            headline = f"{len(scored)} of {len(_read(run.splits)['folds'])} folds"
+            by_fold = {name: read_json(own.metrics) for name, own in scored.items()}
+            headline = f"{len(scored)} of {len(read_json(run.splits)['folds'])} folds"
             figures["02_folds"] = plots.comparison(histories, by_fold, headline=headline, simulated=simulated)
         if cases:
             figures["03_scores"] = plots.score_distributions(metrics, simulated=simulated)
@@ -238,7 +231,7 @@ def _folds(run: Run, inner: Callable[[Run], Path]) -> list[dict]:
     """A row for each fold of a cross-validation, with a link to its report."""
     rows = []
     for own in _scored_folds(run):
-        manifest, summary, best = own.manifest, _read(own.metrics).get("summary", {}), _best(own)
+        manifest, summary, best = own.manifest, read_json(own.metrics, {}).get("summary", {}), _best(own)
         rows.append(
             {
                 "name": own.folder.name,
@@ -287,7 +280,7 @@ def _scored_folds(run: Run) -> list[Run]:
 
 def _shared_out(run: Run) -> dict[str, list[str]]:
     """The patients of each part; in a cross-validation, of each fold's test part."""
-    splits = _read(run.splits)
+    splits = read_json(run.splits, {})
     parts = {part: splits.get(part, []) for part in PARTS}
     if _scored_folds(run):
         parts = {f"tested by fold {k}": fold["test"] for k, fold in enumerate(splits["folds"])}
@@ -370,7 +363,7 @@ def _viewer(run: Run, metrics: Mapping, reviewed: Review) -> dict:
 
 def _audit(run: Run, manifest: Mapping) -> dict:
     """The audit's findings as rows, and how many patients were found, read and left out."""
-    audit = _read(run.audit)
+    audit = read_json(run.audit, {})
     rows = [
         {"case": case_id, **finding}
         for case_id, case in audit.get("cases", {}).items()
@@ -383,55 +376,6 @@ def _audit(run: Run, manifest: Mapping) -> dict:
         "findings": rows,
         "excluded": manifest.get("excluded", {}),
     }
-
-
-def _notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
-    """The cells of a notebook as HTML, and the style of its code; interactive views become links to their files."""
-    import nbformat
-    from nbconvert import HTMLExporter
-    from pygments.formatters import HtmlFormatter
-
-    links = ", ".join(f'<a href="../figures/{quote(view)}">{html.escape(view)}</a>' for view in views)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except ValueError as error:  # not JSON: the run was interrupted while writing it
-        return f'<p class="missing">{html.escape(f"{path} cannot be read: {error}")}</p>', ""
-    heading = path.stem
-    _fold_hidden_input(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":  # badges would be loaded from a network, pictures from the checkout
-            cell.source = re.sub(r"^\[?!\[.*\n?", "", cell.source, flags=re.MULTILINE)
-        if cell.cell_type == "markdown" and cell.source.startswith("#"):
-            heading = cell.source.partition("\n")[0].lstrip("# ")
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if "<iframe" in data.get("text/html", ""):  # its script may not run on this page
-                data["text/html"] = f"<p>Interactive view, on a page of its own: {links or 'not saved'}</p>"
-            if "image/gif" in data:  # nbconvert shows no GIF
-                picture = f"data:image/gif;base64,{data['image/gif'].strip()}"
-                data["text/html"] = f'<img src="{picture}" alt="animation">'
-            if "image/png" in data:
-                output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": f"figure of: {heading}"}
-    # Other templates than `basic` load scripts from a network.
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
-    return body, HtmlFormatter().get_style_defs(".highlight")
-
-
-def _fold_hidden_input(notebook) -> None:
-    """Turn code cells whose input is hidden into closed sections, followed by their outputs; `notebook` is changed."""
-    import nbformat
-
-    cells = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and cell.metadata.get("jupyter", {}).get("source_hidden"):
-            name, _, code = cell.source.removeprefix("# @title ").partition("\n")
-            fold = f"<details><summary>{html.escape(name)}</summary>\n\n```python\n{code}\n```\n\n</details>"
-            cells.append(nbformat.v4.new_markdown_cell(fold))
-            cell.source = ""
-            if not cell.outputs:
-                continue
-        cells.append(cell)
-    notebook.cells = cells
 
 
 def _number(value: float | None, digits: int = 3) -> str:

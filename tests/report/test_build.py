@@ -15,6 +15,7 @@ from PIL import Image
 from brats_helpers.__main__ import main
 from brats_helpers.report import build as report
 from brats_helpers.report.build import build_report, fresh_report
+from brats_helpers.report.notebooks import notebook_body
 from brats_helpers.runs import NEEDS, Run
 from tests.tiny_run import HOSTILE, png, write_tiny_folds, write_tiny_run
 
@@ -390,7 +391,7 @@ def test_the_set_up_cell_is_folded_on_a_notebooks_page(tmp_path):
         nbformat.v4.new_markdown_cell("[![badge](https://a.example/b.svg)](https://c.example)\n![picture](../d.png)"),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
-    body, _ = report._notebook_body(tmp_path / "n.ipynb", [])
+    body, _ = notebook_body(tmp_path / "n.ipynb", [])
     fold = body[body.index("<details>") : body.index("</details>")]
     assert "<summary>Set-up &lt;here&gt;</summary>" in fold and "os" in fold and "installing numpy" not in fold
     assert "installing numpy" in body and "shown" not in fold and "<img" not in body
