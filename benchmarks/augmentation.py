@@ -53,7 +53,8 @@ def main() -> None:
     spread = range(0, len(slices), len(slices) // batch_size)[:batch_size]
     batch = slices.__getitems__([Draw(item, (192, 160), item) for item in spread])
 
-    whole, alone = ({strength: [] for strength in STRENGTHS} for _ in range(2))
+    whole = {strength: [] for strength in STRENGTHS}
+    alone = {strength: [] for strength in STRENGTHS}
     peers = {"MONAI": by_monai(), "TorchIO": by_torchio(), "Kornia": by_kornia()}  # on the CPU
     alone |= {f"basic by {name}": [] for name in peers}
     for turn in range(options.repeats + 1):

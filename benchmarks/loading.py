@@ -343,11 +343,11 @@ def torchio(tools: Tools, cases: Sequence[Case], size: tuple[int, int], work: Pa
     """A queue of 300 slices, 50 from each patient whenever it is read and normalised."""
     import torchio as tio
 
-    subjects = [
-        tio.Subject(**{name: tio.ScalarImage(path) for name, path in case.images.items()}, label=tio.LabelMap(case.seg))
-        for case in cases
-    ]
-    dataset = tio.SubjectsDataset(subjects, transform=tio.ZNormalization(masking_method=not_zero))
+    def subject(case: Case) -> tio.Subject:
+        images = {name: tio.ScalarImage(path) for name, path in case.images.items()}
+        return tio.Subject(**images, label=tio.LabelMap(case.seg))
+
+    dataset = tio.SubjectsDataset(list(map(subject, cases)), transform=tio.ZNormalization(masking_method=not_zero))
 
     def load() -> Stream:
         sampler = tio.UniformSampler((*size[::-1], 1))

@@ -15,15 +15,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from brats_helpers.data.cache import Packed, pack
-from brats_helpers.data.cases import Case, survey
-from brats_helpers.evaluation.inference import said_of, stored
-from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, predict
+from brats_helpers.data.cases import Case, stored, survey
+from brats_helpers.evaluation.networks import Network, in_order, leaked, load_network, predict, said_of
 from brats_helpers.evaluation.packaged import real_lines, subsets
 from brats_helpers.files import write_json
 from brats_helpers.labels import REGIONS
@@ -93,7 +93,7 @@ def score(network: Network, case: Case, packed: Packed, names: Sequence[str], *,
 
 
 def mean_of(scores) -> dict[str, float]:
-    return {region: statistics.fmean(one[region] for one in scores) for region in REGIONS}
+    return {region: statistics.fmean(map(itemgetter(region), scores)) for region in REGIONS}
 
 
 if __name__ == "__main__":

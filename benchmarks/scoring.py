@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -66,13 +67,11 @@ def main() -> None:
         print(f"{'':38}{'Dice':>16}{'HD95':>16}{'together':>16}   WT, TC, ET: Dice | HD95")
         for tool, row in rows.items():
             times = "".join(f"{clocks(row[step]):>16}" for step in ("dice", "hd95", "together"))
-            dice, hd95 = (" ".join(f"{value:.{digits}f}" for value in row[key]) for key, digits in SHOWN)
+            dice = " ".join(map("{:.4f}".format, row["dice_values"]))
+            hd95 = " ".join(map("{:.3f}".format, row["hd95_mm_values"]))
             print(f"{tool:38}{times}   {dice} | {hd95}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-SHOWN = (("dice_values", 4), ("hd95_mm_values", 3))
 
 
 def clocks(step: dict[str, float] | None) -> str:
@@ -123,7 +122,7 @@ def measure(pred: np.ndarray, truth: np.ndarray, *, repeats: int) -> dict[str, d
 
     def ours(convention):
         scores = score_case(pred, truth, spacing_mm=MM, convention=convention)
-        return [[scores[region][metric] for region in REGIONS] for metric in ("dice", "hd95_mm")]
+        return [scores[region]["dice"] for region in REGIONS], [scores[region]["hd95_mm"] for region in REGIONS]
 
     def surface_hd95(p, t):
         return surface_distance.compute_robust_hausdorff(surface_distance.compute_surface_distances(t, p, MM), 95)
@@ -157,7 +156,7 @@ def measure(pred: np.ndarray, truth: np.ndarray, *, repeats: int) -> dict[str, d
             dice, distances = values[tool, "together"]
         else:
             dice, distances = values.get((tool, "dice"), []), values[tool, "hd95"]
-            row["together"] = {clock: sum(step[clock] for step in row.values()) for clock in ("wall_ms", "cpu_ms")}
+            row["together"] = {clock: sum(map(itemgetter(clock), row.values())) for clock in ("wall_ms", "cpu_ms")}
         rows[tool] = {"dice": None, "hd95": None} | row
         rows[tool] |= {"dice_values": list(map(float, dice)), "hd95_mm_values": list(map(float, distances))}
     return rows

@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +62,9 @@ def main() -> None:
             for row in rows:
                 show(weights, minutes, row["seed"], row["dice"], row["patients"])
             if len(rows) > 1:
+                seeds = [row["dice"] for row in rows]
                 for name, statistic in (("mean", statistics.fmean), ("std", statistics.stdev)):
-                    dice = {region: statistic(row["dice"][region] for row in rows) for region in REGIONS}
+                    dice = {region: statistic(map(itemgetter(region), seeds)) for region in REGIONS}
                     show(weights, minutes, name, dice)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -102,13 +104,14 @@ def measure(options: argparse.Namespace, weights: str, minutes: float, seed: int
         "minutes": minutes,
         "seed": seed,
         "dice": {region: scores["summary"][region]["dice"]["mean"] for region in REGIONS},
-        "patients": {
-            case: statistics.fmean(figures[region]["dice"] for region in REGIONS)
-            for case, figures in scores["cases"].items()
-        },
+        "patients": {case: mean_dice(figures) for case, figures in scores["cases"].items()},
         "parameters": {key: str(value) for key, value in parameters.items()},
         "revision": json.loads((folder / "manifest.json").read_text())["stages"]["02_train"]["revision"],
     }
+
+
+def mean_dice(figures: dict[str, dict]) -> float:
+    return statistics.fmean(figures[region]["dice"] for region in REGIONS)
 
 
 def verb(*words) -> None:

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,6 +38,7 @@ from brats_helpers.data.cases import Case, find_cases
 from brats_helpers.data.sources import find_data
 from brats_helpers.labels import labels_to_classes
 from brats_helpers.machine import choose_device, choose_precision, describe
+from brats_helpers.scoring.overlap import mean_dice_of_epoch
 from brats_helpers.suite.environment import ROOT
 from brats_helpers.suite.plan import read_notebooks
 from brats_helpers.training.batch import Batch
@@ -45,7 +47,6 @@ from brats_helpers.training.loop import fit, validate
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model, train_mode
 from brats_helpers.training.preflight import SLICES
-from brats_helpers.training.progress import mean_dice
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.settings import Settings
 
@@ -137,7 +138,9 @@ def overhead(settings: Settings, train: list[Packed], val: list[Packed], device:
     for _ in range(repeats):
         for name, work in kinds.items():
             rows[name].append(work())
-    medians = {name: {key: statistics.median(row[key] for row in seen) for key in KEYS} for name, seen in rows.items()}
+    medians = {}
+    for name, seen in rows.items():
+        medians[name] = {key: statistics.median(map(itemgetter(key), seen)) for key in KEYS}
     bare_speed = medians["bare loop"]["slices_per_s"]
     for name, row in medians.items():
         row["share_of_bare"] = row["slices_per_s"] / bare_speed
@@ -204,7 +207,7 @@ def points(history: list[dict[str, float]], settings: Settings) -> list[tuple[fl
     """Seconds of training so far, and validation Dice, after each epoch."""
     steps = settings.slices_per_epoch // settings.batch_size
     seconds = np.cumsum([steps * settings.batch_size / row["slices_per_s"] for row in history])
-    return list(zip(seconds.tolist(), map(mean_dice, history), strict=True))
+    return list(zip(seconds.tolist(), map(mean_dice_of_epoch, history), strict=True))
 
 
 def uncompressed(case: Case, folder: Path) -> Case:
@@ -241,7 +244,7 @@ def replaced_recipe(
             continue
         how = {"precision": {"no": "float32"}.get(precision, precision), "at_once": 16}
         scores = validate(network, recipe_volumes(val), packed, criterion, accelerator, **how)
-        curve.append((now, mean_dice(scores)))
+        curve.append((now, mean_dice_of_epoch(scores)))
         print(f"the recipe after {now:.0f} s: Dice {curve[-1][1]:.3f}", flush=True)
         if curve[-1][1] >= TARGET or now > limit_s:
             break
@@ -306,14 +309,18 @@ def report(kinds: dict[str, list[list[tuple[float, float]]]]) -> dict[str, dict]
     """For each kind the seconds to the target (None where it was missed) and the highest Dice, by seed."""
     rows = {}
     for name, curves in kinds.items():
-        reached = [next((seconds for seconds, dice in curve if dice >= TARGET), None) for curve in curves]
-        rows[name] = {"seconds_to_target": reached, "highest_dice": [max(dice for _, dice in c) for c in curves]}
+        reached = list(map(seconds_to_target, curves))
+        rows[name] = {"seconds_to_target": reached, "highest_dice": [max(map(itemgetter(1), c)) for c in curves]}
         times = ", ".join("never" if seconds is None else f"{seconds:.0f} s" for seconds in reached)
         highest = ", ".join(f"{dice:.3f}" for dice in rows[name]["highest_dice"])
         lasted = max(seconds for curve in curves for seconds, _ in curve)
         print(f"{name:30} Dice {TARGET} after {times}; highest {highest} in {lasted:.0f} s")
     print()
     return rows
+
+
+def seconds_to_target(curve: list[tuple[float, float]]) -> float | None:
+    return next((seconds for seconds, dice in curve if dice >= TARGET), None)
 
 
 def draw(name: str, kinds: dict[str, list[list[tuple[float, float]]]], path: Path) -> None:

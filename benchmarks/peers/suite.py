@@ -21,7 +21,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     cases = {case.id: case for case in survey(job["data"], job["modalities"]).complete(skip_incomplete=True)}
     packed = {p.id: p for p in prepare(list(cases.values()), cache_dir=Path(job["cache"]), workers=job["workers"])}
-    train, val = ([packed[case_id] for case_id in job["parts"][part]] for part in ("train", "val"))
+    train = [packed[case_id] for case_id in job["parts"]["train"]]
+    val = [packed[case_id] for case_id in job["parts"]["val"]]
 
     settings = demo_settings(
         modalities=",".join(job["modalities"]),
