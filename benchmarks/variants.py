@@ -18,6 +18,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ def main() -> None:
     work = partial(one_fold, options=options, folds=folds)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         rounds = list(pool.map(work, range(len(folds))))
-    found = {number: merged([scores[number] for scores in rounds]) for number in rounds[0]}
+    found = {number: merged(list(map(itemgetter(number), rounds))) for number in rounds[0]}
     for number, metrics in found.items():
         show(metrics, options, f"learnt from {number or 'all other patients'}")
     if options.figure:

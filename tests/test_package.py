@@ -1,5 +1,7 @@
 """What `import brats_helpers` gives."""
 
+import ast
+import importlib
 import subprocess
 import sys
 
@@ -24,3 +26,12 @@ def test_importing_the_package_loads_nothing():
     code = "import sys; before = set(sys.modules); import brats_helpers; print(sorted(set(sys.modules) - before))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(eval(said)) <= {"brats_helpers", "importlib"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_from_the_package_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("brats_helpers"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")

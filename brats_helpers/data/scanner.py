@@ -80,7 +80,9 @@ def _draw_levels(rng: np.random.Generator, anatomy: Anatomy) -> dict[str, dict[s
     def draw(low: float, high: float) -> float:
         return low + (high - low) * rng.uniform(0.5 - reach, 0.5 + reach)
 
-    levels = {name: {tissue: draw(*ranges[name]) for tissue, ranges in _BRIGHTNESS.items()} for name in MODALITIES}
+    levels: dict[str, dict[str, float]] = {}
+    for name in MODALITIES:
+        levels[name] = {tissue: draw(*ranges[name]) for tissue, ranges in _BRIGHTNESS.items()}
     flair, t1, t1ce = levels["flair"], levels["t1"], levels["t1ce"]
     flair["oedema"] = max(flair["oedema"], flair["grey"] + 0.12)
     if anatomy.mass.low_grade:  # a core that is darker than its surroundings on T1, and enhances faintly

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from brats_helpers.boxes import bounding_box
 from brats_helpers.data.cases import Case
-from brats_helpers.data.nifti import read_image, read_seg, same_affine, spacing_mm
+from brats_helpers.data.nifti import read_seg, same_affine, spacing_mm
 from brats_helpers.data.numbering import predicted_as
 from brats_helpers.data.patients import ChangedError, load_parts
 from brats_helpers.labels import REGIONS, DataError
@@ -108,7 +108,7 @@ def _pairs(run: Run, metrics: Mapping, result: Review) -> Iterator[tuple[np.ndar
             truth, truth_image = read_seg(case.seg, case.numbering)
             if pred.shape != truth.shape:
                 raise DataError(f"{case_id}: prediction of shape {pred.shape}, reference of {truth.shape}")
-            own = read_image(next(iter(case.images.values())))[1]
+            own = case.read(next(iter(case.images)))[1]
         except DataError as error:
             result.unreadable[case_id] = str(error)
             continue

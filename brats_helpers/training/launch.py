@@ -67,10 +67,7 @@ def launch(
         return fit(settings, train, val, run.folder, device=device, facts=facts, follow=follow, **how)
 
     job = {"settings": asdict(settings), "device": device.type, "how": how | {"facts": facts}}
-    job |= {
-        name: [str(Path(case.images.filename).parent) for case in part]
-        for name, part in (("train", train), ("val", val))
-    }
+    job |= {"train": list(map(_place_of, train)), "val": list(map(_place_of, val))}
     write_json(run.folder / JOB, job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "brats_helpers", "train", str(run.folder)]
@@ -100,6 +97,11 @@ def launch(
     return _history(run)
 
 
+def _place_of(case: Packed) -> str:
+    """The folder of a prepared case in the cache."""
+    return str(Path(case.images.filename).parent)
+
+
 def train_run(run: Run) -> None:
     """Follow the instructions of `launch`: one process of several, started by torchrun or `accelerate launch`.
 
@@ -117,7 +119,7 @@ def train_run(run: Run) -> None:
     index = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", index) if job["device"] == "cuda" else torch.device("cpu")
     try:
-        train, val = ([load(Path(place)) for place in job[part]] for part in ("train", "val"))
+        train, val = (list(map(load, map(Path, job[part]))) for part in ("train", "val"))
         fit(Settings(**job["settings"]), train, val, run.folder, device=device, **job["how"])
     except Exception as error:
         print(f"{FAIL} process {rank}: {' '.join(str(error).split()) or repr(error)}", file=out, flush=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -300,9 +300,8 @@ def validate(
     for table, case in zip(tables, cases, strict=True):  # tumour outside the boxes counts as missed
         table[1:, 0] += case.counts[:, 1:].sum(axis=0) - table[1:].sum(axis=1)
     loss = criterion.value(accelerator.reduce(sums, reduction="sum")).item()
-    dice = [dice_scores(table) for table in tables]
-    means = {f"dice_{name}": float(np.mean([case[name] for case in dice])) for name in STRUCTURES}
-    return {"val_loss": loss} | means
+    means = pd.DataFrame(map(dice_scores, tables)).mean().add_prefix("dice_")
+    return {"val_loss": loss} | means.to_dict()
 
 
 def lr_factor(share: float, warm_up: float) -> float:

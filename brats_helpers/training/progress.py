@@ -141,7 +141,7 @@ def _changes(origin: dict, saved: dict) -> list[str]:
 def set_aside(folder: Path) -> None:
     """Move the files of an earlier training into a folder of their own, and print its path."""
     names = ("checkpoints/best.pt", "checkpoints/last.pt", "history.csv")
-    left = [path for path in (folder / name for name in names) if path.exists()]
+    left = [folder / name for name in names if (folder / name).exists()]
     if not any(path.suffix == ".pt" for path in left):
         return
     number = 1

@@ -1,6 +1,6 @@
 """Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -137,8 +137,14 @@ def _check_input(path: str, known: Collection[tuple[int, str]], wanted: Collecti
             f" -p context_slices {reach}."
         )
     if not {*known} & {*wanted}:
-        names = (", ".join(dict.fromkeys(name for _, name in channels)) for channels in (known, wanted))
-        raise WeightsError("encoder_weights {!r} is a network of {}, which knows none of {}.".format(path, *names))
+        raise WeightsError(
+            f"encoder_weights {path!r} is a network of {_modalities_of(known)}, which knows none of"
+            f" {_modalities_of(wanted)}."
+        )
+
+
+def _modalities_of(channels: Iterable[tuple[int, str]]) -> str:
+    return ", ".join(dict.fromkeys(name for _, name in channels))
 
 
 def _by_name(weight: torch.Tensor, known: list[tuple[int, str]], wanted: Sequence[tuple[int, str]]) -> torch.Tensor:

@@ -161,7 +161,7 @@ def test_seeds_are_averaged_by_patient(tried, monkeypatch):
     monkeypatch.setattr(both.__class__, "_train_in_turns", lambda *args: None)
 
     def score(self, key, own, settings, scored):
-        self._done[key] = pd.DataFrame(), self._collect({"P": {MEAN: settings.seed + 1.0}})
+        self._done[key] = pd.DataFrame(), self._collect({"P": {MEAN: {"dice": settings.seed + 1.0}}})
 
     monkeypatch.setattr(both.__class__, "_score", score)
     arms = {"new": dataclasses.replace(SETTINGS, epochs=9)}

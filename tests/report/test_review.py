@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from brats_helpers.data.cases import Case
 from brats_helpers.data.nifti import write_mask
-from brats_helpers.report import review as module
 from brats_helpers.report.review import CAUSES, find_failures, review
 from tests.tiny_run import HOSTILE, PARTS, write_tiny_run
 
@@ -125,15 +125,15 @@ def test_scores_that_are_not_those_of_the_files_are_noticed(run, metrics):
 
 
 def test_a_prediction_off_the_patients_grid_is_noticed(run, metrics, monkeypatch):
-    real = module.read_image
+    real = Case.read  # which finds a modality in a file of several, too
 
-    def moved(path):
-        voxels, image = real(path)
-        if "Exact_0" in str(path):
+    def moved(case, modality):
+        voxels, image = real(case, modality)
+        if case.id == "Exact_0":
             image.affine[0, 3] += 1
         return voxels, image
 
-    monkeypatch.setattr(module, "read_image", moved)
+    monkeypatch.setattr(Case, "read", moved)
     assert review(run, metrics).off_grid == ["Exact_0"]
 
 
