@@ -59,7 +59,7 @@ class Bench:
     workers: int
     simulated: bool
     seeds: int = 1
-    turn_s: float = 15.0
+    turn_s: float = 25.0
     _done: dict = field(default_factory=dict)
 
     def ask(
