@@ -6,6 +6,8 @@ hosted=${COLAB_RELEASE_TAG:-}${KAGGLE_KERNEL_RUN_TYPE:-}
 conda=${CONDA_PREFIX:-}
 if [[ ${CONDA_DEFAULT_ENV:-} == base ]]; then conda=; fi # always active, and nothing is installed into it
 active=${VIRTUAL_ENV:-}$conda$hosted
+# pip leaves compiling to the first import. Without bytecode each notebook would compile torch again, in 8 seconds.
+unset PYTHONDONTWRITEBYTECODE
 
 # Sets $python: that of the active environment, of .venv, or one that can make .venv.
 find_python() {

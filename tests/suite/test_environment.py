@@ -27,6 +27,12 @@ def test_condas_base_is_not_filled(name, active):
     assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout == f"active: {active}\n"
 
 
+def test_bytecode_is_kept_as_pip_writes_none():
+    command = ["bash", "-c", f'source "{ROOT}/setup_env.sh"; echo "${{PYTHONDONTWRITEBYTECODE-unset}}"']
+    environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout == "unset\n"
+
+
 def test_the_digest_follows_names_and_contents(tmp_path):
     package = clone(tmp_path) / "brats_helpers"
     digests = [digest(package)]
