@@ -14,6 +14,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import attrgetter
@@ -22,6 +23,7 @@ from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 from brats_helpers.data.cases import Case
 from brats_helpers.data.numbering import predicted_as, predicted_numberings
@@ -157,7 +159,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
 
 def _templates() -> Environment:
     pages = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"plain": _plain, "number": _number, "interval": _interval}
+    pages.filters |= {"plain": _plain, "number": _number, "interval": _interval, "code": _code}
     pages.tests["match"] = str.startswith
     return pages
 
@@ -384,6 +386,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _interval(ends: list[float] | None, digits: int = 3) -> str:
     return f"{_number(ends[0], digits)} to {_number(ends[1], digits)}" if ends else "–"
+
+
+def _code(text: str) -> Markup:
+    """Text in which words in backticks are code, which is not broken at a line's end."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _plain(value) -> str:

@@ -63,7 +63,9 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
     """
     if not metrics.get("cases"):
         return (
-            [] if parts else ["Run the notebooks up to 03, which scores the network: ./run_all.sh with the same --run."]
+            []
+            if parts
+            else ["Run the notebooks up to 03, which scores the network: `./run_all.sh` with the same `--run`."]
         )
     steps = []
     if metrics.get("leakage"):
@@ -72,12 +74,12 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
         steps.append(f"Look at the patients under Failures ({failed}): the table names the likely cause of each.")
     if best and best["epoch"] == best["epochs"]:
         steps.append(
-            "Train longer (-p epochs, -p minutes): the last epoch was the best, so the network was still learning."
+            "Train longer (`-p epochs`, `-p minutes`): the last epoch was the best, so the network was still learning."
         )
     if len(metrics["cases"]) < ENOUGH and not parts:
-        steps.append("Test more patients (-p split) or cross-validate (--folds 5): the intervals are wide.")
+        steps.append("Test more patients (`-p split`) or cross-validate (`--folds 5`): the intervals are wide.")
     if metrics.get("simulated"):
-        steps.append("Use real patients: --data FOLDER, or --data kaggle --profile small.")
+        steps.append("Use real patients: `--data FOLDER`, or `--data kaggle --profile small`.")
     elif not metrics.get("packaged"):
-        steps.append("Compare with the packaged network, which needs no training: python -m brats_helpers predict.")
+        steps.append("Compare with the packaged network, which needs no training: `python -m brats_helpers predict`.")
     return steps
