@@ -60,7 +60,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         " metastases.",
     ]
     if simulated:
-        lines += ["", "It has seen only simulated patients. Scores on them say nothing about real scans."]
+        lines += ["", "It has seen only simulated patients. Scores on simulated patients say nothing about real scans."]
     return "\n".join(lines) + "\n"
 
 

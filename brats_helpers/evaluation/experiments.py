@@ -151,9 +151,10 @@ class Bench:
     def _turn(self, own: Run, settings: Settings, train: Sequence[Packed], val: Sequence[Packed]) -> bool:
         """Train for one turn; return whether the training is over."""
         begun = pd.read_csv(own.history)["seconds"].iloc[-1] if own.last.exists() and own.history.exists() else 0.0
+        limit = 60 * settings.minutes or float("inf")
 
         def follow(history: list[dict]) -> None:
-            if history[-1]["seconds"] - begun >= self.turn_s:
+            if begun + self.turn_s <= history[-1]["seconds"] < limit:
                 raise _TurnOver
 
         how = {"checkpoint_minutes": 0, "deterministic": False, "tracker": "none", "follow": follow}

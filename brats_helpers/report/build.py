@@ -45,15 +45,20 @@ from brats_helpers.scoring.statistics import ENOUGH
 _PAGES = Path(__file__).with_name("pages")
 _IMAGES = {".png": "image/png", ".gif": "image/gif"}
 _TERMS = {
-    "WT": "whole tumour: NCR, ED and ET together",
-    "TC": "tumour core: NCR and ET",
-    "ET": "enhancing tumour, a region and a label",
-    "NCR": "necrotic and non-enhancing core",
-    "ED": "oedema",
+    "BraTS": "the yearly challenge in brain-tumour segmentation; its rules and label names are used here",
+    "modality": "a kind of MRI scan: FLAIR and T2 show swelling, T1 anatomy, T1ce what takes up contrast agent",
+    "reference": "the outline that a prediction is compared with: specialists', or exact in simulated patients",
+    "ET": "enhancing tumour, which takes up contrast agent: a region and a label",
+    "NCR": "necrotic and non-enhancing core: a label",
+    "ED": "oedema, the swelling around the core: a label",
+    "TC": "tumour core, a region: NCR and ET",
+    "WT": "whole tumour, a region: NCR, ED and ET",
     "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
     "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
-    "surface Dice": "share of both surfaces within a tolerance of each other, from 0 to 1; higher is better",
-    "lesion F1": "2 TP / (2 TP + FP + FN) over lesions; missed and false lesions lower it, however small they are",
+    "surface Dice": "share of both surfaces within a tolerance of each other; with voxels of 1 mm, 0.5 mm accepts exact"
+    " edges alone",
+    "lesion F1": "2 TP / (2 TP + FP + FN) over separate pieces; it is low beside a high Dice where small pieces are"
+    " missed or invented, and says little about NCR and ED",
     "95 % interval": "range that likely holds the mean over many such patients, for this one training",
     "lesion-wise": "every lesion counts the same; a missed or false lesion counts as 0, so stray components cost most",
     "best, median, worst": "patients ranked by the mean Dice of WT, TC and ET",

@@ -28,15 +28,27 @@ def compared(metrics: Mapping) -> str:
     """Say what the scores of `metrics.json` compare with; "" without scores."""
     if not metrics.get("cases"):
         return ""
-    return " ".join(filter(None, (_packaged(metrics.get("packaged")), _published(metrics))))
+    return " ".join(filter(None, (_packaged(metrics), _published(metrics))))
 
 
-def _packaged(dice: Mapping[str, float | None] | None) -> str:
+def _packaged(metrics: Mapping) -> str:
     """How the packaged network scored on the same patients; "" if it did not."""
-    if not dice:
+    if not metrics.get("packaged"):
         return ""
-    scores = ", ".join(f"{region} {value:.3f}" for region, value in dice.items() if value is not None)
-    return f"The packaged network, used as it is, has a mean Dice of {scores} on the same patients."
+    scores = ", ".join(f"{region} {value:.3f}" for region, value in metrics["packaged"].items() if value is not None)
+    ahead = _ahead(metrics)
+    verdict = f"better in {', '.join(ahead)}" if ahead else "better in no region"
+    return (
+        "The packaged network, which comes with the suite and learned from simulated patients alone, has a mean Dice of"
+        f" {scores} on the same patients: {verdict}."
+    )
+
+
+def _ahead(metrics: Mapping) -> list[str]:
+    """The regions in which the packaged network has the higher mean Dice."""
+    own, other = metrics.get("summary", {}), metrics.get("packaged") or {}
+    means = {region: own.get(region, {}).get("dice", {}).get("mean") for region in other}
+    return [region for region, mean in means.items() if None not in (mean, other[region]) and mean < other[region]]
 
 
 def _published(metrics: Mapping) -> str:
@@ -71,11 +83,13 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
     if metrics.get("leakage"):
         steps.append("Score patients that the network has not seen: the scores above are not valid.")
     if failed:
-        steps.append(f"Look at the patients under Failures ({failed}): the table names the likely cause of each.")
+        steps.append(f"Look at the patients under Failures ({failed}): the table says what kind of error each has.")
     if best and best["epoch"] == best["epochs"]:
         steps.append(
             "Train longer (`-p epochs`, `-p minutes`): the last epoch was the best, so the network was still learning."
         )
+    if len(_ahead(metrics)) == len(REGIONS):
+        steps.append("Start from the packaged network, which scores higher: `-p encoder_weights simulated`.")
     if len(metrics["cases"]) < ENOUGH and not parts:
         steps.append("Test more patients (`-p split`) or cross-validate (`--folds 5`): the intervals are wide.")
     if metrics.get("simulated"):

@@ -48,7 +48,7 @@ def test_the_next_steps_follow_from_the_run():
 
 def test_the_packaged_network_on_the_same_patients_comes_first():
     text = compared(REAL | {"packaged": {"WT": 0.8, "TC": 0.7, "ET": None}})
-    assert text.startswith("The packaged network, used as it is, has a mean Dice of WT 0.800, TC 0.700 on the same")
+    assert text.startswith("The packaged network, which comes with the suite")
     assert "nnU-Net" in text
     assert "packaged" not in compared(REAL | {"packaged": None})
     steps = next_steps(REAL | {"packaged": {"WT": 0.8}}, best={}, failed=0, parts=True)

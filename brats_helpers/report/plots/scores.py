@@ -188,7 +188,7 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
 
 @styled
 def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence[str], simulated: bool) -> Figure:
-    """Errors and uncertainty of a network, on the slice with the most errors.
+    """Reference, prediction, errors and uncertainty of a network, on the slice with the most errors.
 
     Args:
         case: a prepared patient with its labels.
@@ -196,17 +196,20 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
         modality: shown below the errors.
         modalities: of the prepared patient, in order.
     """
-    wrong = (soft.argmax(axis=1) != case.labels) & case.brain
+    predicted = soft.argmax(axis=1)
+    wrong = (predicted != case.labels) & case.brain
     at = int(wrong.sum(axis=(1, 2)).argmax())
     image = case.images[at, list(modalities).index(modality)]
-    figure, axes = panels(1, 3, image.shape)
-    show(axes[0, 0], image, Z_WINDOW, "reference")
-    overlay(axes[0, 0], case.labels[at])
-    show(axes[0, 1], image, Z_WINDOW, f"errors: {int(wrong[at].sum()):,} voxels")
-    axes[0, 1].imshow(np.where(wrong[at, ..., None], to_rgba(ERROR), 0))
-    shown = axes[0, 2].imshow(entropy(np.moveaxis(soft[at], 0, -1)), cmap="magma", vmin=0, vmax=1)
-    axes[0, 2].set_title("entropy: 0 certain, 1 all classes equal")
-    figure.colorbar(shown, ax=axes[0, 2], shrink=0.8)
+    figure, ((reference, answer, errors, doubts),) = panels(1, 4, image.shape)
+    for ax, what, classes in ((reference, "reference", case.labels), (answer, "prediction", predicted)):
+        show(ax, image, Z_WINDOW, what)
+        overlay(ax, classes[at])
+    show(errors, image, Z_WINDOW, f"errors (red): {int(wrong[at].sum()):,} voxels")
+    errors.imshow(np.where(wrong[at, ..., None], to_rgba(ERROR), 0))
+    shown = doubts.imshow(entropy(np.moveaxis(soft[at], 0, -1)), cmap="magma", vmin=0, vmax=1)
+    doubts.set_title("uncertainty (entropy)")
+    bar = figure.colorbar(shown, ax=doubts, location="bottom", ticks=[0, 1], shrink=0.9, pad=0.02)
+    bar.ax.set_xticklabels(["certain", "undecided"])
     class_legend(figure)
     headline = f"{case.id} · errors and uncertainty · {PRINTED[modality]} · axial slice {case.origin[0] + at}"
     title(figure, headline, f"the slice with the most errors · {z_window()}", simulated)
@@ -280,10 +283,12 @@ def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
     third = (patients["tumour_ml"].rank(method="first") - 1) * 3 // len(patients)
     spans = patients["tumour_ml"].groupby(third).agg(["min", "max"])
     sizes = {k: f"{span['min']:,.0f} to {span['max']:,.0f} ml" for k, span in spans.iterrows()}
-    kinds = {"Grade": patients["grade"].fillna("unknown"), "Whole tumour": third}
+    kinds = {"Whole tumour": third}
+    if patients["grade"].notna().any():
+        kinds = {"Grade": patients["grade"].fillna("unknown")} | kinds
     parts = list(patients["part"].unique())
-    figure = plt.figure(figsize=(WIDTH, 6))
-    axes = figure.subplots(2, 2, sharey="row")
+    figure = plt.figure(figsize=(WIDTH, 1 + 2.5 * len(kinds)))
+    axes = figure.subplots(len(kinds), 2, sharey="row", squeeze=False)
     for row, (name, kind) in zip(axes, kinds.items(), strict=True):
         for ax, unit in zip(row, ("patients", "slices with tumour"), strict=True):
             weights = patients["slices"] if unit != "patients" else 1
@@ -302,6 +307,11 @@ def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
             ax.grid(axis="y")
         row[0].set_ylabel("share of the part (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=len(parts))
-    detail = "numbers above the bars: how many; sizes are thirds of all patients, by the reference segmentation"
-    title(figure, f"Patients and slices by grade and tumour size · {', '.join(parts)}", detail, simulated)
+    detail = "numbers above the bars: how many; sizes: all patients, ordered by the reference, in three equal groups"
+    title(
+        figure,
+        f"Patients and slices by {'grade and ' * (len(kinds) > 1)}tumour size · {', '.join(parts)}",
+        detail,
+        simulated,
+    )
     return figure

@@ -28,7 +28,7 @@ MEANINGS = {
 PRINTED = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
 """The modalities as people write them."""
 INK, SOFT = "#222222", "#696969"
-ERROR = "#D55E00"
+ERROR = "#E6002D"
 DASHED = (0, (2.5, 1.5))
 PART_INK = ("#2B2B2B", "#808080", "#C4C4C4")  # train, val, test; and runs side by side
 WIDTH = 10.0  # inches; 1,000 pixels in a notebook
@@ -130,9 +130,10 @@ def show(ax: Axes, image: np.ndarray, window: tuple[float, float], title: str = 
 
 
 def overlay(ax: Axes, classes: np.ndarray) -> None:
-    """Each class as a translucent fill with an outline in its colour."""
+    """Each class as a translucent fill with an outline in its colour; a shared border has the inner one's."""
     fill = np.zeros((*classes.shape, 4))
-    for index, name in enumerate(CLASSES[1:], start=1):
+    for name in ("ED", "NCR", "ET"):
+        index = CLASSES.index(name)
         fill[classes == index] = to_rgba(COLOURS[name], 0.35)
         outline(ax, classes == index, COLOURS[name])
     ax.imshow(fill, aspect=ax.get_aspect())

@@ -63,6 +63,7 @@ def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> F
             at = np.arange(len(kinds)) + (place - (len(table) - 1) / 2) * width
             ax.bar(at, 100 * numbers / max(total, 1), width * 0.92, color=ink, label=part)
         ax.set_xticks(range(len(kinds)), kinds)
+        ax.set_xlim(-0.5, len(kinds) - 0.5)  # above the columns of the table
         for label in ax.get_xticklabels()[1:]:
             label.set_bbox({"facecolor": to_rgba(COLOURS[label.get_text()], 0.45), "edgecolor": "none", "pad": 2})
         ax.tick_params(axis="x", length=0, pad=6)
@@ -72,9 +73,9 @@ def balance(counts: Mapping[str, Sequence[np.ndarray]], *, simulated: bool) -> F
         ax.grid(axis="y")
         below.axis("off")
         cells = below.table(
-            [list(map("{:,}".format, (row[unit][0], *row[unit][1]))) for row in table.values()],
-            rowLabels=list(table), colLabels=["all", *kinds], loc="center", edges="horizontal", cellLoc="right",
-            colLoc="right", rowLoc="left", bbox=[0.08, 0, 0.92, 1],
+            [list(map("{:,}".format, row[unit][1])) for row in table.values()],
+            rowLabels=[f"{part}: {row[unit][0]:,}" for part, row in table.items()], loc="center", edges="horizontal",
+            cellLoc="center", rowLoc="left", bbox=[0, 0, 1, 1],
         )  # fmt: skip
         cells.auto_set_font_size(False)
         cells.set_fontsize(9)
@@ -255,19 +256,20 @@ def comparison(
         if curves:
             above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
             above.grid(axis="y")
-        below.set(xlabel=f"{scored_on} Dice, mean and 95 % interval", xlim=(-0.02, 1.02), yticks=range(len(histories)))
+        n = max((found["summary"][region]["dice"]["n"] for found in metrics.values()), default=0)
+        below.set(xlabel=f"Dice of {n} {scored_on} patients", xlim=(-0.02, 1.02), yticks=range(len(histories)))
         below.set_yticklabels(list(histories))
         below.grid(axis="x")
     axes[-1, 0].set_ylim(len(histories) - 0.4, -0.6)
     if curves:
-        axes[0, 0].set_ylabel("validation Dice (0 to 1)")
+        axes[0, 0].set_ylabel("Dice of the patients\nwho choose the epoch")
         handles = [
             Line2D([], [], color=INK, linestyle=dashes[place % 4], marker=markers[place % 7], label=name)
             for place, name in enumerate(histories)
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=4)
     conventions = sorted({convention(found) for found in metrics.values()})
-    what = "validation Dice by epoch" if curves else "an epoch or less of training each"
+    what = "means with 95 % intervals" if curves else "an epoch or less of training each"
     detail = " · ".join([", ".join(histories), what, *conventions])
     title(figure, headline, detail, simulated)
     return figure
