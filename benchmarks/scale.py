@@ -208,7 +208,12 @@ def settings():
 
     own = {name: p.default for name, p in read_notebooks(ROOT)["02_train"].parameters.items()}
     values = {name: own[name] for name in Settings.__dataclass_fields__ if name in own}
-    values |= {"encoder": "tu-tf_efficientnet_lite0", "epochs": 1, "batch_size": SLICES["cpu"]}
+    values |= {
+        "encoder": "tu-tf_efficientnet_lite0",
+        "encoder_weights": "imagenet",
+        "epochs": 1,
+        "batch_size": SLICES["cpu"],
+    }
     return Settings.parse(modalities="flair,t1,t1ce,t2", seed=0, **values)
 
 

@@ -114,6 +114,7 @@ def defaults(options: argparse.Namespace, device: torch.device) -> Settings:
     parameters = read_notebooks(ROOT)["02_train"].parameters
     values = {name: parameter.default for name, parameter in parameters.items()}
     values |= {"encoder": options.encoder, "minutes": options.minutes, "slices_per_epoch": options.epoch, "seed": 0}
+    values |= {"encoder_weights": "imagenet"}
     values |= {"epochs": 1000, "patience": 0, "batch_size": SLICES[device.type], "modalities": "flair,t1,t1ce,t2"}
     return Settings.parse(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values})
 

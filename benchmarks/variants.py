@@ -46,7 +46,7 @@ def main() -> None:
         rounds = list(pool.map(work, range(len(folds))))
     found = {number: merged(list(map(itemgetter(number), rounds))) for number in rounds[0]}
     for number, metrics in found.items():
-        show(metrics, options, f"learnt from {number or 'all other patients'}")
+        show(metrics, options, f"learned from {number or 'all other patients'}")
     if options.figure:
         draw(found, options.figure)
 

@@ -254,8 +254,9 @@ def test_every_question_is_answered_on_real_patients(tiny_patients, tmp_path):
     assert list(answers) == [f"04_{name}.png" for name in names]
     assert all((run / "figures" / name).is_file() for name in answers)
     assert [text.split(":")[0] for text in answers["04_dimensions.png"][:2]] == ["2.5D against 2D", "3D against 2D"]
-    sentence, curves, _ = answers["04_few_1.png"]
+    sentence, packaged, curves, _ = answers["04_few_1.png"]
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
+    assert packaged.startswith("simulated patients, 1 to learn from against ImageNet, 1 to learn from: ")
     assert ", 2 validation patients, p = " in sentence and "learnt from" in curves
     shutil.rmtree(run)
 

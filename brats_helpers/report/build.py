@@ -47,7 +47,7 @@ _IMAGES = {".png": "image/png", ".gif": "image/gif"}
 _TERMS = {
     "BraTS": "the yearly challenge in brain-tumour segmentation; its rules and label names are used here",
     "modality": "a kind of MRI scan: FLAIR and T2 show swelling, T1 anatomy, T1ce what takes up contrast agent",
-    "reference": "the outline that a prediction is compared with: specialists', or exact in simulated patients",
+    "reference": "the outline to compare with: drawn by specialists; known exactly in simulated patients",
     "ET": "enhancing tumour, which takes up contrast agent: a region and a label",
     "NCR": "necrotic and non-enhancing core: a label",
     "ED": "oedema, the swelling around the core: a label",
@@ -55,8 +55,8 @@ _TERMS = {
     "WT": "whole tumour, a region: NCR, ED and ET",
     "Dice": "overlap of prediction and reference, from 0 to 1; higher is better",
     "HD95": "95th percentile of the distances between their surfaces in mm; lower is better",
-    "surface Dice": "share of both surfaces within a tolerance of each other; with voxels of 1 mm, 0.5 mm accepts exact"
-    " edges alone",
+    "surface Dice": "share of both surfaces within a tolerance of each other; with 1 mm voxels, a tolerance of 0.5 mm"
+    " accepts only edges that coincide",
     "lesion F1": "2 TP / (2 TP + FP + FN) over separate pieces; it is low beside a high Dice where small pieces are"
     " missed or invented, and says little about NCR and ED",
     "95 % interval": "range that likely holds the mean over many such patients, for this one training",
@@ -134,7 +134,9 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         terms=_TERMS,
         best=best,
         against=compared(metrics),
-        steps=next_steps(metrics, best=best, failed=failed, parts=bool(run.folds)),
+        steps=next_steps(
+            metrics, best=best, failed=failed, parts=bool(run.folds), start=run.manifest.get("encoder_weights")
+        ),
         stopped=lines["training-stopped"],
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),

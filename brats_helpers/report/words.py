@@ -37,10 +37,10 @@ def _packaged(metrics: Mapping) -> str:
         return ""
     scores = ", ".join(f"{region} {value:.3f}" for region, value in metrics["packaged"].items() if value is not None)
     ahead = _ahead(metrics)
-    verdict = f"better in {', '.join(ahead)}" if ahead else "better in no region"
+    verdict = f": better than this run's network in {', '.join(ahead)}" * bool(ahead)
     return (
         "The packaged network, which comes with the suite and learned from simulated patients alone, has a mean Dice of"
-        f" {scores} on the same patients: {verdict}."
+        f" {scores} on the same patients{verdict}."
     )
 
 
@@ -64,7 +64,7 @@ def _published(metrics: Mapping) -> str:
     return f"Published for comparison: {scores} by {own[0].source}. Other patients, so only an indication."
 
 
-def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> list[str]:
+def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool, start: str | None = None) -> list[str]:
     """Say what to do next, the most important first.
 
     Args:
@@ -72,6 +72,7 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
         best: `epoch`, the best one, and `epochs`, all of them; {} without a training.
         failed: number of patients whose segmentation failed.
         parts: whether the run consists of folds or combinations, which have reports of their own.
+        start: the weights that the training started from.
     """
     if not metrics.get("cases"):
         return (
@@ -88,7 +89,7 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool) -> 
         steps.append(
             "Train longer (`-p epochs`, `-p minutes`): the last epoch was the best, so the network was still learning."
         )
-    if len(_ahead(metrics)) == len(REGIONS):
+    if len(_ahead(metrics)) == len(REGIONS) and start != "simulated" and not metrics.get("simulated"):
         steps.append("Start from the packaged network, which scores higher: `-p encoder_weights simulated`.")
     if len(metrics["cases"]) < ENOUGH and not parts:
         steps.append("Test more patients (`-p split`) or cross-validate (`--folds 5`): the intervals are wide.")

@@ -20,6 +20,8 @@ FORMAT = 3
 
 SIMULATED = "simulated"
 """As weights to start from: the packaged network."""
+FROM_ELSEWHERE = ("imagenet", "none")
+"""Weights to start from that are neither the packaged network nor a file."""
 
 
 class WeightsError(Exception):
@@ -92,7 +94,7 @@ def with_start(facts: Mapping, weights: str) -> dict:
 
 def _start(weights: str) -> dict | None:
     """The checkpoint with the initial weights; None if they are from elsewhere."""
-    if weights in ("imagenet", "none"):
+    if weights in FROM_ELSEWHERE:
         return None
     state = read_weights(weights)
     return state if "model" in state else None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
-from brats_helpers.training.checkpoint import WeightsError, read_weights
+from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read_weights
 from brats_helpers.training.settings import DECODER, sees_patches
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
@@ -64,7 +64,7 @@ def build_model(
         WeightsError: the weights are not available. There is no fallback to random weights.
         ValueError: no such encoder, or a patch size that it does not support.
     """
-    state = {} if weights in ("imagenet", "none") else read_weights(weights)
+    state = {} if weights in FROM_ELSEWHERE else read_weights(weights)
     if sees_patches(encoder):
         if weights == "imagenet" or (state and "model" not in state):
             raise WeightsError(

@@ -67,7 +67,9 @@ _SHARE = _Rule("a share from 0 to 1", lambda value: _real(value, 0, 1))
 _RULES = {
     "modalities": _Rule(f"one or more of {', '.join(MODALITIES)}, each once", _modalities),
     "encoder": _TEXT,
-    "encoder_weights": _TEXT,
+    "encoder_weights": _Rule(
+        f"one of {', '.join(NAMED_WEIGHTS)}, or a file", lambda value: _TEXT.holds(value) and value != "auto"
+    ),
     "decoder": _Rule(f"{len(DECODER)} whole numbers of at least 1", _decoder),
     "context_slices": _COUNT,
     "patch_size": _COUNT,

@@ -7,7 +7,7 @@ from torch import nn
 
 from brats_helpers.log import warn
 from brats_helpers.training.checkpoint import SIMULATED, WeightsError
-from brats_helpers.training.model_zip import packaged_model, read_facts
+from brats_helpers.training.model_zip import ModelZipError, packaged_model, read_facts
 from brats_helpers.training.settings import sees_patches
 
 DEFAULT_ENCODER = "efficientnet-b0"
@@ -22,14 +22,20 @@ def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
     """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; for 3D `none`.
 
     Args:
-        encoder: see `settings.Settings`, or `auto`. One that is not the packaged network's rules that out, as does
-        own_decoder: whether the decoder's widths were given.
+        encoder: see `settings.Settings`, or `auto`; only `auto` and the packaged network's can start from it.
         patients: number of patients to learn from.
+        own_decoder: whether the decoder's widths were given, which rules the packaged network out.
     """
     if sees_patches(encoder):
         return "none"
-    fits = encoder in ("auto", packaged_settings()["encoder"]) and not own_decoder
-    return SIMULATED if fits and patients <= FEW else "imagenet"
+    if patients > FEW or own_decoder:
+        return "imagenet"
+    try:
+        own = packaged_settings()["encoder"]
+    except ModelZipError as error:
+        warn(f"{error} It starts from ImageNet's weights.")
+        return "imagenet"
+    return SIMULATED if encoder in ("auto", own) else "imagenet"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from brats_helpers.data import scanner
+from brats_helpers.data.phantom import VARIETIES
 from brats_helpers.labels import MODALITIES
 
 
@@ -21,7 +22,7 @@ def ball():
     )
 
 
-@pytest.mark.parametrize("variety", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("variety", [0.0, *VARIETIES.values()])
 @pytest.mark.parametrize("low_grade", [False, True])
 def test_every_part_of_a_tumour_shows_in_some_modality(variety, low_grade):
     anatomy = SimpleNamespace(variety=variety, mass=SimpleNamespace(low_grade=low_grade))

@@ -119,6 +119,17 @@ def test_arms_take_turns(tried):
     assert turns == [2, 3, 2, 3, 2, 3, 3]
 
 
+def test_no_turn_follows_the_last_epoch(tried, tmp_path, monkeypatch):
+    """An epoch here passes the limit; without one, another turn would find the training finished."""
+    *_, cases = tried
+    calls = []
+    monkeypatch.setattr(experiments, "fit", lambda *args, **how: calls.append(1) or fit(*args, **how))
+    how = {"questions": [], "device": torch.device("cpu"), "workers": 0, "simulated": True, "turn_s": 0.0}
+    arms = {"short": dataclasses.replace(SETTINGS, epochs=9, minutes=1e-6)}
+    Bench(run=Run(tmp_path), **how).try_out(arms, cases[:2], cases[2:3], cases[2:])
+    assert len(calls) == 1
+
+
 def test_turns_change_nothing_but_the_order(tried, tmp_path):
     """Half of an arm's training in turns ends where it ends in one go."""
     bench, arms, (histories, _), *_, cases = tried

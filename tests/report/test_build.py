@@ -86,7 +86,7 @@ def bare(tmp_path):
         return {"WT": {"dice": wt, "hd95_mm": hd95}, "TC": {"dice": 0.7, "hd95_mm": 2.0}, "ET": {"dice": et}}
 
     metrics = {
-        "convention": "brats2020: the rules in full",
+        "convention": "brats2020: the rule; the details",
         "simulated": False,
         "cases": {"A_1": case(0.9, 0.8, 3.04), "B_1": case(0.8, None, 373.13)},
         "summary": {"WT": {"dice": wt, "hd95_mm": mm}, "ET": {"dice": {"mean": 0.8}}},
@@ -213,7 +213,7 @@ def test_what_other_stages_leave_is_shown_where_it_is_there(bare):
     assert ["test", "2", "0.900", "+0.0000", "0.800", "+0.0000", "0.700", "-0.0500"] in page.rows
     assert "frozen against fine-tuned: better." in page.text
     text = " ".join(page.text.split())
-    assert "1 findings in 2 patients; the files of 1 were read" in text
+    assert "1 finding in 2 patients; the files of 1 were read" in text
     assert "an area under the ROC curve of 0.931 in the brain" in text and "tumour it is 0.750" in text
     assert "Expected calibration error (0 is perfect): WT 0.021, ET –." in text
     page = rewrite(bare, uncertainty={"auc": None, "auc_tumour": None})

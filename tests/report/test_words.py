@@ -47,9 +47,15 @@ def test_the_next_steps_follow_from_the_run():
 
 
 def test_the_packaged_network_on_the_same_patients_comes_first():
-    text = compared(REAL | {"packaged": {"WT": 0.8, "TC": 0.7, "ET": None}})
+    own = REAL | {"summary": {region: {"dice": {"mean": 0.75}} for region in ("WT", "TC", "ET")}}
+    text = compared(own | {"packaged": {"WT": 0.8, "TC": 0.7, "ET": None}})
     assert text.startswith("The packaged network, which comes with the suite")
+    assert "Dice of WT 0.800, TC 0.700 on the same patients: better than this run's network in WT." in text
     assert "nnU-Net" in text
+    ahead = own | {"packaged": {"WT": 0.8, "TC": 0.8, "ET": 0.8}}
+    how = {"best": {}, "failed": 0, "parts": True}
+    assert "`-p encoder_weights simulated`" in next_steps(ahead, start="imagenet", **how)[0]
+    assert next_steps(ahead, start="simulated", **how) == next_steps(ahead | {"simulated": True}, **how)[:-1] == []
     assert "packaged" not in compared(REAL | {"packaged": None})
     steps = next_steps(REAL | {"packaged": {"WT": 0.8}}, best={}, failed=0, parts=True)
     assert not any("packaged" in step for step in steps)

@@ -27,7 +27,7 @@ def test_condas_base_is_not_filled(name, active):
     assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout == f"active: {active}\n"
 
 
-def test_bytecode_is_kept_as_pip_writes_none():
+def test_bytecode_is_written_because_pip_runs_with_no_compile():
     command = ["bash", "-c", f'source "{ROOT}/setup_env.sh"; echo "${{PYTHONDONTWRITEBYTECODE-unset}}"']
     environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
     assert subprocess.run(command, env=environ, capture_output=True, text=True).stdout == "unset\n"

@@ -148,6 +148,12 @@ def test_auto_starts_from_the_packaged_network_where_that_fits_and_patients_are_
     assert settled(patients=few, encoder_weights="auto", encoder="monai-unet").encoder_weights == "none"
 
 
+def test_auto_does_without_a_packaged_network_that_is_not_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model_zip, "PACKAGED", tmp_path / "simulated.safetensors")
+    assert settled(patients=2, encoder_weights="auto").encoder_weights == "imagenet"
+    assert "It starts from ImageNet's weights" in capsys.readouterr().out
+
+
 def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(weights, "why_unreachable", lambda encoder: "no network")
     assert weights.choose_encoder("auto", "imagenet") == PACKAGED_ENCODER

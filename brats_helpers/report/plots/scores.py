@@ -310,7 +310,7 @@ def strata(patients: pd.DataFrame, *, simulated: bool) -> Figure:
     detail = "numbers above the bars: how many; sizes: all patients, ordered by the reference, in three equal groups"
     title(
         figure,
-        f"Patients and slices by {'grade and ' * (len(kinds) > 1)}tumour size · {', '.join(parts)}",
+        f"Patients and slices by {' and '.join(kinds).lower()} · {', '.join(parts)}",
         detail,
         simulated,
     )

@@ -256,8 +256,7 @@ def comparison(
         if curves:
             above.set(xlabel="training time (s)", xlim=(0, 1.05 * end_s), ylim=(-0.02, 1.02))
             above.grid(axis="y")
-        n = max((found["summary"][region]["dice"]["n"] for found in metrics.values()), default=0)
-        below.set(xlabel=f"Dice of {n} {scored_on} patients", xlim=(-0.02, 1.02), yticks=range(len(histories)))
+        below.set(xlabel=f"Dice of the {scored_on} patients", xlim=(-0.02, 1.02), yticks=range(len(histories)))
         below.set_yticklabels(list(histories))
         below.grid(axis="x")
     axes[-1, 0].set_ylim(len(histories) - 0.4, -0.6)
@@ -269,8 +268,8 @@ def comparison(
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=4)
     conventions = sorted({convention(found) for found in metrics.values()})
-    what = "means with 95 % intervals" if curves else "an epoch or less of training each"
-    detail = " · ".join([", ".join(histories), what, *conventions])
+    what = ["means with 95 % intervals", *["an epoch or less of training each"] * (not curves)]
+    detail = " · ".join([", ".join(histories), *what, *conventions])
     title(figure, headline, detail, simulated)
     return figure
 
