@@ -158,7 +158,8 @@ def test_the_verdict_comes_first_with_its_intervals(bare):
     text = " ".join(page.text.split())
     verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
     verdict += " With so few patients this is only an indication."
-    assert f"Run bare {verdict} Scored by brats2020: the rules in full." in text
+    assert f"Run bare {verdict} Scored by brats2020: the rule." in text
+    assert "The rule in full" in text and "the details." in text
     assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
     assert ["WT", "188.1", "1.0 to 373.1", "3.0", "2.0 to 373.1", "261.7", "2"] in page.rows
     assert ["ET", "0.800", "–", "–", "– to –", "–", "–"] in page.rows
