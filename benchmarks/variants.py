@@ -10,10 +10,13 @@ interval over patients. --figure draws the tables as curves.
         --variant augment=strong --variant "half the rate: lr=5e-4" --slices 2400 --seeds 2
     python benchmarks/variants.py --data ../shared/glioma16 --folds ../shared/glioma16/folds.json \
         --base ImageNet --variant "ImageNet, frozen: frozen_epochs=1" --variant "random: encoder_weights=none" \
-        --variant "simulated: encoder_weights=simulated" --slices 800 --seeds 1 --patients 1 2 4 8 12 --figure FILE
+        --variant "simulated: encoder_weights=simulated" \
+        --variant "simulated, frozen: encoder_weights=simulated, frozen_epochs=1" \
+        --slices 800 --seeds 1 --patients 1 4 8 12 --figure transfer.png
 """
 
 import argparse
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -48,7 +51,7 @@ def main() -> None:
     for number, metrics in found.items():
         show(metrics, options, f"learned from {number or 'all other patients'}")
     if options.figure:
-        draw(found, options.figure)
+        draw(dict(sorted(found.items(), key=lambda entry: entry[0] or math.inf)), options.figure)
 
 
 def arguments() -> argparse.Namespace:
