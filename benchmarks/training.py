@@ -48,6 +48,7 @@ from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.model import PACKAGED_ENCODER, build_model, train_mode
 from brats_helpers.training.preflight import SLICES
 from brats_helpers.training.sampler import BalancedBatches
+from brats_helpers.training.session import forget_device
 from brats_helpers.training.settings import Settings
 
 PARTS = ("overhead", "time", "transfer")
@@ -230,6 +231,7 @@ def replaced_recipe(
     network, criterion = build(settings, device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     precision = choose_precision(device)
+    forget_device()  # of the suite's training before, which computes in a precision of its own
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     network, optimizer = accelerator.prepare(network, optimizer)
     curve, spent = [], 0.0
