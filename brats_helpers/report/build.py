@@ -134,9 +134,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         terms=_TERMS,
         best=best,
         against=compared(metrics),
-        steps=next_steps(
-            metrics, best=best, failed=failed, parts=bool(run.folds), start=run.manifest.get("encoder_weights")
-        ),
+        steps=next_steps(metrics, best=best, failed=failed, parts=bool(run.folds), start=_start(manifest)),
         stopped=lines["training-stopped"],
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),
@@ -393,6 +391,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _interval(ends: list[float] | None, digits: int = 3) -> str:
     return f"{_number(ends[0], digits)} to {_number(ends[1], digits)}" if ends else "–"
+
+
+def _start(manifest: Mapping) -> str | None:
+    """The weights that the training started from."""
+    return manifest.get("encoder_weights")
 
 
 def _code(text: str) -> Markup:
