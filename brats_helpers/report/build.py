@@ -93,6 +93,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
     """
     newest = _newest(run)
     manifest, metrics = run.manifest, read_json(run.metrics, {})
+    start = manifest.get("encoder_weights")
     simulated = bool(metrics.get("simulated", manifest.get("simulated", False)))
     reviewed = review(run, metrics)
     _draw(run, metrics, reviewed, simulated=simulated)
@@ -134,7 +135,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         terms=_TERMS,
         best=best,
         against=compared(metrics),
-        steps=next_steps(metrics, best=best, failed=failed, parts=bool(run.folds), start=_start(manifest)),
+        steps=next_steps(metrics, best=best, failed=failed, parts=bool(run.folds), start=start),
         stopped=lines["training-stopped"],
         farthest=_farthest(metrics),
         patients=_patients(run, metrics),
@@ -391,11 +392,6 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _interval(ends: list[float] | None, digits: int = 3) -> str:
     return f"{_number(ends[0], digits)} to {_number(ends[1], digits)}" if ends else "–"
-
-
-def _start(manifest: Mapping) -> str | None:
-    """The weights that the training started from."""
-    return manifest.get("encoder_weights")
 
 
 def _code(text: str) -> Markup:

@@ -75,11 +75,8 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool, sta
         start: the weights that the training started from.
     """
     if not metrics.get("cases"):
-        return (
-            []
-            if parts
-            else ["Run the notebooks up to 03, which scores the network: `./run_all.sh` with the same `--run`."]
-        )
+        first = "Run the notebooks up to 03, which scores the network: `./run_all.sh` with the same `--run`."
+        return [] if parts else [first]
     steps = []
     if metrics.get("leakage"):
         steps.append("Score patients that the network has not seen: the scores above are not valid.")
