@@ -198,7 +198,7 @@ def train_and_score(name: str, job: dict, cases: list[Case], options: argparse.N
         sys.exit(f"{name} left test patients without a score: {scored['not_scored']}")
     found = {}
     for case_id, figures in scored["cases"].items():
-        found[case_id] = with_mean({region: figures[region]["dice"] for region in REGIONS})
+        found[case_id] = with_mean(dice_by_region(figures))
     shutil.rmtree(folder)  # plain and preprocessed copies, gigabytes a round
     said = ", ".join([*made, f"load before {load:.1f}", f"processor in all {used:.0f} s"])
     return {"cases": found, "said": said}
