@@ -36,6 +36,7 @@ from brats_helpers.data.splits import fold_cases, split_cases
 from brats_helpers.evaluation.experiments import MEAN, with_mean
 from brats_helpers.evaluation.folders import score_folders
 from brats_helpers.labels import REGIONS
+from brats_helpers.scoring.overlap import dice_by_region
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import compare
 from brats_helpers.suite.environment import ROOT

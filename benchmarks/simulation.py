@@ -104,10 +104,14 @@ def measure(options: argparse.Namespace, weights: str, minutes: float, seed: int
         "minutes": minutes,
         "seed": seed,
         "dice": {region: scores["summary"][region]["dice"]["mean"] for region in REGIONS},
-        "patients": {case: mean_dice_of_case(figures) for case, figures in scores["cases"].items()},
+        "patients": {case: mean_dice(figures) for case, figures in scores["cases"].items()},
         "parameters": {key: str(value) for key, value in parameters.items()},
         "revision": json.loads((folder / "manifest.json").read_text())["stages"]["02_train"]["revision"],
     }
+
+
+def mean_dice(figures: dict[str, dict]) -> float:
+    return statistics.fmean(figures[region]["dice"] for region in REGIONS)
 
 
 def verb(*words) -> None:
