@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
 from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read_weights
-from brats_helpers.training.settings import DECODER, sees_patches
+from brats_helpers.training.settings import ACS, DECODER, sees_patches
+from brats_helpers.training.volumetric import VolumetricUnet
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
     PACKAGES,
@@ -26,10 +27,17 @@ from brats_helpers.training.window import Windows
 SIDE_MULTIPLE = 32
 """The U-Net halves a slice five times, so its sides must be multiples of 32."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-TRAINING_BYTES = {"monai-segresnet": 1001, "monai-dynunet": 1702, "monai-unet": 187}
+TRAINING_BYTES = {
+    "monai-segresnet": 1001,
+    "monai-dynunet": 1702,
+    "monai-unet": 187,
+    "acs-tu-tf_efficientnet_lite0": 839,
+    "acs-tu-tf_efficientnet_lite1": 916,
+    "acs-tu-tf_efficientnet_lite2": 925,
+}
 """Bytes per voxel that a 3D network keeps for its backward pass in float32, besides 4 for each input channel."""
 PATCH_NETWORKS = tuple(TRAINING_BYTES)
-"""MONAI's networks of 3D patches, as `encoder` names them; the last is the least costly."""
+"""Networks of 3D patches, as `encoder` names them: MONAI's, and the U-Nets of EfficientNet-Lite in 3D."""
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
 
@@ -48,11 +56,13 @@ def build_model(
         encoder: any encoder of segmentation-models-pytorch for a U-Net, such as `efficientnet-b0` or `tu-resnet18`;
             or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
-            whose whole network is loaded; `simulated` is the packaged one.
+            whose whole network is loaded; `simulated` is the packaged one. An ACS network takes the weights of its
+            network of slices, too.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
-        patch_size: edge of the patches in voxels, a multiple of 16, at least 32; no effect on a network of slices.
-        decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on a network of patches.
+        patch_size: edge of the patches in voxels, a multiple of 16 and at least 32, for an ACS network a multiple of
+            32 and at least 64; no effect on a network of slices.
+        decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on MONAI's networks.
         modalities: of the input channels, in order, which a checkpoint's channels are matched with by name; empty
             takes them as they are. See `weights.fine_tune`.
 
@@ -68,19 +78,26 @@ def build_model(
     """
     state = {} if weights in FROM_ELSEWHERE else read_weights(weights)
     if sees_patches(encoder):
+        _check_patches(encoder, patch_size)
+    flat = encoder.removeprefix(ACS)
+    if sees_patches(flat):
         if weights == "imagenet" or (state and "model" not in state):
             raise WeightsError(
-                f"encoder_weights {weights!r}: {encoder} is 3D and has no pretrained encoder; ImageNet's are for 2D"
-                " images. Use -p encoder_weights none, or a checkpoint of the same network."
+                f"encoder_weights {weights!r}: {encoder} has no pretrained encoder; ImageNet's are for 2D images. Use"
+                f" -p encoder_weights none, a checkpoint of the same network, or -p encoder {ACS}{PACKAGED_ENCODER}."
             )
-        model, head = _patch_network(encoder, in_channels, patch_size)
+        model, head = _monai(encoder, in_channels)
     else:
-        model = _unet(encoder, weights, in_channels, decoder)
+        model = _unet(flat, weights, in_channels, decoder)
         head = model.segmentation_head[0]
         if state and "model" not in state:
             load_encoder(model.encoder, state)
     with torch.no_grad():
         head.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
+    if encoder != flat:
+        model = VolumetricUnet(model)
+    if sees_patches(encoder):
+        model = Windows(model, patch_size)
     if "model" not in state:
         return model
     return fine_tune(model, state, weights, encoder=encoder, decoder=decoder, modalities=modalities)
@@ -122,26 +139,38 @@ def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) 
     return model.to(memory_format=torch.channels_last)
 
 
-def _patch_network(name: str, in_channels: int, patch_size: int) -> tuple[Windows, nn.Module]:
-    """Return one of `PATCH_NETWORKS`, sized as in MONAI's BraTS tutorial, as in nnU-Net or for a CPU; and its head."""
-    if name not in PATCH_NETWORKS:
-        raise ValueError(f"encoder {name!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
-    if patch_size < 32 or patch_size % 16:
-        raise ValueError(f"patch_size {patch_size}: {name} halves a patch four times; expected 32, 48, 64, ...")
+def _check_patches(name: str, edge: int) -> None:
+    least, step = patch_sizes(name)
+    if edge < least or edge % step:
+        sizes = f"{least}, {least + step}, {least + 2 * step}, ..."
+        raise ValueError(f"patch_size {edge}: {name} halves a patch until {step} voxels are one; expected {sizes}")
+
+
+def patch_sizes(encoder: str) -> tuple[int, int]:
+    """The smallest edge of a network's patches, and the step to the next, in voxels.
+
+    Raises:
+        ValueError: it is none of `PATCH_NETWORKS`.
+    """
+    if encoder not in PATCH_NETWORKS:
+        raise ValueError(f"encoder {encoder!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
+    return (64, 32) if encoder.startswith(ACS) else (32, 16)
+
+
+def _monai(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
+    """Return a network of MONAI, sized as in its BraTS tutorial, as in nnU-Net or for a CPU; and its last layer."""
     from monai.networks import nets  # takes a second to import, and 2D networks do not need it
 
     sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}
     if name == "monai-segresnet":
         network = nets.SegResNet(init_filters=16, dropout_prob=0.2, **sizes)
-        last = network.conv_final[-1].conv
-    elif name == "monai-dynunet":
+        return network, network.conv_final[-1].conv
+    if name == "monai-dynunet":
         halvings = {"strides": [1, 2, 2, 2, 2], "upsample_kernel_size": [2] * 4}
         network = nets.DynUNet(kernel_size=[3] * 5, **halvings, **sizes)
-        last = network.output_block.conv.conv
-    else:
-        network = nets.UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, **sizes)
-        last = network.model[-1][-1].conv.unit0.conv
-    return Windows(network, patch_size), last
+        return network, network.output_block.conv.conv
+    network = nets.UNet(channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2, **sizes)
+    return network, network.model[-1][-1].conv.unit0.conv
 
 
 def rebuild(saved: Mapping) -> nn.Module:

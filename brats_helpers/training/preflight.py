@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from brats_helpers import machine
 from brats_helpers.log import duration, warn
 from brats_helpers.training.batch import Draw
-from brats_helpers.training.model import TRAINING_BYTES
+from brats_helpers.training.model import TRAINING_BYTES, patch_sizes
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session, frozen_share
 from brats_helpers.training.settings import Execution, Settings, SettingsError, check_text, from_text, sees_patches
@@ -83,17 +83,20 @@ def choose_sizes(
 
     Returns:
         Patch size (unchanged for a 2D network) and batch size.
+
+    Raises:
+        ValueError: no such 3D network.
     """
     if not sees_patches(encoder):
         return patch_size, batch_size or SLICES[device.type]
+    smallest_edge, _ = patch_sizes(encoder)
     largest_edge, largest_batch = LARGEST[device.type]
     facts = machine.describe(device)
     memory = facts.get("device_memory_gib", facts.get("memory_gib", 8)) * 2**30
     whole = facts["precision"] == "no" or device.type == "cpu"  # float32, see `window.Windows`
-    voxel = (TRAINING_BYTES[encoder] + 4 * in_channels) * (
-        2 if whole else 1
-    )  # half of the memory is for everything else
-    edges = [patch_size] if patch_size else [edge for edge in EDGES if edge <= largest_edge]
+    # Half of the memory is for everything else.
+    voxel = (TRAINING_BYTES[encoder] + 4 * in_channels) * (2 if whole else 1)
+    edges = [patch_size] if patch_size else [edge for edge in EDGES if smallest_edge <= edge <= largest_edge]
     edge = next((edge for edge in edges if 2 * voxel * edge**3 <= memory), edges[-1])
     fitting = int(memory / (voxel * edge**3))
     return edge, batch_size or max(n for n in (1, 2, 4, 8) if n <= max(min(fitting, largest_batch), 1))

@@ -101,9 +101,10 @@ class Session:
             decoder=settings.decoder,
             modalities=settings.modalities,
         ).to(device)
-        rest = [weight for name, weight in network.named_parameters() if not name.startswith("encoder.")]
+        encoder = list(network.encoder.parameters())
+        rest = [weight for weight in network.parameters() if all(weight is not own for own in encoder)]
         groups = [
-            {"params": network.encoder.parameters(), "share": settings.encoder_lr},
+            {"params": encoder, "share": settings.encoder_lr},
             {"params": rest, "share": 1.0},
         ]
         # Fused AdamW skips steps whose gradients are not finite without waiting for the GPU.

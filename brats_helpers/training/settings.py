@@ -16,6 +16,8 @@ DECODER = (128, 64, 32, 16, 16)
 """Channels of the blocks of the U-Net's decoder, from the deepest, by default; the packaged network has the same."""
 NAMED_WEIGHTS = ("imagenet", "simulated", "none")
 """Weights to start from that are no file, see `Settings.encoder_weights`."""
+ACS = "acs-"
+"""In front of the name of an encoder of slices: the same in 3D, see `volumetric`."""
 STRENGTHS = ("none", "basic", "strong")
 """Levels of augmentation, see `augment.augment`."""
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
@@ -36,7 +38,7 @@ class _Rule(NamedTuple):
 
 def sees_patches(encoder: str) -> bool:
     """Whether a network of that name sees 3D patches rather than slices."""
-    return encoder.startswith("monai-")
+    return encoder.startswith(("monai-", ACS))
 
 
 def _whole(value: object, low: int) -> bool:
@@ -138,7 +140,7 @@ class Settings(_Checked):
         encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
         encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
             encoder's weights, or a checkpoint to fine-tune. The notebooks resolve `auto`, see `preflight.settle`.
-        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on a 3D network.
+        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on MONAI's networks.
         context_slices: neighbouring slices on each side, fed as further channels.
         patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The
             notebooks take 0 for a 3D network too, and choose the edge by the memory.

@@ -10,7 +10,7 @@ from torch import nn
 from brats_helpers.log import warn
 from brats_helpers.training.checkpoint import SIMULATED, WeightsError
 from brats_helpers.training.model_zip import ModelZipError, packaged_model, read_facts
-from brats_helpers.training.settings import sees_patches
+from brats_helpers.training.settings import ACS, sees_patches
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
@@ -26,14 +26,15 @@ Measured with up to 12, where its mean Dice was 0.04 ahead of ImageNet's weights
 
 
 def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
-    """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; for 3D `none`.
+    """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; `none` for MONAI's.
 
     Args:
         encoder: see `settings.Settings`, or `auto`; only `auto` and the packaged network's can start from it.
         patients: number of patients to learn from.
         own_decoder: whether the decoder's widths were given, which rules the packaged network out.
     """
-    if sees_patches(encoder):
+    flat = encoder.removeprefix(ACS)
+    if sees_patches(flat):
         return "none"
     if patients > FEW or own_decoder:
         return "imagenet"
@@ -42,7 +43,7 @@ def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
     except ModelZipError as error:
         warn(f"{error} It starts from ImageNet's weights.")
         return "imagenet"
-    return SIMULATED if encoder in ("auto", own) else "imagenet"
+    return SIMULATED if flat in ("auto", own) else "imagenet"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
@@ -91,7 +92,7 @@ def fine_tune(
     decoder: Sequence[int],
     modalities: Sequence[str],
 ) -> nn.Module:
-    """Load the weights of a checkpoint into a network of the same encoder and decoder.
+    """Load the weights of a checkpoint into a network of the same encoder and decoder, or into its ACS network.
 
     A network of slices may see other modalities, in another order, and more neighbouring slices than the checkpoint:
     each input channel takes the weights of the same modality and slice, and a channel that the checkpoint does not
@@ -108,6 +109,9 @@ def fine_tune(
         WeightsError: the networks differ in more than their input.
     """
     then, state = checkpoint["settings"], checkpoint["model"]
+    if encoder == ACS + then["encoder"]:  # of the network of slices
+        state = {f"network.{name}": weight for name, weight in state.items()}
+        then = then | {"encoder": encoder}
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
     flat = model.get_parameter(f"{first}.weight").ndim == 4
     if then["encoder"] != encoder or (flat and list(then["decoder"]) != list(decoder)):

@@ -19,7 +19,11 @@ class Windows(nn.Module):
         super().__init__()
         self.network = network
         self.edge = edge
-        self.encoder = nn.Identity()  # nothing pretrained that could be frozen
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The network's encoder, or an empty module if it has none that could be pretrained and frozen."""
+        return getattr(self.network, "encoder", None) or nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -210,20 +210,27 @@ def test_an_untrained_network_answers_background():
 def test_each_network_answers_patches_and_begins_at_background(name):
     assert sees_patches(name)
     torch.manual_seed(0)
-    network = build_model(encoder=name, weights="none", in_channels=2, patch_size=32).eval()
+    edge, _ = models.patch_sizes(name)
+    network = build_model(encoder=name, weights="none", in_channels=2, patch_size=edge).eval()
     with torch.no_grad():
-        soft = network(torch.randn(1, 2, 32, 32, 32)).softmax(dim=1)
-    assert soft.shape == (1, 4, 32, 32, 32) and soft[:, 0].median() > 0.8
+        soft = network(torch.randn(1, 2, edge, edge, edge)).softmax(dim=1)
+    assert soft.shape == (1, 4, edge, edge, edge) and soft[:, 0].median() > 0.8
 
 
-@pytest.mark.parametrize("size", [0, 16, 40])
-def test_patches_that_cannot_be_halved_four_times_are_refused(size):
-    with pytest.raises(ValueError, match=f"patch_size {size}: monai-unet .*32, 48, 64"):
-        build_model(encoder="monai-unet", weights="none", in_channels=2, patch_size=size)
+@pytest.mark.parametrize(
+    "name, sizes, valid",
+    [("monai-unet", (0, 16, 40), "32, 48, 64"), (f"acs-{PACKAGED_ENCODER}", (32, 80), "64, 96, 128")],
+)
+def test_patches_that_cannot_be_halved_so_often_are_refused(name, sizes, valid):
+    for size in sizes:
+        with pytest.raises(ValueError, match=f"patch_size {size}: {name} .*{valid}"):
+            build_model(encoder=name, weights="none", in_channels=2, patch_size=size)
 
 
-def test_a_3d_network_has_no_imagenet_weights():
-    with pytest.raises(WeightsError, match="'imagenet': monai-unet is 3D .*-p encoder_weights none"):
+def test_monai_s_networks_have_no_imagenet_weights():
+    with pytest.raises(
+        WeightsError, match="'imagenet': monai-unet has no .*-p encoder_weights none.*-p encoder acs-tu"
+    ):
         build_model(encoder="monai-unet", weights="imagenet", in_channels=2, patch_size=32)
     with pytest.raises(ValueError, match="'monai-net': expected one of monai-segresnet"):
         build_model(encoder="monai-net", weights="none", in_channels=2, patch_size=32)
@@ -236,9 +243,10 @@ def test_its_summary_counts_no_encoder():
     assert facts["multiply_adds"] > 1e8
 
 
-def test_memory_of_the_backward_pass_is_as_recorded():
+@pytest.mark.parametrize("name", ["monai-unet", f"acs-{PACKAGED_ENCODER}"])
+def test_memory_of_the_backward_pass_is_as_recorded(name):
     """Counted here by the storages of all tensors saved, of which only shapes are computed."""
-    edge, channels, kept = 32, 4, {}
+    (edge, _), channels, kept = models.patch_sizes(name), 4, {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -246,8 +254,8 @@ def test_memory_of_the_backward_pass_is_as_recorded():
         return tensor
 
     with torch.device("meta"):
-        network = build_model(encoder="monai-unet", weights="none", in_channels=channels, patch_size=edge)
+        network = build_model(encoder=name, weights="none", in_channels=channels, patch_size=edge)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(torch.empty(1, channels, edge, edge, edge))
     saved = sum(kept.values()) - sum(parameter.nbytes for parameter in network.parameters())
-    assert saved / edge**3 == pytest.approx(TRAINING_BYTES["monai-unet"] + 4 * channels, rel=0.05)
+    assert saved / edge**3 == pytest.approx(TRAINING_BYTES[name] + 4 * channels, rel=0.05)

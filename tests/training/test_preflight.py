@@ -45,6 +45,11 @@ def test_patch_and_batch_follow_the_memory(monkeypatch):
     assert chosen(1, "no", batch_size=3) == (96, 3)
     of["device"] = torch.device("cpu")
     assert chosen(15, "no") == (64, 2)
+    of["encoder"] = "acs-tu-tf_efficientnet_lite0"
+    assert chosen(0.01, "no") == (64, 1)
+    of["encoder"] = "acs-tf_efficientnet_lite0"
+    with pytest.raises(ValueError, match="'acs-tf_efficientnet_lite0': expected one of .*acs-tu-tf_efficientnet_lite0"):
+        chosen(15, "no")
     of["encoder"] = "resnet18"
     assert chosen(15, "no") == (0, 4) and chosen(15, "no", batch_size=8) == (0, 8)
     of["device"] = torch.device("cuda")

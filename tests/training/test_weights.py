@@ -146,6 +146,9 @@ def test_auto_starts_from_the_packaged_network_where_that_fits_and_patients_are_
     assert settled(patients=few, encoder_weights="auto", encoder="resnet18").encoder_weights == "imagenet"
     assert settled("decoder=64,32,16,8,4", encoder_weights="auto").encoder_weights == "imagenet"
     assert settled(patients=few, encoder_weights="auto", encoder="monai-unet").encoder_weights == "none"
+    volumes = {"encoder": f"acs-{SETTINGS.encoder}", "own_decoder": False}
+    assert weights.choose_start(**volumes, patients=few) == "simulated"
+    assert weights.choose_start(**volumes, patients=many) == "imagenet"
 
 
 def test_auto_does_without_a_packaged_network_that_is_not_there(monkeypatch, tmp_path, capsys):
