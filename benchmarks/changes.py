@@ -1,6 +1,6 @@
-"""Changes to the training that are no setting of the suite, for benchmarks/variants.py: what was tried and not adopted.
+"""Changes to training and prediction that are no setting of the suite's experiments, for benchmarks/variants.py.
 
-Each is a context in which the suite's own training and prediction run with one part replaced.
+Each is a context in which the suite's own code runs with one part replaced.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from brats_helpers.evaluation import experiments
 from brats_helpers.labels import CLASSES, REGIONS
 from brats_helpers.training import model
 from brats_helpers.training.losses import CrossEntropyDice
@@ -125,6 +126,18 @@ def by_patient() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def flips() -> Iterator[None]:
+    """Predict each slice and its mirror image, and average."""
+    plain = experiments.predict
+
+    def predict(*args, **how):
+        return plain(*args, **how | {"flips": True})
+
+    with patch.object(experiments, "predict", predict):
+        yield
+
+
 def _in_turns(pool: np.ndarray, owner: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
     """`n` items of `pool`, as many of each owner as of any other; none twice before all of its owner's were drawn."""
     owners = np.unique(owner[pool])
@@ -167,5 +180,6 @@ CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
     "sigmoid regions": sigmoid_regions,
     "deep supervision": deep_supervision,
     "by patient": by_patient,
+    "flips": flips,
 }
 """By name, as --variant "NAME: change=..." gives them."""
