@@ -43,17 +43,25 @@ from brats_helpers.suite.environment import ROOT
 
 PEERS = {
     "this suite": "suite",
+    "this suite, packaged start": "suite",
     "nnU-Net v2, 2D": "nnunet",
     "nnU-Net v2, 3D": "nnunet",
     "MONAI's tutorial, 3D": "monai_tutorial",
     "the replaced notebook": "replaced_notebook",
 }
 """By name in the table, the script in `peers` that runs it."""
-CONFIGURATIONS = {"nnU-Net v2, 2D": "2d", "nnU-Net v2, 3D": "3d_fullres"}
+CONFIGURATIONS = {
+    "this suite": "imagenet",
+    "this suite, packaged start": "simulated",
+    "nnU-Net v2, 2D": "2d",
+    "nnU-Net v2, 3D": "3d_fullres",
+}
+"""What this suite starts from (the packaged network has seen simulated patients), and which network nnU-Net trains."""
 
 
 def main() -> None:
     options = arguments()
+    fair = [name for name in PEERS if options.data or CONFIGURATIONS.get(name) != "simulated"]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         work = Path(temporary)
         data = options.data or ROOT / "data" / f"accuracy-{options.cases}-{options.seed}-v{VERSION}"
@@ -88,7 +96,7 @@ def main() -> None:
         results["command"] = sys.argv
         for seconds in options.seconds:
             own = job | {"seconds": seconds}
-            found = {name: compete(name, own, results, cases, options, work) for name in options.tools}
+            found = {name: compete(name, own, results, cases, options, work) for name in options.tools or fair}
             show(seconds, found)
 
 
@@ -107,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", metavar="FILE", default=sys.executable, help="of the peers; default: this one")
     parser.add_argument("--seconds", metavar="S", type=int, nargs="+", default=[120], help="of training; default: 120")
-    parser.add_argument("--tools", metavar="NAME", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--tools", metavar="NAME", nargs="+", choices=PEERS, help="default: all that are fair")
     parser.add_argument("--data", metavar="DIR", type=Path, help="patients; default: simulated ones, made in data/")
     parser.add_argument("--cases", metavar="N", type=int, default=40, help="simulated patients; default: 40")
     parser.add_argument("--split", default="24,4,12", help="train, val, test; default: 24,4,12")
@@ -208,12 +216,12 @@ def train_and_score(name: str, job: dict, cases: list[Case], options: argparse.N
 def show(seconds: int, found: dict[str, dict]) -> None:
     first, *_ = found
     print(f"\n{seconds} s of training; Dice; {first} minus the other, mean of WT, TC and ET, with its 95 % interval")
-    print(f"{'':24}" + "".join(f"{name:>8}" for name in (*REGIONS, MEAN)))
+    print(f"{'':28}" + "".join(f"{name:>8}" for name in (*REGIONS, MEAN)))
     for name, metrics in found.items():
         figures = "".join(f"{metrics['summary'][region]['dice']['mean']:8.3f}" for region in (*REGIONS, MEAN))
         change = compare(metrics, found[first])["differences"][MEAN]["dice"]
         paired = "{:+.3f} ({:+.3f} to {:+.3f})".format(change["mean_difference"], *change["ci95"])
-        print(f"{name:24}{figures}   {paired if name != first else '':28}{'; '.join(metrics['said'])}")
+        print(f"{name:28}{figures}   {paired if name != first else '':28}{'; '.join(metrics['said'])}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main() -> None:
 
     settings = demo_settings(
         modalities=",".join(job["modalities"]),
+        encoder_weights=job["configuration"],
         epochs=1000,
         patience=0,
         minutes=job["seconds"] / 60,
