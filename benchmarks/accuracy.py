@@ -61,12 +61,12 @@ CONFIGURATIONS = {
 
 def main() -> None:
     options = arguments()
-    fair = [name for name in PEERS if options.data or CONFIGURATIONS.get(name) != "simulated"]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         work = Path(temporary)
         data = options.data or ROOT / "data" / f"accuracy-{options.cases}-{options.seed}-v{VERSION}"
         if not options.data:
             make_cases(data, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
+        fair = [name for name in PEERS if CONFIGURATIONS.get(name) != "simulated" or not is_simulated(data)]
         modalities = options.modalities.split(",")
         cases = [case for case in survey(data, modalities).complete(skip_incomplete=True) if case.seg]
         packed = prepare(cases, cache_dir=ROOT / "cache", workers=os.cpu_count())

@@ -3,8 +3,10 @@
 Each is a context in which the suite's own code runs with one part replaced.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -28,9 +30,18 @@ def change(name: str) -> AbstractContextManager:
     return CHANGES[name]() if name else nullcontext()
 
 
+def folder_of(name: str) -> str:
+    """A folder for results of a change, which also depends on this file's content."""
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:6]
+    return f"{name.replace(' ', '-')}-{digest}" if name else ""
+
+
 @contextmanager
 def region_dice() -> Iterator[None]:
-    """The soft Dice of WT, TC and ET in place of that of NCR, ED and ET; cross-entropy and outputs stay."""
+    """The soft Dice of WT, TC and ET in place of that of NCR, ED and ET; cross-entropy and outputs stay.
+
+    All classes have the weight 1, whatever `class_weights` says.
+    """
     of_classes = CrossEntropyDice.sums
 
     def sums(self, logits, masks):
@@ -50,7 +61,8 @@ def sigmoid_regions() -> Iterator[None]:
     """Three sigmoids for WT, TC and ET, as in nnU-Net's training on regions: binary cross-entropy plus their Dice.
 
     The network keeps its four outputs; the first one is not used. In `eval()` a voxel gets the class that follows from
-    the regions with more than half of the probability, ET first, in logits that are certain of it.
+    the regions with more than half of the probability, ET first, in logits that are certain of it. `class_weights` has
+    no effect.
     """
 
     def sums(self, logits, masks):
@@ -81,7 +93,10 @@ def sigmoid_regions() -> Iterator[None]:
 
 @contextmanager
 def deep_supervision() -> Iterator[None]:
-    """The decoder's blocks at a half and a quarter of the resolution answer, too; their losses count 1/2 and 1/4."""
+    """The decoder's blocks at a half and a quarter of the resolution answer, too; their losses count 1/2 and 1/4.
+
+    The further layers start from random weights, so a training cannot start from a whole network.
+    """
 
     class Deep(model.SlicesUnet):
         def __init__(self, *args, decoder_channels, **kwargs):
@@ -116,7 +131,7 @@ def deep_supervision() -> Iterator[None]:
 
 @contextmanager
 def by_patient() -> Iterator[None]:
-    """Draw a patient first and then a slice, so that patients with large tumours do not make up more of an epoch."""
+    """Draw equally many slices of each patient, so that large tumours do not make up more of an epoch."""
 
     def draw(self, random: np.random.Generator) -> np.ndarray:
         owner = self.samples.index[:, 0]
@@ -141,14 +156,15 @@ def flips() -> Iterator[None]:
 def _in_turns(pool: np.ndarray, owner: np.ndarray, n: int, random: np.random.Generator) -> np.ndarray:
     """`n` items of `pool`, as many of each owner as of any other; none twice before all of its owner's were drawn."""
     owners = np.unique(owner[pool])
-    each = -(-n // max(len(owners), 1))
+    if not n or not len(owners):
+        return pool[:0]
+    each = -(-n // len(owners))
     drawn = []
     for one in owners:
         own = pool[owner[pool] == one]
         rounds = [random.permutation(own) for _ in range(-(-each // len(own)))]
         drawn.append(np.concatenate(rounds)[:each])
-    turns = np.stack(drawn, axis=1).reshape(-1) if drawn else pool[:0]
-    return turns[:n]
+    return np.stack(drawn, axis=1).reshape(-1)[:n]
 
 
 def _regions(masks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

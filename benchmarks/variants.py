@@ -28,7 +28,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from changes import change
+from changes import CHANGES, change, folder_of
 from peers.suite import demo_settings
 
 from brats_helpers.data.cache import Packed, prepare
@@ -68,7 +68,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", metavar="N", type=int, default=os.cpu_count(), help="folds at once")
     parser.add_argument("--folder", metavar="DIR", type=Path, default=ROOT / "runs" / "variants", help="for results")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="PNG of the mean Dice by number of patients")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for variant in options.variant:
+        if (asked := named(variant)[1]) and asked not in CHANGES:
+            parser.error(f"{variant!r}: change {asked!r} is none of {', '.join(CHANGES)}; a variant has one at most.")
+    return options
 
 
 def settings_of(variant: str, slices: int) -> Settings:
@@ -83,7 +87,7 @@ def named(variant: str) -> tuple[str, str, str]:
     parts = [part.strip() for part in (text if colon else variant).split(",")]
     changes = [part.removeprefix("change=") for part in parts if part.startswith("change=")]
     settings = [part for part in parts if part and not part.startswith("change=")]
-    return name.strip(), "".join(changes), ", ".join(settings)
+    return name.strip(), ", ".join(changes), ", ".join(settings)
 
 
 def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -> dict[int, dict[str, dict]]:
@@ -100,7 +104,7 @@ def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -
     found: dict[int, dict[str, dict]] = {n: {} for n in options.patients}
     for its_change, arms in by_change.items():
         bench = Bench(
-            run=Run(options.folder / its_change.replace(" ", "-") / f"fold{number}"),
+            run=Run(options.folder / folder_of(its_change) / f"fold{number}"),
             questions=(),
             device=torch.device("cpu"),
             workers=0,
@@ -111,7 +115,8 @@ def one_fold(number: int, options: argparse.Namespace, folds: list[list[str]]) -
             for n in options.patients:
                 # A training has one epoch, so its validation chooses nothing.
                 found[n] |= bench.try_out(arms, drawn[:n] if n else drawn, scored[:1], scored)[1]
-    return found
+    names = [options.base, *(named(variant)[0] for variant in options.variant)]
+    return {n: {name: metrics[name] for name in names} for n, metrics in found.items()}
 
 
 def show(found: dict[str, dict], options: argparse.Namespace, title: str) -> None:
@@ -122,9 +127,9 @@ def show(found: dict[str, dict], options: argparse.Namespace, title: str) -> Non
     for name, metrics in found.items():
         means = [metrics["summary"][region]["dice"]["mean"] for region in (*REGIONS, MEAN)]
         seeds = ", ".join(f"{mean:.3f}" for mean in metrics["seeds"])
-        change = compare(found[options.base], metrics)["differences"][MEAN]["dice"]
-        low, high = change["ci95"]
-        difference = "" if name == options.base else f"{change['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        against = compare(found[options.base], metrics)["differences"][MEAN]["dice"]
+        low, high = against["ci95"]
+        difference = "" if name == options.base else f"{against['mean_difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} | {seeds} | {difference} |")
 
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from brats_helpers.scoring.overlap import mean_dice, mean_dice_of_epoch
 from brats_helpers.scoring.rules import region_dice
 from brats_helpers.scoring.scores import collect
 from brats_helpers.scoring.statistics import ENOUGH_PAIRS, interval_text
-from brats_helpers.training.checkpoint import fingerprint, learnt_from, read_weights, weights_file
+from brats_helpers.training.checkpoint import fingerprint, read_weights, seen_by, weights_file
 from brats_helpers.training.loop import fit
 from brats_helpers.training.model import build_model, summary
 from brats_helpers.training.settings import Settings
@@ -218,7 +219,8 @@ def _average(found: Sequence[Mapping], structure: str) -> float:
 
 
 def _check_unseen(weights: str, scored: Sequence[Packed]) -> None:
-    if leaked := sorted({*learnt_from(weights)}.intersection(case.id for case in scored)):
+    seen = {*chain.from_iterable(seen_by(weights).values())}
+    if leaked := sorted(seen.intersection(case.id for case in scored)):
         raise DataError(
             f"{', '.join(leaked)}: the weights to start from were trained on, or chosen by, these patients, who are"
             " to be scored. Start from imagenet, none, or a checkpoint of other patients."

@@ -74,10 +74,14 @@ def fingerprint(cases: Sequence[Packed]) -> str:
     return digest.hexdigest()[:16]
 
 
-def learnt_from(weights: str) -> list[str]:
-    """IDs of the patients that the initial weights have seen; `weights` as in `model.build_model`."""
+def seen_by(weights: str) -> dict[str, list[str]]:
+    """IDs of the patients that the initial weights have seen; `weights` as in `model.build_model`.
+
+    Returns:
+        `train_cases`, those they were trained on, and `val_cases`, those they were chosen by.
+    """
     start = _start(weights)
-    return [*start["train_cases"], *start["val_cases"]] if start else []
+    return {part: list(start[part]) if start else [] for part in ("train_cases", "val_cases")}
 
 
 def with_start(facts: Mapping, weights: str) -> dict:

@@ -25,7 +25,7 @@ from brats_helpers.labels import CLASSES, STRUCTURES
 from brats_helpers.log import duration, progress
 from brats_helpers.scoring.overlap import dice_scores
 from brats_helpers.training.batch import OUTSIDE, Batch
-from brats_helpers.training.checkpoint import FORMAT, fingerprint, learnt_from, with_start
+from brats_helpers.training.checkpoint import FORMAT, fingerprint, seen_by, with_start
 from brats_helpers.training.dataset import make_loader, patients, samples
 from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.preflight import Preflight, measure
@@ -246,12 +246,13 @@ def _resumed(folder: Path, origin: dict, settings: Settings, accelerator: Accele
 
 def _origin(settings: Settings, channels: int, train, val, facts: Mapping) -> dict:
     """The entries that all checkpoints of a training share."""
+    seen = seen_by(settings.encoder_weights)
     return {
         "format": FORMAT,
         "settings": asdict(settings),
         "in_channels": channels,
-        "train_cases": [*learnt_from(settings.encoder_weights), *(case.id for case in train)],
-        "val_cases": [case.id for case in val],
+        "train_cases": [*seen["train_cases"], *(case.id for case in train)],
+        "val_cases": [*seen["val_cases"], *(case.id for case in val if case.id not in seen["val_cases"])],
         "fingerprint": fingerprint([*train, *val]),
         "facts": with_start(facts, settings.encoder_weights),
     }

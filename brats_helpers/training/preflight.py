@@ -85,7 +85,7 @@ def choose_sizes(
         Patch size (unchanged for a 2D network) and batch size.
 
     Raises:
-        ValueError: no such 3D network.
+        SettingsError: there is no such 3D network.
     """
     if not sees_patches(encoder):
         return patch_size, batch_size or SLICES[device.type]

@@ -101,10 +101,10 @@ class Session:
             decoder=settings.decoder,
             modalities=settings.modalities,
         ).to(device)
-        encoder = list(network.encoder.parameters())
-        rest = [weight for weight in network.parameters() if all(weight is not own for own in encoder)]
+        encoder = dict.fromkeys(network.encoder.parameters())
+        rest = [weight for weight in network.parameters() if weight not in encoder]
         groups = [
-            {"params": encoder, "share": settings.encoder_lr},
+            {"params": list(encoder), "share": settings.encoder_lr},
             {"params": rest, "share": 1.0},
         ]
         # Fused AdamW skips steps whose gradients are not finite without waiting for the GPU.

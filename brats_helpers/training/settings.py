@@ -16,8 +16,10 @@ DECODER = (128, 64, 32, 16, 16)
 """Channels of the blocks of the U-Net's decoder, from the deepest, by default; the packaged network has the same."""
 NAMED_WEIGHTS = ("imagenet", "simulated", "none")
 """Weights to start from that are no file, see `Settings.encoder_weights`."""
+MONAI = "monai-"
+"""Prefix of the names of MONAI's 3D networks."""
 ACS = "acs-"
-"""In front of the name of an encoder of slices: the same in 3D, see `volumetric`."""
+"""Prefix of an encoder's name: the same U-Net in 3D, see `volumetric`."""
 STRENGTHS = ("none", "basic", "strong")
 """Levels of augmentation, see `augment.augment`."""
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
@@ -38,7 +40,7 @@ class _Rule(NamedTuple):
 
 def sees_patches(encoder: str) -> bool:
     """Whether a network of that name sees 3D patches rather than slices."""
-    return encoder.startswith(("monai-", ACS))
+    return encoder.startswith((MONAI, ACS))
 
 
 def _whole(value: object, low: int) -> bool:

@@ -1,4 +1,4 @@
-"""A 3D U-Net out of a 2D one: its convolutions look along three planes, with the weights that they have.
+"""A 3D U-Net made from a 2D one: each convolution keeps its weights and looks along three planes.
 
 In an axial-coronal-sagittal (ACS) convolution (Yang et al., Reinventing 2D convolutions for 3D images, 2021) a third
 of the output channels sees axial slices, a third coronal and a third sagittal ones. It has the parameters of the 2D
@@ -15,8 +15,7 @@ class VolumetricUnet(nn.Module):
     """The U-Net of `model.SlicesUnet` with ACS convolutions. Its weights have the names of the 2D network's.
 
     Args:
-        unet: a U-Net of segmentation-models-pytorch whose encoder is made of convolutions, BatchNorm and activations;
-            its layers are taken over.
+        unet: a U-Net of segmentation-models-pytorch with an EfficientNet-Lite as encoder; its layers are taken over.
     """
 
     def __init__(self, unet: nn.Module):
@@ -73,7 +72,8 @@ class PlanarConvolution(nn.Conv2d):
         """Convolve the planes perpendicular to an axis."""
         pads = [self._pads(side) for side in volumes.shape[2:]]
         half = self.kernel_size[0] // 2
-        pads[axis] = (pads[axis][0] - half, pads[axis][1] - half)  # along the axis, the kernel is its middle alone
+        # Along the axis, the kernel is its middle alone; a negative pad crops.
+        pads[axis] = (pads[axis][0] - half, pads[axis][1] - half)
         if self.same:
             volumes = F.pad(volumes, [pad for pair in reversed(pads) for pad in pair])
             pads = [(0, 0)] * 3

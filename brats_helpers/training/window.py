@@ -23,7 +23,7 @@ class Windows(nn.Module):
     @property
     def encoder(self) -> nn.Module:
         """The network's encoder, or an empty module if it has none that could be pretrained and frozen."""
-        return getattr(self.network, "encoder", None) or nn.Identity()
+        return getattr(self.network, "encoder", nn.Identity())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from brats_helpers.__main__ import main
@@ -10,17 +11,27 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation import inference
+from brats_helpers.training.settings import DECODER
 from tests.conftest import write_tiny_case
 from tests.tiny_training import CUBES, SETTINGS, fit_tiny
 
+PLANES = dataclasses.replace(
+    CUBES,
+    encoder="acs-tu-tf_efficientnet_lite0",
+    encoder_weights="imagenet",
+    decoder=DECODER,
+    patch_size=64,
+    batch_size=1,
+)
 CPU = torch.device("cpu")
 MODALITIES = ("flair", "t1ce")
 
 
-def test_the_verb_predicts_into_the_patients_geometry_with_either_kind_or_both(tiny_patients, tmp_path):
+@pytest.mark.parametrize("cubes", [CUBES, PLANES], ids=["MONAI", "ACS"])
+def test_the_verb_predicts_into_the_patients_geometry_with_either_kind_or_both(cubes, tiny_patients, tmp_path):
     packed = [pack(case) for case in find_cases(tiny_patients, MODALITIES)]
     files = []
-    for name, settings in (("cubes", CUBES), ("slices", SETTINGS)):
+    for name, settings in (("cubes", cubes), ("slices", SETTINGS)):
         fit_tiny(packed, tmp_path / name, settings=dataclasses.replace(settings, modalities=MODALITIES, epochs=1))
         files.append(tmp_path / name / "checkpoints" / "best.pt")
     source = write_tiny_case(tmp_path / "new", "New", seed=9)

@@ -236,6 +236,11 @@ def test_weights_that_are_not_imagenets(run):
     assert mark(lambda t: torch.randn(t.shape, generator=generator), frozen_epochs=0) == Mark.FAILED
     assert mark(noisy, encoder_weights="none") == Mark.NOT_APPLICABLE
     assert mark(noisy, encoder="resnet18") == Mark.PARTLY  # its weights would have to be fetched
+    saved["model"] = {f"network.{name}": weight for name, weight in saved["model"].items()}
+    encoder = [f"network.{name}" for name in encoder]
+    volumes = {"encoder": f"acs-{PACKAGED_ENCODER}", "patch_size": 64, "frozen_epochs": 1}
+    assert mark(noisy, **volumes) == Mark.HELD
+    assert mark(lambda t: torch.randn(t.shape, generator=generator), **volumes) == Mark.FAILED
 
 
 def test_a_weight_that_is_not_finite_and_channels_that_do_not_fit(run):
@@ -247,7 +252,9 @@ def test_a_weight_that_is_not_finite_and_channels_that_do_not_fit(run):
     assert lines["input-channels"].mark == Mark.FAILED
 
 
-@pytest.mark.parametrize("encoder, patch_size", [(PACKAGED_ENCODER, 0), ("monai-unet", 32)])
+@pytest.mark.parametrize(
+    "encoder, patch_size", [(PACKAGED_ENCODER, 0), ("monai-unet", 32), (f"acs-{PACKAGED_ENCODER}", 64)]
+)
 def test_a_network_that_does_not_match_its_settings(run, encoder, patch_size):
     saved = torch.load(run.best, weights_only=True)
     model = build_model(encoder=encoder, weights="none", in_channels=2, patch_size=patch_size).state_dict()

@@ -219,11 +219,11 @@ def test_each_network_answers_patches_and_begins_at_background(name):
 
 @pytest.mark.parametrize(
     "name, sizes, valid",
-    [("monai-unet", (0, 16, 40), "32, 48, 64"), (f"acs-{PACKAGED_ENCODER}", (32, 80), "64, 96, 128")],
+    [("monai-unet", (0, 16, 40), "16, at least 32"), (f"acs-{PACKAGED_ENCODER}", (32, 80), "32, at least 64")],
 )
 def test_patches_that_cannot_be_halved_so_often_are_refused(name, sizes, valid):
     for size in sizes:
-        with pytest.raises(ValueError, match=f"patch_size {size}: {name} .*{valid}"):
+        with pytest.raises(ValueError, match=f"patch_size {size}: expected a multiple of {valid}, for {name}"):
             build_model(encoder=name, weights="none", in_channels=2, patch_size=size)
 
 
@@ -243,7 +243,7 @@ def test_its_summary_counts_no_encoder():
     assert facts["multiply_adds"] > 1e8
 
 
-@pytest.mark.parametrize("name", ["monai-unet", f"acs-{PACKAGED_ENCODER}"])
+@pytest.mark.parametrize("name", [name for name in PATCH_NETWORKS if name not in ("monai-segresnet", "monai-dynunet")])
 def test_memory_of_the_backward_pass_is_as_recorded(name):
     """Counted here by the storages of all tensors saved, of which only shapes are computed."""
     (edge, _), channels, kept = models.patch_sizes(name), 4, {}

@@ -7,7 +7,6 @@ import pytest
 import torch
 from timm.layers import Conv2dSame, convert_sync_batchnorm
 from torch import nn
-from torch.nn import functional as F
 
 from brats_helpers.training.checkpoint import FORMAT
 from brats_helpers.training.model import build_model
@@ -67,48 +66,76 @@ def test_the_weights_are_those_of_the_slices_network_under_the_same_names():
     assert {*map(id, deep.encoder.parameters())} < {*map(id, deep.parameters())}
 
 
-def test_norms_and_activations_are_those_of_the_slices_network():
-    """Along a volume of equal slices the first layer's axial channels are those of a slice."""
-    flat = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).encoder.eval()
-    deep = build_model(encoder=ENCODER, weights="imagenet", in_channels=4, patch_size=64).encoder.eval()
+def test_the_layers_are_joined_as_in_the_slices_network():
+    """With kernels that see their middle alone, a volume of equal slices gives what the slices network gives."""
+    flat = build_model(encoder=PACKAGED_ENCODER, weights="imagenet", in_channels=4).eval()
+    deep = build_model(encoder=ENCODER, weights="imagenet", in_channels=4, patch_size=64).eval()
+    state = {name: _collapsed(weight) for name, weight in flat.state_dict().items()}
+    flat.load_state_dict(state)
+    deep.network.load_state_dict(state)
     slice_ = _volume(1, 4, 64, 64)
-    volume = slice_[:, :, None].expand(-1, -1, 64, -1, -1)
     with torch.no_grad():
-        expected = F.relu6(flat.model.bn1(flat.model.conv_stem(slice_)))
-        found = deep.model.bn1(deep.model.conv_stem(volume))
-    axial = len(expected[0].tensor_split(3)[0])
-    torch.testing.assert_close(found[:, :axial, 5], expected[:, :axial], rtol=1e-4, atol=1e-5)
+        expected = flat(slice_)
+        found = deep(slice_[:, :, None].expand(-1, -1, 64, -1, -1))
+    assert expected.std() > 0.5
+    for z in range(64):
+        torch.testing.assert_close(found[:, :, z], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("weights", ["simulated", "a slices network", "its own checkpoint"])
-def test_it_starts_from_whole_networks_of_slices_and_of_its_own(weights, tmp_path):
-    if weights != "simulated":
-        encoder = PACKAGED_ENCODER if weights == "a slices network" else ENCODER
-        size = 0 if weights == "a slices network" else 64
-        donor = build_model(encoder=encoder, weights="imagenet", in_channels=2, patch_size=size)
-        settings = replace(SETTINGS, modalities=("flair", "t1ce"), encoder=encoder, patch_size=size, decoder=DECODER)
-        saved = {
-            "model": donor.state_dict(),
-            "settings": vars(settings),
-            "in_channels": 2,
-            "train_cases": [],
-            "val_cases": [],
-        }
-        weights = str(tmp_path / "best.pt")
-        torch.save({"format": FORMAT, **saved}, weights)
-    network = build_model(encoder=ENCODER, weights=weights, in_channels=4, patch_size=64, modalities=MODALITIES)
-    if weights != "simulated":
-        first = network.network.encoder.model.conv_stem.weight
-        torch.testing.assert_close(first[:, [0, 2]], donor.state_dict()[[*donor.state_dict()][0]])
-        assert not first[:, [1, 3]].any()
-    with torch.no_grad():
-        assert network.eval()(_volume(1, 4, 64, 64, 64)).shape == (1, 4, 64, 64, 64)
-    with pytest.raises(WeightsError, match="decoder"):
-        build_model(encoder=ENCODER, weights=weights, in_channels=4, patch_size=64, decoder=(64, 32, 16, 16, 16))
+def _collapsed(weight):
+    """The weights of a convolution, all moved to the middle of its kernel."""
+    if weight.ndim != 4:
+        return weight
+    middle = torch.zeros_like(weight)
+    middle[..., weight.shape[2] // 2, weight.shape[3] // 2] = weight.sum(dim=(2, 3))
+    return middle
 
 
-def test_gpus_that_share_batchnorm_keep_the_activations():
-    network = build_model(encoder=ENCODER, weights="imagenet", in_channels=4, patch_size=64)
-    shared = convert_sync_batchnorm(copy.deepcopy(network))
+def _saved(path, encoder, **changes):
+    """A checkpoint of a network of flair and t1ce with random weights; returns its state."""
+    size = 64 if encoder == ENCODER else 0
+    settings = replace(SETTINGS, **{"encoder": encoder, "patch_size": size, "decoder": DECODER} | changes)
+    channels = 2 * (2 * settings.context_slices + 1)
+    donor = build_model(encoder=encoder, weights="none", in_channels=channels, patch_size=size)
+    checkpoint = {"format": FORMAT, "settings": vars(settings), "in_channels": channels, "model": donor.state_dict()}
+    torch.save(checkpoint, path)
+    return donor.state_dict()
+
+
+@pytest.mark.parametrize("encoder", [PACKAGED_ENCODER, ENCODER])
+def test_it_starts_from_whole_networks_of_slices_and_of_its_own(encoder, tmp_path):
+    given = _saved(tmp_path / "best.pt", encoder, modalities=("flair", "t1ce"))
+    how = {"encoder": ENCODER, "weights": str(tmp_path / "best.pt"), "patch_size": 64}
+    network = build_model(**how, in_channels=4, modalities=MODALITIES)
+    first, *rest = zip(network.state_dict().values(), given.values(), strict=True)
+    assert torch.equal(first[0][:, [0, 2]], first[1]) and not first[0][:, [1, 3]].any()
+    assert all(torch.equal(own, its) for own, its in rest)
+    with pytest.raises(WeightsError, match=f"with encoder {encoder} .*Take -p encoder {ENCODER} -p decoder 128"):
+        build_model(**how, in_channels=4, decoder=(64, 32, 16, 16, 16))
+
+
+def test_the_packaged_network_fits():
+    how = {"encoder": ENCODER, "weights": "simulated", "patch_size": 64}
+    network = build_model(**how, in_channels=4, modalities=MODALITIES)
+    flat = build_model(encoder=PACKAGED_ENCODER, weights="simulated", in_channels=4, modalities=MODALITIES)
+    assert all(map(torch.equal, network.state_dict().values(), flat.state_dict().values()))
+
+
+def test_networks_that_do_not_fit_are_refused_with_what_to_take(tmp_path):
+    how = {"encoder": ENCODER, "weights": str(tmp_path / "best.pt"), "in_channels": 2, "patch_size": 64}
+    _saved(tmp_path / "best.pt", PACKAGED_ENCODER, modalities=("flair", "t1ce"), context_slices=1)
+    with pytest.raises(WeightsError, match="sees neighbouring slices. A 3D network starts from a network of single"):
+        build_model(**how, modalities=("flair", "t1ce"))
+    for other, take in (("resnet18", "resnet18"), ("tu-tf_efficientnet_lite1", "acs-tu-tf_efficientnet_lite1")):
+        _saved(tmp_path / "best.pt", other, modalities=("flair", "t1ce"))
+        with pytest.raises(WeightsError, match=f"a network with encoder {other} .*Take -p encoder {take} "):
+            build_model(**how, modalities=("flair", "t1ce"))
+
+
+def test_gpus_that_share_batchnorm_get_the_same_answers():
+    network = build_model(encoder=ENCODER, weights="imagenet", in_channels=4, patch_size=64).eval()
+    shared = convert_sync_batchnorm(copy.deepcopy(network)).eval()
     assert isinstance(shared.encoder.model.bn1, nn.SyncBatchNorm)
-    assert isinstance(shared.encoder.model.bn1.act, nn.ReLU6)
+    patch = _volume(1, 4, 64, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(shared(patch), network(patch))

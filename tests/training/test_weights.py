@@ -115,7 +115,8 @@ def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, 
     how = NETWORK | {"modalities": names, "encoder_weights": "simulated", "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0}
     fit_tiny(prepared, tmp_path, epochs=1, **how)
     saved, start = saved_by(tmp_path, "best.pt"), model_zip.read_model(packaged)["model"]
-    assert saved["train_cases"] == ["Sim_9_000", "Sim_9_001", "Tiny_0", "Tiny_1", "Tiny_2"]
+    assert saved["train_cases"] == ["Sim_9_000", "Tiny_0", "Tiny_1", "Tiny_2"]
+    assert saved["val_cases"] == ["Sim_9_001", "Tiny_3"]
     assert "Sim_9_000" in saved["facts"]["patients"]
     first = "encoder.model.conv_stem.weight"
     torch.testing.assert_close(saved["model"][first], start[first][:, [2, 1]])  # flair and t1ce among its channels
@@ -164,4 +165,5 @@ def test_auto_takes_what_can_be_had_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(weights, "why_unreachable", lambda encoder: None)
     assert weights.choose_encoder("auto", "imagenet") == "efficientnet-b0"
     assert weights.choose_encoder("resnet18", "imagenet") == "resnet18"
+    assert weights.choose_weights(f"acs-{PACKAGED_ENCODER}", "auto") == "imagenet"
     assert capsys.readouterr().out == ""

@@ -56,14 +56,16 @@ def _imagenet(facts: RunFacts) -> tuple[Mark, str]:
     import torch
 
     from brats_helpers.training.model import build_model
-    from brats_helpers.training.weights import WeightsError
+    from brats_helpers.training.weights import WeightsError, in_slices
 
+    encoder = in_slices(settings["encoder"])  # an ACS network has the weights of its network of slices
+    prefix = "encoder." if encoder == settings["encoder"] else "network.encoder."
     try:
-        network = build_model(encoder=settings["encoder"], weights="imagenet", in_channels=saved["in_channels"])
+        network = build_model(encoder=encoder, weights="imagenet", in_channels=saved["in_channels"])
     except WeightsError as error:
         return Mark.PARTLY, f"the ImageNet weights for comparison cannot be loaded: {error}"
     reference = network.encoder.state_dict()
-    own = {name: saved["model"][f"encoder.{name}"] for name in reference}
+    own = {name: saved["model"][prefix + name] for name in reference}
     equal = sum(torch.equal(own[name], tensor) for name, tensor in reference.items())
     cosine = torch.nn.functional.cosine_similarity(_filters(own), _filters(reference), dim=0).item()
     frozen = settings["frozen_epochs"] >= saved["epoch"]
