@@ -65,6 +65,12 @@ class Run:
         self.report = self.folder / "report" / "index.html"
 
     @property
+    def asked(self) -> str:
+        """What `run_all.sh --run` calls it: its name if it is in a folder `runs`, else its path."""
+        folder = self.folder.resolve()
+        return self.name if folder.parent.name == "runs" else str(folder)
+
+    @property
     def folds(self) -> list["Run"]:
         """The runs of the folds inside this one that have begun with the present split."""
         parts = read_json(self.splits, {}).get("folds", ())

@@ -24,3 +24,8 @@ def test_scores_of_a_network_that_was_trained_again_are_out_of_date(tmp_path):
     assert run.outdated
     run.best.unlink()
     assert not run.outdated
+
+
+def test_a_run_is_asked_for_by_its_name_or_by_its_path(tmp_path):
+    assert Run(tmp_path / "runs" / "first").asked == "first"
+    assert Run(tmp_path / "Drive" / "first").asked == str((tmp_path / "Drive" / "first").resolve())

@@ -79,7 +79,7 @@ class Bench:
         asked = ",".join([*self.questions, question])
         print(
             f"Not part of this run: {n} trainings of {duration(60 * minutes)}, {duration(60 * minutes * n)} in all."
-            f" To run them: ./run_all.sh --run {self.run.folder.name} --only 04 -p questions {asked}"
+            f" To run them: ./run_all.sh --run {self.run.asked} --only 04 -p questions {asked}"
         )
         return None
 

@@ -200,8 +200,7 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
         shared = f"a cross-validation or sweep runs {once} once and {each} for each training"
         return f"{stage} does not belong to this run: {shared}."
     if status is None:
-        name = run.name if run.folder.parent.name == "runs" else run.folder
-        how = f"./run_all.sh --run {name} --only {stage[:2]}" if stages else "its notebook"
+        how = f"./run_all.sh --run {run.asked} --only {stage[:2]}" if stages else "its notebook"
         how = run.manifest["command"] if run.manifest.get("shared") else how
         return f"{stage} has not run yet: run {how} to fill this section."
     return f"{stage} is not finished ({status}): this section shows what it has written so far."

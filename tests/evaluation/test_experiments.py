@@ -162,7 +162,7 @@ def test_a_question_that_is_not_asked_prints_its_cost_and_the_command(tried, cap
     assert bench.ask("backbones", arms, cases[:2], cases[2:3], cases[2:]) is None
     assert capsys.readouterr().out == (
         "Not part of this run: 2 trainings of 10 min 00 s, 20 min 00 s in all. To run them: ./run_all.sh --run"
-        f" {bench.run.folder.name} --only 04 -p questions start,backbones\n"
+        f" {bench.run.folder} --only 04 -p questions start,backbones\n"
     )
 
 
@@ -250,4 +250,6 @@ def test_fine_tuning_a_checkpoint_keeps_its_weights_and_who_it_was_trained_on(tr
     )
     for name, weight in network.model.named_parameters():  # next to no learning rate
         torch.testing.assert_close(weight, dict(before.model.named_parameters())[name], msg=name)
-    assert network.trained_on == {"Tiny_0", "Tiny_1", "Tiny_2", "Tiny_3"}
+    assert network.trained_on == before.trained_on | {"Tiny_3"}
+    assert network.chosen_by == before.chosen_by | {"Tiny_3"}
+    assert network.trained_on | network.chosen_by == {"Tiny_0", "Tiny_1", "Tiny_2", "Tiny_3"}
