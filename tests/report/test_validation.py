@@ -405,7 +405,7 @@ def test_markdown_shows_the_lines_as_text(tmp_path):
     lines = {line.id: line for line in lines}
     write_markdown(tmp_path / "v.md", "r<b>", lines, simulated=True)
     text = (tmp_path / "v.md").read_text("utf-8")
-    assert text.startswith("# Validation of run r&lt;b&gt; (simulated patients)\n\n✅ 1 held, ⚠️ 0 partly, ❌ 1 failed")
+    assert text.startswith("# Checks of run r&lt;b&gt; (simulated patients)\n\n✅ 1 held, ⚠️ 0 partly, ❌ 1 failed")
     assert "| ✅ | A \\| b | &lt;img src=x onerror=alert(1)&gt; \\`x\\` \\[a\\](b) \\*c\\* next |" in text
     assert text.index("## Data pipeline") < text.index("## Training loop")
 

@@ -75,7 +75,7 @@ def tally(lines: dict[str, Line]) -> str:
 def write_markdown(path: Path, name: str, lines: dict[str, Line], *, simulated: bool) -> None:
     """Write the lines as `validation.md`: a table under each heading."""
     patients = " (simulated patients)" if simulated else ""
-    text = [f"# Validation of run {_literal(name)}{patients}", "", f"{tally(lines)}.", ""]
+    text = [f"# Checks of run {_literal(name)}{patients}", "", f"{tally(lines)}.", ""]
     text.append("Every line was computed from the run's own files. There is no total score.")
     for heading in HEADINGS:
         own = [line for line in lines.values() if line.heading == heading]
