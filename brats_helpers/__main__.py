@@ -35,6 +35,11 @@ def main(argv: list[str]) -> int:
     except (DataError, RunError, OSError, RuntimeError, FloatingPointError, MemoryError, ValueError) as error:
         fail(str(error))
         return 1
+    except ModuleNotFoundError as error:
+        activate = Path(__file__).parents[1] / ".venv" / "bin" / "activate"
+        way = f"activate the suite's environment (source {activate})" if activate.exists() else "run ./run_all.sh once"
+        fail(f"{error.name} is not installed in {sys.executable}: {way}, or pip install {error.name}.")
+        return 1
     except KeyboardInterrupt:
         return 130
 

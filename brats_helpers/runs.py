@@ -1,6 +1,7 @@
 """One run of the suite is one folder: where each stage finds and leaves its files."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -64,11 +65,31 @@ class Run:
         self.notebooks = self.folder / "notebooks"
         self.report = self.folder / "report" / "index.html"
 
-    @property
-    def asked(self) -> str:
-        """What `run_all.sh --run` calls it: its name if it is in a folder `runs`, else its path."""
+    def command(self, stage: str, **parameters: str) -> str:
+        """The command that runs one notebook of this run, with its data and profile, and with other parameters.
+
+        Args:
+            stage: number of the notebook, such as `04`.
+            parameters: in place of those that the run's own command gives.
+        """
         folder = self.folder.resolve()
-        return self.name if folder.parent.name == "runs" else str(folder)
+        name = self.name if folder.parent.name == "runs" else str(folder)
+        words = iter(shlex.split(self.manifest.get("command", shlex.join(["./run_all.sh", "--run", name]))))
+        kept: list[str] = []
+        for word in words:
+            if word == "--only":
+                next(words)
+            elif word.startswith("--only="):
+                continue
+            elif word == "-p":
+                pair = [next(words), next(words)]
+                kept += [] if pair[0] in parameters else [word, *pair]
+            else:
+                kept.append(word)
+        kept += ["--only", stage]
+        for pair in parameters.items():
+            kept += ["-p", *pair]
+        return shlex.join(kept)
 
     @property
     def folds(self) -> list["Run"]:

@@ -257,7 +257,7 @@ def test_every_question_is_answered_on_real_patients(tiny_patients, tmp_path):
     sentence, packaged, curves, _ = answers["04_few_1.png"]
     assert sentence.startswith("from scratch, 1 to learn from against ImageNet, 1 to learn from: ")
     assert packaged.startswith("simulated patients, 1 to learn from against ImageNet, 1 to learn from: ")
-    assert ", 2 validation patients, p = " in sentence and "learnt from" in curves
+    assert ", 2 patients to compare on, p = " in sentence and "learnt from" in curves
     shutil.rmtree(run)
 
 

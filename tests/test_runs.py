@@ -26,6 +26,11 @@ def test_scores_of_a_network_that_was_trained_again_are_out_of_date(tmp_path):
     assert not run.outdated
 
 
-def test_a_run_is_asked_for_by_its_name_or_by_its_path(tmp_path):
-    assert Run(tmp_path / "runs" / "first").asked == "first"
-    assert Run(tmp_path / "Drive" / "first").asked == str((tmp_path / "Drive" / "first").resolve())
+def test_a_notebook_is_run_again_with_the_run_s_own_command(tmp_path):
+    run = Run(tmp_path / "runs" / "first")
+    assert run.command("04") == "./run_all.sh --run first --only 04"
+    elsewhere = Run(tmp_path / "Drive" / "first")
+    assert elsewhere.command("04") == f"./run_all.sh --run {elsewhere.folder} --only 04"
+    run.record(command="./run_all.sh --data '/a b' --profile small --only 03 -p lr 1e-3 -p questions none")
+    expected = "./run_all.sh --data '/a b' --profile small -p lr 1e-3 --only 04 -p questions start"
+    assert run.command("04", questions="start") == expected

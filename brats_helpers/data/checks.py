@@ -37,6 +37,7 @@ from brats_helpers.log import warn
 
 _MOST_LABELS = 20  # listed at most, because a file that is not a mask may hold thousands of values
 _LARGEST_TUMOUR = 0.5  # of the brain's voxels; more is an error, because the file is then a brain mask
+_STRAY = 0.001  # share of the labelled voxels outside of the brain that is only a note
 _FILLED_CORNERS = 0.1  # share of the voxels in the corners of the brain's box that are not 0; a brain leaves them empty
 _REMARKS = {"fourth-axis": "note"}  # severity of the remarks of `nifti.grid_of`; others are warnings
 
@@ -251,8 +252,12 @@ def _place_problems(labelled: np.ndarray, box: tuple[slice, ...], images: Mappin
     tumour, outside = np.count_nonzero(labelled), np.count_nonzero(labelled & ~brain)
     if outside:
         share = outside / tumour
-        text = f"{outside:,} labelled voxels ({share:.0%}) where every image is 0 are kept. Is it this patient's mask?"
-        yield "outside-brain", "warning", text
+        voxels = "1 labelled voxel" if outside == 1 else f"{outside:,} labelled voxels"
+        if share < _STRAY:
+            yield "outside-brain", "note", f"{voxels} (below {_STRAY:.1%}), kept, where every image is 0."
+        else:
+            text = f"{voxels} ({share:.1%}) where every image is 0 are kept. Is it this patient's mask?"
+            yield "outside-brain", "warning", text
     share = (tumour - outside) / max(most, 1)
     if share > _LARGEST_TUMOUR:
         text = (

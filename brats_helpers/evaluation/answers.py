@@ -35,7 +35,7 @@ def answers(metrics: Mapping[str, Mapping]) -> list[str]:
         change = result["differences"][MEAN]["dice"]
         interval = interval_text(change["ci95"], result["n"], "+.3f")
         figures = f"{_mean(metrics[other]):.3f} against {_mean(metrics[first]):.3f}, {change['mean_difference']:+.3f}"
-        patients = f"{result['n']} {'simulated ' * result['simulated']}validation patient{'s' * (result['n'] > 1)}"
+        patients = f"{result['n']} {'simulated ' * result['simulated']}patient{'s' * (result['n'] > 1)} to compare on"
         holms = f" after Holm's correction for {len(others)} comparisons" if len(others) > 1 else ""
         sentences.append(
             f"{other} against {first}: {_verdict(first, other, metrics, result, p)}. Mean Dice of WT, TC and ET"

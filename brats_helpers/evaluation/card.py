@@ -9,7 +9,9 @@ from brats_helpers.evaluation.packaged import real_lines, whole_dice
 from brats_helpers.files import read_json
 from brats_helpers.labels import REGIONS
 from brats_helpers.runs import Run
+from brats_helpers.scoring.statistics import interval_text
 from brats_helpers.training.checkpoint import read_checkpoint
+from brats_helpers.training.settings import NAMED_WEIGHTS
 
 
 def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip") -> str:
@@ -27,6 +29,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     manifest = run.manifest
     settings, own = saved["settings"], manifest.get("patients", {})  # without the patients of the initial weights
     simulated = bool(manifest.get("simulated"))
+    start = NAMED_WEIGHTS.get(settings["encoder_weights"], settings["encoder_weights"])
     patients = "simulated patients" if simulated else "patients"
     lines = _front_matter(run.name, metrics, real, simulated=simulated)
     lines += [
@@ -44,8 +47,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         f"- {own.get('train', len(saved['train_cases']))} training and"
         f" {own.get('val', len(saved['val_cases']))} validation {patients}:"
         f" {_without_folders(manifest.get('origin', 'origin not recorded'))}.",
-        f"- Encoder {settings['encoder']}, starting weights {settings['encoder_weights']}, seed {settings['seed']},"
-        f" epoch {saved['epoch']}.",
+        f"- Encoder {settings['encoder']}, starting from {start}, seed {settings['seed']}, epoch {saved['epoch']}.",
         *_made_by(manifest),
         "",
         "## How it scored",
@@ -128,8 +130,8 @@ def _scores(metrics: Mapping, patients: str) -> list[str]:
         if not dice["n"]:  # the rule leaves every patient out
             rows.append(f"| {region} | - | - | - |")
             continue
-        low, high = dice["ci95"]
-        rows.append(f"| {region} | {dice['mean']:.3f} | {low:.3f} to {high:.3f} | {hd95['mean']:.1f} |")
+        interval = interval_text(dice["ci95"], dice["n"])
+        rows.append(f"| {region} | {dice['mean']:.3f} | {interval} | {hd95['mean']:.1f} |")
     note = f"{len(metrics['cases'])} test {patients}, scored by {metrics['convention']}."
     leakage = metrics.get("leakage")
     if leakage:

@@ -79,7 +79,7 @@ class Bench:
         asked = ",".join([*self.questions, question])
         print(
             f"Not part of this run: {n} trainings of {duration(60 * minutes)}, {duration(60 * minutes * n)} in all."
-            f" To run them: ./run_all.sh --run {self.run.asked} --only 04 -p questions {asked}"
+            f" To run them: {self.run.command('04', questions=asked)}"
         )
         return None
 
@@ -145,8 +145,8 @@ class Bench:
                 row = pd.read_csv(own.history).iloc[-1]
                 bar.update(round(row["seconds"] - seconds[key]))
                 seconds[key] = row["seconds"]
-                dice = mean_dice_of_epoch(row)
-                print(f"{title}: {duration(row['seconds'])} of training, mean validation Dice {dice:.3f}", flush=True)
+                so_far = f"mean Dice {mean_dice_of_epoch(row):.3f} of the {len(val)} patients who choose the epoch"
+                print(f"{title}: {duration(row['seconds'])} of training, {so_far}", flush=True)
         bar.close()
 
     def _turn(self, own: Run, settings: Settings, train: Sequence[Packed], val: Sequence[Packed]) -> bool:

@@ -40,7 +40,7 @@ from brats_helpers.report.validation.training_lines import best_epoch, predicted
 from brats_helpers.report.words import compared, next_steps
 from brats_helpers.runs import NEEDS, ONCE, PARTS, PER_FOLD, Run
 from brats_helpers.scoring.overlap import mean_dice_of_case
-from brats_helpers.scoring.statistics import ENOUGH
+from brats_helpers.scoring.statistics import ENOUGH, FEWEST
 
 _PAGES = Path(__file__).with_name("pages")
 _IMAGES = {".png": "image/png", ".gif": "image/gif"}
@@ -132,6 +132,7 @@ def build_report(run: Run, *, inner: Callable[[Run], Path] | None = None) -> Pat
         structures=[name for name in STRUCTURES if name in metrics.get("summary", {})],
         regions=list(REGIONS),
         enough=ENOUGH,
+        fewest=FEWEST,
         terms=_TERMS,
         best=best,
         against=compared(metrics),
@@ -200,7 +201,7 @@ def _missing(run: Run, stage: str, stages: Mapping[str, Mapping]) -> str:
         shared = f"a cross-validation or sweep runs {once} once and {each} for each training"
         return f"{stage} does not belong to this run: {shared}."
     if status is None:
-        how = f"./run_all.sh --run {run.asked} --only {stage[:2]}" if stages else "its notebook"
+        how = run.command(stage[:2]) if stages else "its notebook"
         how = run.manifest["command"] if run.manifest.get("shared") else how
         return f"{stage} has not run yet: run {how} to fill this section."
     return f"{stage} is not finished ({status}): this section shows what it has written so far."

@@ -22,6 +22,8 @@ def notebook_body(path: Path, views: list[str]) -> tuple[str, str]:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":  # badges would be loaded from a network, pictures from the checkout
             cell.source = re.sub(r"^\[?!\[.*\n?", "", cell.source, flags=re.MULTILINE)
+            cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.html)", cell.source)
+            cell.source = re.sub(r"\[([^]]+)\]\(\.\./(docs/[\w-]+\.md)\)", r"\1 (\2)", cell.source)
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].lstrip("# ")
         for output in cell.get("outputs", []):

@@ -89,7 +89,10 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool, sta
     if len(_ahead(metrics)) == len(REGIONS) and start != "simulated" and not metrics.get("simulated"):
         steps.append("Start from the packaged network, which scores higher: `-p encoder_weights simulated`.")
     if len(metrics["cases"]) < ENOUGH and not parts:
-        steps.append("Test more patients (`-p split`) or cross-validate (`--folds 5`): the intervals are wide.")
+        steps.append(
+            "Test more patients (`-p split TRAIN,VAL,TEST`) or cross-validate (`--folds 5`), each with a new `--run`:"
+            " so few say little about others."
+        )
     if metrics.get("simulated"):
         steps.append("Use real patients: `--data FOLDER`, or `--data kaggle --profile small`.")
     elif not metrics.get("packaged"):

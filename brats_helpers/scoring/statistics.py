@@ -12,6 +12,8 @@ from brats_helpers.labels import STRUCTURES, DataError
 
 ENOUGH = 10
 """With fewer patients, a mean and its interval are only an indication."""
+FEWEST = 5
+"""With fewer patients no interval is shown: resampled from so few values, it says nothing about other patients."""
 ENOUGH_PAIRS = 6
 """With fewer pairs, even a gain in every patient may be chance: five coins show the same side once in 16 throws."""
 _BOOTSTRAPS = 10_000
@@ -100,8 +102,8 @@ def _bootstrap(values: np.ndarray) -> list[list[float]]:
 
 
 def interval_text(ci95: Sequence[float] | None, n: int, figure: str = ".3f") -> str:
-    """Return a 95 % interval over `n` patients as text, such as "0.612 to 0.745"; one patient gives none."""
-    if ci95 is None or n < 2:
+    """Return a 95 % interval over `n` patients as text, such as "0.612 to 0.745"; fewer than `FEWEST` give none."""
+    if ci95 is None or n < FEWEST:
         return "no interval"
     low, high = ci95
     return f"{low:{figure}} to {high:{figure}}"

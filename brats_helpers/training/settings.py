@@ -14,8 +14,8 @@ from brats_helpers.labels import CLASSES, MODALITIES
 
 DECODER = (128, 64, 32, 16, 16)
 """Channels of the blocks of the U-Net's decoder, from the deepest, by default; the packaged network has the same."""
-NAMED_WEIGHTS = ("imagenet", "simulated", "none")
-"""Weights to start from that are no file, see `Settings.encoder_weights`."""
+NAMED_WEIGHTS = {"imagenet": "ImageNet's weights", "simulated": "the packaged network", "none": "random weights"}
+"""Weights to start from that are no file, see `Settings.encoder_weights`, and what they are in a sentence."""
 MONAI = "monai-"
 """Prefix of the names of MONAI's 3D networks."""
 ACS = "acs-"

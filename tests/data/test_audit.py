@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -424,7 +425,18 @@ def test_labels_outside_of_the_brain_are_counted(patient):
     tumour = np.count_nonzero(nib.load(path).dataobj)
     (finding,) = check(patient.parent)["cases"]["A"]["findings"]
     assert (finding["code"], finding["severity"]) == ("outside-brain", "warning")
-    assert finding["message"].startswith(f"5 labelled voxels ({5 / tumour:.0%})")
+    assert finding["message"].startswith(f"5 labelled voxels ({5 / tumour:.1%})")
+
+
+def test_a_stray_label_is_only_a_note():
+    labelled = np.zeros((20, 20, 20), bool)
+    labelled[5:15, 5:15, 4:15] = True
+    labelled[0, 0, 0] = True
+    voxels = np.zeros(labelled.shape)
+    voxels[1:, 1:, 1:] = 1
+    scan = SimpleNamespace(voxels=voxels, facts={"filled": 0.9})
+    (problem,) = checks._place_problems(labelled, (slice(None),) * 3, {"flair": scan})
+    assert problem == ("outside-brain", "note", "1 labelled voxel (below 0.1%), kept, where every image is 0.")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ LOW, HIGH = scores([0.5] * N), scores([0.6] * N)
 def test_a_gain_in_every_patient_is_an_answer():
     (sentence,) = answers({"a": LOW, "b": HIGH})
     assert sentence.startswith("b against a: better. Mean Dice of WT, TC and ET 0.600 against 0.500, +0.100 (")
-    assert sentence.endswith(", 8 simulated validation patients, p = 0.008.")  # 2 of 2^8 patterns of signs
+    assert sentence.endswith(", 8 simulated patients to compare on, p = 0.008.")  # 2 of 2^8 patterns of signs
     (sentence,) = answers({"a": HIGH, "b": LOW})
     assert sentence.startswith("b against a: worse.")
     assert answers({"a": LOW}) == ["Not part of this run: there is nothing to compare a with."]

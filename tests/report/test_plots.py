@@ -350,7 +350,7 @@ def test_uncertainty_is_shown_on_the_slice_with_the_most_errors(case):
     soft[at, :, row, column] = (0.26, 0.25, 0.25, 0.24)  # in doubt, and wrong
     figure = plots.doubt(packed, soft, modality="t1ce", modalities=list(case.images), simulated=False)
     shown = panels(figure)
-    assert list(shown)[:2] == ["reference", "prediction"]
+    assert list(shown)[:2] == ["reference", "before post-processing"]
     assert f"{case.id} · errors and uncertainty · T1ce · axial slice {packed.origin[0] + at}" in everything_said(figure)
     marked = shown["errors (red): 1 voxels"].images[1].get_array()
     assert np.argwhere(marked[..., 3]).tolist() == [[row, column]]

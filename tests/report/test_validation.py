@@ -138,7 +138,7 @@ def test_people_under_two_names_and_findings_of_the_audit(run):
     assert lines["split-persons"].mark == Mark.FAILED
     line = lines["audit-clean"]
     assert line.mark == Mark.PARTLY
-    evidence = "audit.json: 6 patients used of 7 found, findings: 1 warning; left out: Left_0"
+    evidence = "audit.json: 6 patients used of 7 examined, findings: 1 warning; left out: Left_0"
     assert line.evidence == evidence
     cases["Val_0"]["findings"] = []
     cases["Unread_0"] = {"group": "Unread_0", "findings": [{"severity": "warning"}]}  # found, never opened

@@ -8,7 +8,7 @@ import scipy.stats
 from brats_helpers.labels import DataError
 from brats_helpers.scoring.rules import CONVENTIONS
 from brats_helpers.scoring.scores import collect
-from brats_helpers.scoring.statistics import compare, holm, interval_text, sign_flip_p, summarise
+from brats_helpers.scoring.statistics import FEWEST, compare, holm, interval_text, sign_flip_p, summarise
 
 
 def one_metric(values):
@@ -59,7 +59,8 @@ def test_summary_of_few_patients():
     alone = summarise(one_metric([0.6]))["WT"]["dice"]
     assert alone == {"mean": 0.6, "median": 0.6, "std": 0, "q1": 0.6, "q3": 0.6, "ci95": [0.6, 0.6], "n": 1}
     assert interval_text(alone["ci95"], 1) == interval_text(None, 0) == "no interval"
-    assert interval_text([0.25, 0.5], 2) == "0.250 to 0.500"
+    assert interval_text([0.25, 0.5], FEWEST) == "0.250 to 0.500"
+    assert interval_text([0.25, 0.5], FEWEST - 1) == "no interval"
 
 
 def test_summary_does_not_depend_on_the_order():

@@ -181,14 +181,14 @@ def calibration(metrics: Mapping, *, simulated: bool) -> Figure:
         ax.set(title=f"{region} · {error}", xlabel="probability given", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         ax.grid()
     axes[0].set_ylabel("share that is the region")
-    detail = "brain voxels with a probability of 0.01 or more · dotted: perfect · above: underconfident, below: over"
+    detail = "brain voxels with a probability of 0.01 or more · dotted: perfect · above: more often than predicted"
     title(figure, f"Calibration on {_tested(len(metrics['uncertainty']['cases']))}", detail, simulated)
     return figure
 
 
 @styled
 def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence[str], simulated: bool) -> Figure:
-    """Reference, prediction, errors and uncertainty of a network, on the slice with the most errors.
+    """Reference, prediction before post-processing, its errors and uncertainty, on the slice with the most errors.
 
     Args:
         case: a prepared patient with its labels.
@@ -201,7 +201,7 @@ def doubt(case: Packed, soft: np.ndarray, *, modality: str, modalities: Sequence
     at = int(wrong.sum(axis=(1, 2)).argmax())
     image = case.images[at, list(modalities).index(modality)]
     figure, ((reference, answer, errors, doubts),) = panels(1, 4, image.shape)
-    for ax, what, classes in ((reference, "reference", case.labels), (answer, "prediction", predicted)):
+    for ax, what, classes in ((reference, "reference", case.labels), (answer, "before post-processing", predicted)):
         show(ax, image, Z_WINDOW, what)
         overlay(ax, classes[at])
     show(errors, image, Z_WINDOW, f"errors (red): {int(wrong[at].sum()):,} voxels")

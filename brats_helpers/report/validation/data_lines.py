@@ -106,7 +106,7 @@ def _audited(facts: RunFacts) -> tuple[Mark, str]:
     for case_id in used & audited.keys():
         severities.update(finding["severity"] for finding in audited[case_id]["findings"])
     counts = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for severity, count in sorted(severities.items()))
-    evidence = f"audit.json: {len(used)} patients used of {len(audited)} found, findings: {counts or 'none'}"
+    evidence = f"audit.json: {len(used)} patients used of {len(audited)} examined, findings: {counts or 'none'}"
     evidence += but("not audited", unknown) + but("left out", facts.manifest.get("excluded", {}))
     if unknown or severities["error"]:
         return Mark.FAILED, evidence
