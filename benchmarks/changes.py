@@ -21,6 +21,8 @@ from brats_helpers.training.losses import CrossEntropyDice
 from brats_helpers.training.sampler import BalancedBatches
 from brats_helpers.training.session import Session
 
+START = 4.0
+"""Subtracted from the sigmoids' logits, so that they, too, begin at background nearly everywhere, see `build_model`."""
 MEMBERS = torch.tensor([[float(k in classes) for classes in REGIONS.values()] for k in range(len(CLASSES))])
 """Which class (row) belongs to which of WT, TC and ET (column)."""
 
@@ -76,7 +78,7 @@ def sigmoid_regions() -> Iterator[None]:
 
     class Sigmoid(model.SlicesUnet):
         def forward(self, images):
-            logits = super().forward(images)
+            logits = super().forward(images) - START
             if self.training:
                 return logits
             whole, core, enhancing = (logits[:, 1:].float() > 0).unbind(dim=1)
