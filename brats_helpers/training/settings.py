@@ -139,9 +139,9 @@ class Settings(_Checked):
 
     Attributes:
         modalities: in the order of the input channels.
-        encoder: an encoder of segmentation-models-pytorch, or one of `model.PATCH_NETWORKS`.
+        encoder: an encoder of segmentation-models-pytorch, or a 3D network, see docs/3d.md.
         encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
-            encoder's weights, or a checkpoint to fine-tune. The notebooks resolve `auto`, see `preflight.settle`.
+            encoder's weights, or a checkpoint to fine-tune. The notebooks replace `auto`.
         decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on MONAI's networks.
         context_slices: neighbouring slices on each side, fed as further channels.
         patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The
