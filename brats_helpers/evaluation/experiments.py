@@ -145,7 +145,8 @@ class Bench:
                 row = pd.read_csv(own.history).iloc[-1]
                 bar.update(round(row["seconds"] - seconds[key]))
                 seconds[key] = row["seconds"]
-                so_far = f"mean Dice {mean_dice_of_epoch(row):.3f} of the {len(val)} patients who choose the epoch"
+                who = f"{len(val)} patients who choose" if len(val) > 1 else "patient who chooses"
+                so_far = f"mean Dice {mean_dice_of_epoch(row):.3f} of the {who} the epoch"
                 print(f"{title}: {duration(row['seconds'])} of training, {so_far}", flush=True)
         bar.close()
 
