@@ -14,6 +14,7 @@ from brats_helpers.__main__ import main
 from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
+from brats_helpers.scoring import statistics
 from brats_helpers.scoring.rules import CONVENTIONS, YEARS
 from brats_helpers.scoring.scores import collect, score_case
 from tests.conftest import ROOT, write_tiny_case
@@ -133,13 +134,14 @@ def run_with(folder, dice, convention="brats2020", leakage=()):
     return str(folder)
 
 
-def test_compare_pairs_patients(tmp_path, capsys):
+def test_compare_pairs_patients(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statistics, "FEWEST", 3)
     a = run_with(tmp_path / "a", {"p": 0.5, "q": 0.6, "r": 0.7, "s": 0.1})
     b = run_with(tmp_path / "b", {"p": 0.6, "q": 0.8, "r": 1.0, "t": 0.9}, leakage=["p"])
     assert main(["compare", a, b, "--json", str(tmp_path / "c.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     # By patient 0.1, 0.2 and 0.3; of three, one draw in 27 gives the lowest three times, more than 2.5 %.
-    assert "WT +0.200 (no interval) +2.000 (no interval)" in printed
+    assert "WT +0.200 (+0.100 to +0.300) +2.000 (+1.000 to +3.000)" in printed
     assert f"left out, because {b} has no score for them: s of {a}" in printed
     assert f"left out, because {a} has no score for them: t of {b}" in printed
     assert f"{b}: its network had seen p" in printed and "simulated patients; brats2020" in printed

@@ -254,7 +254,7 @@ def _place_problems(labelled: np.ndarray, box: tuple[slice, ...], images: Mappin
         share = outside / tumour
         voxels = "1 labelled voxel" if outside == 1 else f"{outside:,} labelled voxels"
         if share < _STRAY:
-            yield "outside-brain", "note", f"{voxels} (below {_STRAY:.1%}), kept, where every image is 0."
+            yield "outside-brain", "note", f"kept although every image is 0 there: {voxels} (below {_STRAY:.1%})."
         else:
             text = f"{voxels} ({share:.1%}) where every image is 0 are kept. Is it this patient's mask?"
             yield "outside-brain", "warning", text

@@ -436,7 +436,7 @@ def test_a_stray_label_is_only_a_note():
     voxels[1:, 1:, 1:] = 1
     scan = SimpleNamespace(voxels=voxels, facts={"filled": 0.9})
     (problem,) = checks._place_problems(labelled, (slice(None),) * 3, {"flair": scan})
-    assert problem == ("outside-brain", "note", "1 labelled voxel (below 0.1%), kept, where every image is 0.")
+    assert problem == ("outside-brain", "note", "kept although every image is 0 there: 1 labelled voxel (below 0.1%).")
 
 
 @pytest.mark.parametrize(

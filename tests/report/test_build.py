@@ -153,15 +153,22 @@ def test_names_from_the_data_are_text(run, pages):
     assert f"case {HOSTILE}" in pages["01_explore"].text
 
 
-def test_the_verdict_comes_first_with_its_intervals(bare):
+def test_intervals_of_too_few_patients_are_not_shown(bare):
+    page = Page(build_report(bare))
+    assert "test patients: WT 0.851, TC –, ET 0.800. With so few" in " ".join(page.text.split())
+    assert ["WT", "0.851", "–", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
+
+
+def test_the_verdict_comes_first_with_its_intervals(bare, monkeypatch):
+    monkeypatch.setattr(report, "FEWEST", 2)
     page = Page(build_report(bare))
     text = " ".join(page.text.split())
-    verdict = "Mean Dice over 2 test patients: WT 0.851, TC –, ET 0.800."
+    verdict = "Mean Dice over 2 test patients: WT 0.851 (95 % interval 0.700 to 0.910), TC –, ET 0.800."
     verdict += " With so few patients this is only an indication."
     assert f"Run bare {verdict} Scored by brats2020: the rule." in text
     assert "The rule in full" in text and "the details." in text
-    assert ["WT", "0.851", "–", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
-    assert ["WT", "188.1", "–", "3.0", "2.0 to 373.1", "261.7", "2"] in page.rows
+    assert ["WT", "0.851", "0.700 to 0.910", "0.900", "0.800 to 0.950", "0.050", "2"] in page.rows
+    assert ["WT", "188.1", "1.0 to 373.1", "3.0", "2.0 to 373.1", "261.7", "2"] in page.rows
     assert ["ET", "0.800", "–", "–", "– to –", "–", "–"] in page.rows
     assert ["HD95", "95th percentile of the distances between their surfaces in mm; lower is better"] in page.rows
     assert [row[0] for row in page.rows if row[0] in ("A_1", "B_1")] == ["B_1", "A_1"]  # 1.5 and 2.4 in sum

@@ -1,4 +1,4 @@
-"""A 3D U-Net out of a 2D one: the same weights, in three planes."""
+"""A 3D U-Net made from a 2D one: the same weights, in three planes."""
 
 import copy
 from dataclasses import replace
