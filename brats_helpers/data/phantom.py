@@ -27,7 +27,7 @@ from brats_helpers.log import progress
 AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239.0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])
 """BraTS' voxel-to-world matrix."""
 MARKER = "SIMULATED.txt"
-VERSION = 5  # of the simulation: raise it when the same seed gives different patients
+VERSION = 6  # of the simulation: raise it when the same seed gives different patients
 VARIETIES = {"typical": 0.2, "broad": 1.0}
 """How often patients have something unusual, and how far it goes; see `make_cases`."""
 
