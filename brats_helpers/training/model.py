@@ -1,4 +1,4 @@
-"""The network: a U-Net of segmentation-models-pytorch, the same in 3D, or MONAI's; weights, freezing, a summary."""
+"""The network: a U-Net of segmentation-models-pytorch, the same in 3D, or another in 3D; weights, freezing, summary."""
 
 import copy
 import difflib
@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brats_helpers.labels import CLASSES
 from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read_weights
-from brats_helpers.training.settings import ACS, DECODER, MONAI, SettingsError, sees_patches
+from brats_helpers.training.resenc import PLAN, ResidualUnet, load_nnssl
+from brats_helpers.training.settings import ACS, DECODER, RESENC, SettingsError, only_volumes, sees_patches
 from brats_helpers.training.volumetric import VolumetricUnet
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
@@ -35,10 +36,11 @@ TRAINING_BYTES = {
     "acs-tu-tf_efficientnet_lite0": 839,
     "acs-tu-tf_efficientnet_lite1": 916,
     "acs-tu-tf_efficientnet_lite2": 925,
+    RESENC: 2081,
 }
 """Bytes per voxel that a 3D network keeps for its backward pass in float32, besides 4 for each input channel."""
 PATCH_NETWORKS = tuple(TRAINING_BYTES)
-"""Networks of 3D patches, as `encoder` names them: MONAI's, and the U-Nets of EfficientNet-Lite in 3D."""
+"""Networks of 3D patches, as `encoder` names them: MONAI's, the U-Nets of EfficientNet-Lite in 3D, and nnU-Net's."""
 _BACKGROUND_LOGIT = 4.0  # before training, background is e^4 = 55 times as likely as any tumour class
 
 
@@ -58,12 +60,11 @@ def build_model(
             or one of `PATCH_NETWORKS`.
         weights: `imagenet`, `none` (random), a file with an encoder's state dict, or a checkpoint of this suite,
             whose whole network is loaded; `simulated` is the packaged one. An ACS network takes the weights of its
-            network of slices, too.
+            network of slices, too, and `nnunet-resenc-l` the encoder of a checkpoint of nnssl.
         in_channels: input channels. ImageNet's three are repeated over them and scaled by
             3 / in_channels, so that activations keep their size (the rule of segmentation-models-pytorch).
-        patch_size: edge of the patches in voxels, a multiple of 16 and at least 32, for an ACS network a multiple of
-            32 and at least 64; no effect on a network of slices.
-        decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on MONAI's networks.
+        patch_size: edge of the patches in voxels, see `patch_sizes`; no effect on a network of slices.
+        decoder: channels of the U-Net's decoder blocks, from the deepest; no effect on 3D networks without ACS.
         modalities: of the input channels, in order, which a checkpoint's channels are matched with by name; empty
             takes them as they are. See `weights.fine_tune`.
 
@@ -80,13 +81,19 @@ def build_model(
     state = {} if weights in FROM_ELSEWHERE else read_weights(weights)
     if sees_patches(encoder):
         _check_patches(encoder, patch_size)
-    if encoder.startswith(MONAI):
-        if weights == "imagenet" or (state and "model" not in state):
+    if PLAN in state and encoder != RESENC:
+        raise WeightsError(f"encoder_weights {weights!r} is a checkpoint of nnssl. It needs -p encoder {RESENC}.")
+    if only_volumes(encoder):
+        if weights == "imagenet" or (state and not {"model", PLAN} & {*state}):
+            more = ", a checkpoint of nnssl" if encoder == RESENC else ""
             raise WeightsError(
-                f"encoder_weights {weights!r}: {encoder} has no pretrained encoder; ImageNet's are for 2D images. Use"
-                f" -p encoder_weights none, a checkpoint of the same network, or -p encoder {ACS}{PACKAGED_ENCODER}."
+                f"encoder_weights {weights!r}: {encoder} has no pretrained encoder of that kind; ImageNet's are for 2D"
+                f" images. Use -p encoder_weights none, a checkpoint of the same network{more}, or -p encoder"
+                f" {ACS}{PACKAGED_ENCODER}."
             )
-        model, head = _monai(encoder, in_channels)
+        model, head = _volumes(encoder, in_channels)
+        if PLAN in state:
+            load_nnssl(model, state)
     else:
         model = _unet(encoder, weights, in_channels, decoder)
         head = model.segmentation_head[0]
@@ -156,11 +163,14 @@ def patch_sizes(encoder: str) -> tuple[int, int]:
     if encoder not in PATCH_NETWORKS:
         known = ", ".join(PATCH_NETWORKS)
         raise SettingsError(f"encoder {encoder!r}: expected one of {known}, or an encoder of slices.")
-    return (64, 32) if encoder.startswith(ACS) else (32, 16)
+    return (64, 32) if encoder.startswith(ACS) or encoder == RESENC else (32, 16)
 
 
-def _monai(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
-    """Return a network of MONAI, sized as in its BraTS tutorial, as in nnU-Net or for a CPU; and its last layer."""
+def _volumes(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
+    """Return a 3D network and its last layer; MONAI's are as in its BraTS tutorial, as in nnU-Net, and small."""
+    if name == RESENC:
+        network = ResidualUnet(in_channels, len(CLASSES))
+        return network, network.head
     from monai.networks import nets  # takes a second to import, and 2D networks do not need it
 
     sizes = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": len(CLASSES)}

@@ -18,6 +18,8 @@ NAMED_WEIGHTS = {"imagenet": "ImageNet's weights", "simulated": "the packaged ne
 """Weights to start from that are no file, see `Settings.encoder_weights`, and what they are in a sentence."""
 MONAI = "monai-"
 """Prefix of the names of MONAI's 3D networks."""
+RESENC = "nnunet-resenc-l"
+"""nnU-Net's large 3D network with residual blocks."""
 ACS = "acs-"
 """Prefix of an encoder's name: the same U-Net in 3D, see `volumetric`."""
 STRENGTHS = ("none", "basic", "strong")
@@ -40,7 +42,12 @@ class _Rule(NamedTuple):
 
 def sees_patches(encoder: str) -> bool:
     """Whether a network of that name sees 3D patches rather than slices."""
-    return encoder.startswith((MONAI, ACS))
+    return encoder.startswith(ACS) or only_volumes(encoder)
+
+
+def only_volumes(encoder: str) -> bool:
+    """Whether a network of that name sees 3D patches and cannot take the weights of a network of slices."""
+    return encoder.startswith(MONAI) or encoder == RESENC
 
 
 def _whole(value: object, low: int) -> bool:
@@ -141,8 +148,8 @@ class Settings(_Checked):
         modalities: in the order of the input channels.
         encoder: an encoder of segmentation-models-pytorch, or a 3D network, see docs/3d.md.
         encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
-            encoder's weights, or a checkpoint to fine-tune. The notebooks replace `auto`.
-        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on MONAI's networks.
+            encoder's weights, a checkpoint to fine-tune, or one of nnssl. The notebooks replace `auto`.
+        decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on 3D networks without ACS.
         context_slices: neighbouring slices on each side, fed as further channels.
         patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The
             notebooks take 0 for a 3D network too, and choose the edge by the memory.

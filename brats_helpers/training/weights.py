@@ -10,7 +10,7 @@ from torch import nn
 from brats_helpers.log import warn
 from brats_helpers.training.checkpoint import SIMULATED, WeightsError
 from brats_helpers.training.model_zip import ModelZipError, packaged_model, read_facts
-from brats_helpers.training.settings import ACS, MONAI
+from brats_helpers.training.settings import ACS, only_volumes
 
 DEFAULT_ENCODER = "efficientnet-b0"
 PACKAGED_ENCODER = "tu-tf_efficientnet_lite0"
@@ -26,7 +26,7 @@ Measured with up to 12, where its mean Dice was 0.04 ahead of ImageNet's weights
 
 
 def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
-    """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; `none` for MONAI's.
+    """Resolve `encoder_weights` auto: the packaged network for few patients, else `imagenet`; `none` in 3D without ACS.
 
     Args:
         encoder: see `settings.Settings`, or `auto`; only `auto`, the packaged network's and its ACS network can start
@@ -34,7 +34,7 @@ def choose_start(encoder: str, patients: int, *, own_decoder: bool) -> str:
         patients: number of patients to learn from.
         own_decoder: whether the decoder's widths were given, which rules the packaged network out.
     """
-    if encoder.startswith(MONAI):
+    if only_volumes(encoder):
         return "none"
     if patients > FEW or own_decoder:
         return "imagenet"
@@ -102,7 +102,7 @@ def fine_tune(
 
     Such a network may see other modalities, in another order, and more neighbouring slices than the checkpoint: each
     input channel takes the weights of the same modality and slice, and a channel that the checkpoint does not know
-    starts at 0. MONAI's networks have to see the same.
+    starts at 0. Other 3D networks have to see the same.
 
     Args:
         model: see `model.build_model`, as for the other arguments.

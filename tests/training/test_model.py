@@ -1,6 +1,7 @@
 """The network: weights that are really ImageNet's, channels adapted, statistics really frozen."""
 
 import math
+from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -17,6 +18,8 @@ from brats_helpers.training.model import (
     sees_patches,
     summary,
 )
+from brats_helpers.training.resenc import ResidualUnet
+from brats_helpers.training.settings import RESENC
 from brats_helpers.training.weights import PACKAGED_ENCODER, WeightsError
 
 
@@ -234,6 +237,60 @@ def test_monai_s_networks_have_no_imagenet_weights():
         build_model(encoder="monai-unet", weights="imagenet", in_channels=2, patch_size=32)
     with pytest.raises(ValueError, match="'monai-net': expected one of monai-segresnet"):
         build_model(encoder="monai-net", weights="none", in_channels=2, patch_size=32)
+
+
+@pytest.fixture(scope="module")
+def nnssl(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A checkpoint as nnssl writes it, with a value for each tensor of its encoder of one channel, and the values."""
+    weights, values = {}, {}
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in ResidualUnet(1, 4).encoder.state_dict().items()}
+    for name, shape in shapes.items():
+        values[name] = (len(values) + 1) / 1000
+        weights[f"encoder.{name}"] = torch.tensor(values[name]).expand(shape)  # one number in the file
+        also = f"encoder.{name.replace('.conv.', '.all_modules.0.').replace('.norm.', '.all_modules.1.')}"
+        weights[also] = weights[f"decoder.{also}"] = weights[f"encoder.{name}"]
+    plan = {"architecture_plans": {"arch_class_name": "ResEncL"}, "pretrain_num_input_channels": 1}
+    plan |= {"key_to_encoder": "encoder.stages", "key_to_stem": "encoder.stem"}
+    path = tmp_path_factory.mktemp("nnssl") / "checkpoint_final.pth"
+    torch.save({"network_weights": weights, "nnssl_adaptation_plan": plan}, path)
+    return path, values
+
+
+def test_the_residual_encoder_has_the_size_and_the_names_of_nnunet_s(nnssl):
+    _, values = nnssl
+    with torch.device("meta"):
+        network = ResidualUnet(1, 4)
+    own = sum(parameter.numel() for parameter in network.parameters())
+    assert own == 102_351_380 - 3_088  # nnU-Net's, less the four heads of deep supervision
+    assert 2 * len(values) == 448  # there each tensor has two names
+    assert {"stem.convs.0.conv.bias", "stages.0.blocks.0.conv1.norm.weight", "stages.1.blocks.0.skip.1.conv.weight"} < {
+        *values
+    }
+    assert "stages.5.blocks.0.skip.0.conv.weight" not in values  # a step down without new channels only pools
+
+
+def test_nnssl_s_encoder_is_loaded_for_every_modality(nnssl):
+    path, values = nnssl
+    network = build_model(encoder=RESENC, weights=str(path), in_channels=4, patch_size=64)
+    first = "stem.convs.0.conv.weight"
+    for name, weight in network.encoder.state_dict().items():
+        assert torch.allclose(weight, torch.tensor(values[name] / (4 if name == first else 1)))
+    assert len(network.network.head.bias.unique()) == 2  # background first, as in every network
+
+
+def test_nnssl_s_checkpoints_that_do_not_fit_are_refused(nnssl, tmp_path):
+    path, _ = nnssl
+    for name, edge in (("monai-unet", 32), (PACKAGED_ENCODER, 0)):
+        with pytest.raises(WeightsError, match=f"checkpoint of nnssl. It needs -p encoder {RESENC}"):
+            build_model(encoder=name, weights=str(path), in_channels=4, patch_size=edge)
+    saved = torch.load(path)
+    saved["nnssl_adaptation_plan"] |= {"key_to_encoder": "eva", "key_to_stem": "down_projection"}
+    torch.save(saved, tmp_path / "primus.pth")
+    with pytest.raises(WeightsError, match="another encoder's: 224 of 224 tensors do not fit, first stem"):
+        build_model(encoder=RESENC, weights=str(tmp_path / "primus.pth"), in_channels=4, patch_size=64)
+    with pytest.raises(WeightsError, match="'imagenet': nnunet-resenc-l has no .*or -p encoder acs-tu"):
+        build_model(encoder=RESENC, weights="imagenet", in_channels=2, patch_size=64)
 
 
 def test_its_summary_counts_no_encoder():
