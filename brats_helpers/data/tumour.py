@@ -74,7 +74,7 @@ def draw_tumour(rng: np.random.Generator, anatomy: Anatomy) -> Tumour:
     field -= _threshold(field[within], mass.core_ml + mass.oedema_ml)
     soak = anatomy.white + rng.uniform(0.3, 0.8) * anatomy.grey  # cortex takes up less water
     faint = 1 - rng.uniform(0, 0.6) * expit(3 * anatomy.noise(rng, 14))
-    # Readers include what is hardly bright: at their border (`field` 0) tissue has a tenth to two fifths of the water.
+    # Readers include what is hardly bright: at their border (`field` 0) white matter has a tenth to two fifths of it.
     oedema = dust_free((1 - in_core) * soak * faint * expit(field * 4 ** rng.uniform(-0.6, 1) - rng.uniform(0.5, 2.2)))
 
     # One reader draws a little wider than another.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -29,9 +30,10 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
     manifest = run.manifest
     settings, own = saved["settings"], manifest.get("patients", {})  # without the patients of the initial weights
     simulated = bool(manifest.get("simulated"))
-    start = NAMED_WEIGHTS.get(settings["encoder_weights"], settings["encoder_weights"])
+    start = NAMED_WEIGHTS.get(settings["encoder_weights"], Path(settings["encoder_weights"]).name)
+    unrecorded = saved.get("facts", {}).get("unrecorded")
     patients = "simulated patients" if simulated else "patients"
-    lines = _front_matter(run.name, metrics, real, simulated=simulated)
+    lines = _front_matter(run.name, metrics, real, simulated=simulated, terms="other" if unrecorded else "mit")
     lines += [
         f"# {run.name}: brain-tumour segmentation on MRI",
         "",
@@ -48,6 +50,7 @@ def model_card(run: Run, *, real: Sequence[Mapping] = (), name: str = "model.zip
         f" {own.get('val', len(saved['val_cases']))} validation {patients}:"
         f" {_without_folders(manifest.get('origin', 'origin not recorded'))}.",
         f"- Encoder {settings['encoder']}, starting from {start}, seed {settings['seed']}, epoch {saved['epoch']}.",
+        *([f"- Which scans {unrecorded} has seen, and under which terms, is on its own page."] if unrecorded else ()),
         *_made_by(manifest),
         "",
         "## How it scored",
@@ -95,9 +98,9 @@ def _input(settings: Mapping) -> str:
     return f"axial slices of {modalities}" if slices == 1 else f"{slices} neighbouring axial slices of {modalities}"
 
 
-def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simulated: bool) -> list[str]:
+def _front_matter(name: str, metrics: Mapping, real: Sequence[Mapping], *, simulated: bool, terms: str) -> list[str]:
     front = {
-        "license": "mit",
+        "license": terms,
         "library_name": "brats_helpers",
         "pipeline_tag": "image-segmentation",
         "tags": ["brain-tumour", "BraTS", "MRI", "U-Net"],

@@ -34,6 +34,7 @@ def export_model(run: Run, path: Path, *, half: bool = False, real: Sequence[Pat
     """
     _check_suffix(path, *SUFFIXES)
     saved = read_checkpoint(run.best)
+    saved["settings"]["encoder_weights"] = Path(saved["settings"]["encoder_weights"]).name  # no folder of this machine
     listed = [check_scores(read_json(file), file) for file in real]
     facts = {"normalisation": NORMALISATION, "postprocess": _postprocess(run), "scores": _scores(run), "real": listed}
     write_model(path, saved, facts=facts, card=model_card(run, real=listed, name=path.name), half=half)

@@ -87,7 +87,9 @@ def next_steps(metrics: Mapping, *, best: Mapping, failed: int, parts: bool, sta
             "Train longer (`-p epochs`, `-p minutes`): the last epoch was the best, so the network was still learning."
         )
     if len(_ahead(metrics)) == len(REGIONS) and start != "simulated" and not metrics.get("simulated"):
-        steps.append("Start from the packaged network, which scores higher: `-p encoder_weights simulated`.")
+        steps.append(
+            "Start from the packaged network, which scores higher: `-p encoder_weights simulated -p encoder auto`."
+        )
     if len(metrics["cases"]) < ENOUGH and not parts:
         steps.append(
             "Test more patients (`-p split TRAIN,VAL,TEST`) or cross-validate (`--folds 5`), each with a new `--run`:"

@@ -85,15 +85,24 @@ def seen_by(weights: str) -> dict[str, list[str]]:
 
 
 def with_start(facts: Mapping, weights: str) -> dict:
-    """Add to the facts of a training the patients that its initial weights have seen.
+    """Add to the facts of a training what is known about the patients that its initial weights have seen.
 
     Args:
         facts: see `loop.fit`.
         weights: see `model.build_model`.
+
+    Returns:
+        The facts, with the earlier `patients`, and with `unrecorded`, the name of a file without a list of patients,
+        if this training or an earlier one started from such a file.
     """
     start = _start(weights)
-    before = start["facts"].get("patients", {}) if start else {}
-    return {**facts, "patients": {**before, **facts.get("patients", {})}} if before else dict(facts)
+    before = start["facts"] if start else {}
+    if not start and weights not in FROM_ELSEWHERE:
+        before = {"unrecorded": Path(weights).name}
+    kept = {name: before[name] for name in ("patients", "unrecorded") if before.get(name)}
+    if "patients" in kept:
+        kept["patients"] = {**kept["patients"], **facts.get("patients", {})}
+    return {**facts, **kept}
 
 
 def _start(weights: str) -> dict | None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from brats_helpers.labels import CLASSES
 from brats_helpers.training.checkpoint import FROM_ELSEWHERE, WeightsError, read_weights
 from brats_helpers.training.resenc import PLAN, ResidualUnet, load_nnssl
-from brats_helpers.training.settings import ACS, DECODER, RESENC, SettingsError, only_volumes, sees_patches
+from brats_helpers.training.settings import ACS, DECODER, MONAI, RESENC, SettingsError, only_volumes, sees_patches
 from brats_helpers.training.volumetric import VolumetricUnet
 from brats_helpers.training.weights import (
     PACKAGED_ENCODER,
@@ -81,19 +81,11 @@ def build_model(
     state = {} if weights in FROM_ELSEWHERE else read_weights(weights)
     if sees_patches(encoder):
         _check_patches(encoder, patch_size)
-    if PLAN in state and encoder != RESENC:
-        raise WeightsError(f"encoder_weights {weights!r} is a checkpoint of nnssl. It needs -p encoder {RESENC}.")
+    _check_start(encoder, weights, state)
     if only_volumes(encoder):
-        if weights == "imagenet" or (state and not {"model", PLAN} & {*state}):
-            more = ", a checkpoint of nnssl" if encoder == RESENC else ""
-            raise WeightsError(
-                f"encoder_weights {weights!r}: {encoder} has no pretrained encoder of that kind; ImageNet's are for 2D"
-                f" images. Use -p encoder_weights none, a checkpoint of the same network{more}, or -p encoder"
-                f" {ACS}{PACKAGED_ENCODER}."
-            )
         model, head = _volumes(encoder, in_channels)
         if PLAN in state:
-            load_nnssl(model, state)
+            load_nnssl(model, state, weights)
     else:
         model = _unet(encoder, weights, in_channels, decoder)
         head = model.segmentation_head[0]
@@ -148,6 +140,21 @@ def _unet(name: str, weights: str, in_channels: int, decoder: Sequence[int]) -> 
     return model.to(memory_format=torch.channels_last)
 
 
+def _check_start(encoder: str, weights: str, state: Mapping) -> None:
+    """Refuse weights of another kind of network; `state` is the content of their file, or empty."""
+    if PLAN in state and encoder != RESENC:
+        raise WeightsError(
+            f"encoder_weights {weights!r} is a checkpoint of nnssl. Those of its ResEnc L networks can be used, with"
+            f" -p encoder {RESENC}."
+        )
+    if only_volumes(encoder) and (weights == "imagenet" or (state and state.keys().isdisjoint(("model", PLAN)))):
+        more = ", a checkpoint of nnssl" if encoder == RESENC else ""
+        raise WeightsError(
+            f"encoder_weights {weights!r}: {encoder} has no such pretrained encoder; ImageNet's are for 2D images. Use"
+            f" -p encoder_weights none, a checkpoint of the same network{more}, or -p encoder {ACS}{PACKAGED_ENCODER}."
+        )
+
+
 def _check_patches(name: str, edge: int) -> None:
     least, step = patch_sizes(name)
     if edge < least or edge % step:
@@ -163,7 +170,7 @@ def patch_sizes(encoder: str) -> tuple[int, int]:
     if encoder not in PATCH_NETWORKS:
         known = ", ".join(PATCH_NETWORKS)
         raise SettingsError(f"encoder {encoder!r}: expected one of {known}, or an encoder of slices.")
-    return (64, 32) if encoder.startswith(ACS) or encoder == RESENC else (32, 16)
+    return (32, 16) if encoder.startswith(MONAI) else (64, 32)
 
 
 def _volumes(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:

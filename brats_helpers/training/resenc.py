@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from brats_helpers.training.checkpoint import WeightsError
 from brats_helpers.training.weights import load_encoder
 
 PLAN = "nnssl_adaptation_plan"
@@ -37,23 +38,30 @@ class ResidualUnet(nn.Module):
         return self.head(features)
 
 
-def load_nnssl(network: ResidualUnet, checkpoint: Mapping) -> None:
+def load_nnssl(network: ResidualUnet, checkpoint: Mapping, path: str) -> None:
     """Load the encoder that nnssl pretrained; the decoder keeps its random weights, as in nnU-Net's fine-tuning.
 
     Args:
         network: with any number of input channels, see `weights.adapt_channels`.
         checkpoint: the content of nnssl's `checkpoint_final.pth`, with `network_weights` and the plan that names the
             encoder in them.
+        path: of the checkpoint, for messages.
 
     Raises:
         WeightsError: the encoder is not a ResEnc L.
     """
-    plan, weights = checkpoint[PLAN], checkpoint["network_weights"]
-    state = {}
-    for own, theirs in (("stem", plan["key_to_stem"]), ("stages", plan["key_to_encoder"])):
-        found = {name: weight for name, weight in weights.items() if name.startswith(f"{theirs}.")}
-        state |= {own + name.removeprefix(theirs): weight for name, weight in found.items()}
-    load_encoder(network.encoder, state)
+    plan, state = checkpoint[PLAN], {}
+    for own, key in (("stem", "key_to_stem"), ("stages", "key_to_encoder")):
+        theirs = f"{plan.get(key)}."
+        for name, weight in checkpoint["network_weights"].items():
+            if name.startswith(theirs):
+                state[f"{own}.{name.removeprefix(theirs)}"] = weight
+    try:
+        load_encoder(network.encoder, state)
+    except WeightsError as error:
+        raise WeightsError(
+            f"encoder_weights {path!r} is a checkpoint of nnssl, but not of a ResEnc L network: {error}"
+        ) from error
 
 
 class _Encoder(nn.Module):
@@ -88,7 +96,7 @@ class _Block(nn.Module):
         self.conv2 = _Unit(width, width, activated=False)
         self.skip = nn.Sequential()
         if stride > 1:
-            self.skip.append(nn.AvgPool3d(stride))
+            self.skip.append(_Halving())
         if before != width:
             self.skip.append(_Unit(before, width, kernel=1, bias=False, activated=False))
 
@@ -96,6 +104,15 @@ class _Block(nn.Module):
         changed = self.conv2(self.conv1(features))
         changed += self.skip(features)
         return nn.functional.leaky_relu(changed, inplace=True)
+
+
+class _Halving(nn.Module):
+    """Means of 2 x 2 x 2 voxels. Unlike `nn.AvgPool3d`, it has deterministic gradients on a GPU."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        *_, depth, height, width = features.shape
+        split = features.unflatten(4, (width // 2, 2)).unflatten(3, (height // 2, 2)).unflatten(2, (depth // 2, 2))
+        return split.mean(dim=(3, 5, 7))
 
 
 class _Unit(nn.Module):

@@ -148,7 +148,7 @@ class Settings(_Checked):
         modalities: in the order of the input channels.
         encoder: an encoder of segmentation-models-pytorch, or a 3D network, see docs/3d.md.
         encoder_weights: `imagenet`, `simulated` (the packaged network, encoder and decoder), `none`, a file with an
-            encoder's weights, a checkpoint to fine-tune, or one of nnssl. The notebooks replace `auto`.
+            encoder's weights, a checkpoint to fine-tune, or an nnssl checkpoint. The notebooks replace `auto`.
         decoder: channels of the five decoder blocks of a U-Net, from the deepest; no effect on 3D networks without ACS.
         context_slices: neighbouring slices on each side, fed as further channels.
         patch_size: edge in voxels of a 3D network's patches; 0 for a network of slices. The

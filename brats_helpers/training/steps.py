@@ -78,7 +78,8 @@ def fitted(work: Callable[[int], Result], micro_batch: int) -> tuple[Result, int
             if micro_batch == 1:
                 raise MemoryError(
                     "one slice alone does not fit into the device's memory. Take a smaller encoder"
-                    " (-p encoder tu-tf_efficientnet_lite0), fewer context_slices, or -p device cpu."
+                    " (-p encoder tu-tf_efficientnet_lite0), fewer context_slices, a smaller patch_size in 3D, or"
+                    " -p device cpu."
                 ) from error
         micro_batch = -(-micro_batch // 2)
         warn(f"out of memory: continuing with {micro_batch} slices at a time and the same batch size")

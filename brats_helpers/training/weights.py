@@ -233,11 +233,11 @@ def adapt_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
     channel gets their sum.
 
     Args:
-        weight: (out, in, height, width).
+        weight: (out, in, [depth,] height, width).
         channels: the new number of inputs.
 
     Returns:
-        (out, channels, height, width).
+        (out, channels, [depth,] height, width).
     """
     given = weight.shape[1]
     if channels == 1:

@@ -9,6 +9,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from brats_helpers.__main__ import main
@@ -16,12 +17,14 @@ from brats_helpers.data.cache import prepare
 from brats_helpers.data.cases import find_cases
 from brats_helpers.data.nifti import read_mask
 from brats_helpers.evaluation.card import model_card
+from brats_helpers.evaluation.export import export_model
 from brats_helpers.evaluation.onnx import read_onnx
 from brats_helpers.files import write_json
 from brats_helpers.labels import DataError
 from brats_helpers.runs import Run
 from brats_helpers.scoring.scores import collect, score_case
 from brats_helpers.suite.environment import ROOT
+from brats_helpers.training.model_zip import read_facts
 from tests.conftest import write_tiny_case
 from tests.tiny_training import fit_tiny
 
@@ -109,6 +112,18 @@ def test_the_card_has_the_front_matter_of_model_hubs(run, models):
     values = {entry["name"]: entry["value"] for entry in front["model-index"][0]["results"][0]["metrics"]}
     assert values["Dice WT"] == pytest.approx(metrics["summary"]["WT"]["dice"]["mean"], abs=5e-5)
     assert front["license"] == "mit" and "simulated" in card
+
+
+def test_a_network_with_weights_from_elsewhere_says_so_and_claims_no_licence(run, tmp_path):
+    other = Run(shutil.copytree(run.folder, tmp_path / "other"))
+    saved = torch.load(other.best, weights_only=True)
+    saved["settings"]["encoder_weights"] = "/home/alice/nnssl/checkpoint_final.pth"
+    torch.save(saved | {"facts": {"unrecorded": "checkpoint_final.pth"}}, other.best)
+    path = export_model(other, tmp_path / "model.safetensors")
+    card = path.with_suffix(".md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other"
+    assert "starting from checkpoint_final.pth," in card and "Which scans checkpoint_final.pth has seen" in card
+    assert "alice" not in card and "alice" not in json.dumps(read_facts(path))
 
 
 def test_a_region_that_the_rule_leaves_out_has_no_score_on_the_card(run, tmp_path):

@@ -72,6 +72,10 @@ def test_a_network_that_saw_a_test_patient(run):
     torch.save(saved | {"train_cases": ["Train_0", "NoET_0"]}, run.best)
     line = look(run)["network-unseen"]
     assert line.mark == Mark.FAILED and line.evidence.endswith("1 of them test patients; seen: NoET_0")
+    torch.save(saved | {"facts": {"unrecorded": "checkpoint_final.pth"}}, run.best)
+    line = look(run)["network-unseen"]
+    assert line.mark == Mark.PARTLY
+    assert line.evidence.endswith("which patients the initial weights, checkpoint_final.pth, have seen is not recorded")
     run.best.unlink()  # scored by others' checkpoints alone
     assert look(run)["network-unseen"].mark == Mark.HELD
     rewrite(run.metrics, leakage=["Exact_0"])

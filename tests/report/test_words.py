@@ -54,7 +54,7 @@ def test_the_packaged_network_on_the_same_patients_comes_first():
     assert "nnU-Net" in text
     ahead = own | {"packaged": {"WT": 0.8, "TC": 0.8, "ET": 0.8}}
     how = {"best": {}, "failed": 0, "parts": True}
-    assert "`-p encoder_weights simulated`" in next_steps(ahead, start="imagenet", **how)[0]
+    assert "`-p encoder_weights simulated -p encoder auto`" in next_steps(ahead, start="imagenet", **how)[0]
     assert next_steps(ahead, start="simulated", **how) == next_steps(ahead | {"simulated": True}, **how)[:-1] == []
     assert "packaged" not in compared(REAL | {"packaged": None})
     steps = next_steps(REAL | {"packaged": {"WT": 0.8}}, best={}, failed=0, parts=True)

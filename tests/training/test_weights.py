@@ -9,7 +9,7 @@ from brats_helpers.data.cache import pack
 from brats_helpers.data.cases import find_cases
 from brats_helpers.labels import MODALITIES
 from brats_helpers.training import model_zip, weights
-from brats_helpers.training.checkpoint import FORMAT, WeightsError
+from brats_helpers.training.checkpoint import FORMAT, WeightsError, with_start
 from brats_helpers.training.model import DECODER, build_model
 from brats_helpers.training.preflight import settle
 from brats_helpers.training.weights import PACKAGED_ENCODER
@@ -120,6 +120,16 @@ def test_a_training_from_the_packaged_network_knows_who_that_has_seen(packaged, 
     assert "Sim_9_000" in saved["facts"]["patients"]
     first = "encoder.model.conv_stem.weight"
     torch.testing.assert_close(saved["model"][first], start[first][:, [2, 1]])  # flair and t1ce among its channels
+
+
+def test_a_start_from_a_file_without_a_list_of_patients_is_remembered(tmp_path):
+    torch.save({"stem.weight": torch.zeros(1)}, tmp_path / "checkpoint_final.pth")
+    facts = with_start({"spacing_mm": 1.0}, str(tmp_path / "checkpoint_final.pth"))
+    assert facts == {"spacing_mm": 1.0, "unrecorded": "checkpoint_final.pth"}
+    saved = {"format": FORMAT, "settings": {}, "model": {}, "facts": facts}
+    torch.save(saved, tmp_path / "best.pt")
+    assert with_start({}, str(tmp_path / "best.pt"))["unrecorded"] == "checkpoint_final.pth"  # and in the next one
+    assert with_start({}, "imagenet") == {}
 
 
 def settled(text="", patients=2, **changes):

@@ -61,6 +61,8 @@ def _unseen(facts: RunFacts) -> tuple[Mark, str]:
         own = seen & {*facts.parts["test"]}
         evidence += f"; best.pt lists {len(seen)} training and validation patients, {len(own)} of them test patients"
         leaked |= own
+        if not leaked and (file := facts.checkpoint.get("facts", {}).get("unrecorded")):
+            return Mark.PARTLY, f"{evidence}; which patients the initial weights, {file}, have seen is not recorded"
     return mark(not leaked), evidence + but("seen", sorted(leaked))
 
 
