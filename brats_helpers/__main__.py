@@ -200,6 +200,7 @@ def _add_export(verbs) -> None:
         metavar="FILE",
         type=Path,
         nargs="+",
+        action="extend",
         default=[],
         help="add scores on real patients to file and card, as benchmarks/packaged.py --json writes them",
     )
