@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -172,7 +173,9 @@ def test_a_very_long_training_is_announced_and_a_session_named_where_there_is_on
 
 def test_memory_is_the_process_s_own(tmp_path):
     before = machine.used_memory_gib(torch.device("cpu"))
-    kept = np.ones(2**27, np.uint8)
+    fresh = mmap.mmap(-1, 2**27, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # NumPy may reuse what a test left behind
+    kept = np.frombuffer(fresh, np.uint8)
+    kept[:] = 1
     assert machine.used_memory_gib(torch.device("cpu")) - before == pytest.approx(2**-3, abs=0.02)
     np.save(tmp_path / "mapped.npy", kept)
     assert int(np.load(tmp_path / "mapped.npy", mmap_mode="r").sum()) == 2**27  # every page of it is read
