@@ -6,11 +6,13 @@ patients) and after (predicting) is not counted. All get the same cores, and non
 best epoch by validation, the others their last weights. nnU-Net predicts with mirror images, as it does by default; the
 others, this suite among them, without. A peer whose defaults do not finish an epoch in the budget gets the smaller
 settings that its own documentation offers. --nnunet, --nnunet-memory and --monai set them, and the table shows them.
+With --tune the validation patients are scored, so that settings can be chosen without the test patients.
 
 With --json, finished trainings are kept in the file; the same command continues after an interruption.
 
-Peers need an environment of their own with nnunetv2 and monai: --python names its Python.
+Peers need an environment of their own, with this suite, nnunetv2 and monai: --python names its Python.
 
+    python -m venv PEERS && PEERS/bin/pip install . nnunetv2 monai
     python benchmarks/accuracy.py --python PEERS/bin/python --seconds 120 --json accuracy.json
     python benchmarks/accuracy.py --python PEERS/bin/python --seconds 600 1800 --data ../shared/glioma16 \
         --folds ../shared/glioma16/folds.json --json folds.json
@@ -76,6 +78,8 @@ def main() -> None:
             rounds = fold_cases(packed, folds=len(packed), split=options.split, seed=options.seed)
         else:
             rounds = [split_cases(packed, split=options.split, seed=options.seed)]
+        if options.tune:
+            rounds = [parts | {"test": parts["val"]} for parts in rounds]
         job = {
             "data": str(data.resolve()),
             "modalities": modalities,
@@ -123,6 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--leave-one-out", action="store_true", help="each patient is tested by trainings on the others"
     )
+    parser.add_argument("--tune", action="store_true", help="score the validation patients, to choose settings")
     parser.add_argument("--modalities", default="flair,t1,t1ce,t2", help="default: flair,t1,t1ce,t2")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of patients and split; default: 0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -161,6 +166,7 @@ def describe(options: argparse.Namespace, data: Path, rounds: list[dict]) -> str
     sizes = ", ".join(f"{len(rounds[0][part])} {part}" for part in ("train", "val", "test"))
     nnunet = "batch {}, widths over {}".format(*options.nnunet) if options.nnunet else "as planned"
     monai = "crop {}, {} filters, learning rate {}".format(*options.monai)
+    kind += ", tested on the validation patients" if options.tune else ""
     return f"{len(rounds)} round(s) of {sizes}, {kind}, seed {options.seed}; nnU-Net: {nnunet}; MONAI: {monai}"
 
 
