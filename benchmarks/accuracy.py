@@ -46,6 +46,7 @@ from brats_helpers.suite.environment import ROOT
 PEERS = {
     "this suite": "suite",
     "this suite, packaged start": "suite",
+    "this suite, untrained": "suite",
     "nnU-Net v2, 2D": "nnunet",
     "nnU-Net v2, 3D": "nnunet",
     "MONAI's tutorial, 3D": "monai_tutorial",
@@ -55,10 +56,13 @@ PEERS = {
 CONFIGURATIONS = {
     "this suite": "imagenet",
     "this suite, packaged start": "simulated",
+    "this suite, untrained": "untrained",
     "nnU-Net v2, 2D": "2d",
     "nnU-Net v2, 3D": "3d_fullres",
 }
-"""What this suite starts from (the packaged network has seen simulated patients), and which network nnU-Net trains."""
+"""What this suite starts from, or `untrained` for the packaged network as it is, and which network nnU-Net trains."""
+SEEN_SIMULATED = {"simulated", "untrained"}
+"""Configurations of the packaged network: unfair on simulated patients, of which it has seen many."""
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
         data = options.data or ROOT / "data" / f"accuracy-{options.cases}-{options.seed}-v{VERSION}"
         if not options.data:
             make_cases(data, n_cases=options.cases, seed=options.seed, workers=os.cpu_count())
-        fair = [name for name in PEERS if CONFIGURATIONS.get(name) != "simulated" or not is_simulated(data)]
+        fair = [name for name in PEERS if CONFIGURATIONS.get(name) not in SEEN_SIMULATED or not is_simulated(data)]
         modalities = options.modalities.split(",")
         cases = [case for case in survey(data, modalities).complete(skip_incomplete=True) if case.seg]
         packed = prepare(cases, cache_dir=ROOT / "cache", workers=os.cpu_count())

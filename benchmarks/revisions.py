@@ -51,6 +51,7 @@ def measure(root: Path, parts: dict, patients: list[str], options: argparse.Name
     with tempfile.TemporaryDirectory() as work:
         job = {"data": str(options.data.resolve()), "modalities": MODALITIES, "cache": str(root / "cache")}
         job |= {"workers": 2, "parts": parts, "seconds": options.seconds, "device": "cpu", "folder": work}
+        job |= {"configuration": "imagenet"}
         (Path(work) / "job.json").write_text(json.dumps(job | {"out": f"{work}/out"}))
         how = {"cwd": root, "env": os.environ | {"PYTHONPATH": str(root)}, "check": True, "stdout": subprocess.DEVNULL}
         subprocess.run([sys.executable, "benchmarks/peers/suite.py", f"{work}/job.json"], **how)
